@@ -1,0 +1,3 @@
+//! The outside world, each part behind one trait with an embedded adapter.
+
+pub mod storage;

@@ -1,0 +1,113 @@
+//! Orders over REST, version 1.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{FromRequest, Path, Query, State};
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::IntoResponse;
+use serde::Deserialize;
+
+use super::problem::Problem;
+use crate::app::App;
+use crate::domain::orders::{
+    FieldError, Order, OrderId, OrderRequest, Page, PageRequest, Rejected,
+};
+
+type Answer<T> = Result<T, Problem>;
+
+/// `POST /v1/orders`: 201 with the order and its `Location`.
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Body(request): Body<OrderRequest>,
+) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<Order>)> {
+    let order = app.create_order(request).await?;
+    let location = format!("/v1/orders/{}", order.id);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(order)))
+}
+
+/// `GET /v1/orders/{id}`
+pub async fn get(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
+    Ok(Json(app.order(order_id(&id, "/id")?).await?))
+}
+
+/// `POST /v1/orders/{id}/cancel`
+pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
+    Ok(Json(app.cancel_order(order_id(&id, "/id")?).await?))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListQuery {
+    limit: Option<String>,
+    after: Option<String>,
+}
+
+/// `GET /v1/orders?limit=20&after=ID`: newest first, by keyset.
+pub async fn list(
+    State(app): State<Arc<App>>,
+    query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
+) -> Answer<Json<Page>> {
+    let Query(query) = query.map_err(|rejection| {
+        Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "invalid-request",
+            "The request is not valid",
+        )
+        .detail(rejection.body_text())
+    })?;
+    let limit = query
+        .limit
+        .map(|text| text.parse().map_err(|_| rejected("/limit", "must be a whole number")))
+        .transpose()?;
+    let after = query.after.map(|text| order_id(&text, "/after")).transpose()?;
+    Ok(Json(app.orders(PageRequest { limit, after }).await?))
+}
+
+fn order_id(text: &str, field: &str) -> Answer<OrderId> {
+    text.parse().map_err(|_| rejected(field, "must be an order's id (a UUID)"))
+}
+
+fn rejected(field: &str, reason: &str) -> Problem {
+    Rejected(vec![FieldError { field: field.into(), reason: reason.into() }]).into()
+}
+
+/// A JSON body; what is wrong with one is a [`Problem`] like everything else.
+pub struct Body<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: axum::extract::Request, state: &S) -> Answer<Self> {
+        match Json::<T>::from_request(request, state).await {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => {
+                let (kind, title) = match &rejection {
+                    JsonRejection::JsonDataError(_) => {
+                        ("invalid-request", "The request is not valid")
+                    }
+                    JsonRejection::JsonSyntaxError(_) => ("not-json", "The body is not JSON"),
+                    JsonRejection::MissingJsonContentType(_) => {
+                        ("not-json", "The body must be application/json")
+                    }
+                    _ if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => {
+                        ("too-large", "The body is too large")
+                    }
+                    _ => ("unreadable", "The body could not be read"),
+                };
+                Err(Problem::new(rejection.status(), kind, title).detail(rejection.body_text()))
+            }
+        }
+    }
+}
+
+/// Any path that no route serves.
+pub async fn not_found() -> impl IntoResponse {
+    Problem::new(StatusCode::NOT_FOUND, "not-found", "Not found")
+}
+
+/// A path that is served, but not with this method.
+pub async fn wrong_method() -> impl IntoResponse {
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
+}

@@ -1,0 +1,130 @@
+//! Everything the service is made of, and its use cases: what every interface calls.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+
+use crate::adapters::storage::{self, Storage, StorageError};
+use crate::config::Config;
+use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected};
+
+/// How long a readiness probe waits for each part.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+pub struct App {
+    pub config: Config,
+    pub metrics: PrometheusHandle,
+    storage: Arc<dyn Storage>,
+    draining: AtomicBool,
+}
+
+/// Why a use case gave no result. Interfaces map each variant by one table (`api::problem`).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the request is not valid")]
+    Invalid(#[from] Rejected),
+    #[error("there is no order {0}")]
+    NotFound(OrderId),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// Whether a part of the service can do its work.
+#[derive(Debug, Serialize)]
+pub struct PartStatus {
+    pub part: &'static str,
+    pub ready: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// What is running: the answer of `/info`.
+#[derive(Debug, Serialize)]
+pub struct Info {
+    pub name: &'static str,
+    pub version: String,
+    pub revision: String,
+    pub environment: String,
+    pub config_hash: String,
+    pub schema_version: Option<i64>,
+}
+
+impl App {
+    /// Connects to what the configuration names.
+    pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
+        let storage = storage::open(&config.database).await.context("opening the database")?;
+        Ok(Arc::new(Self { config, metrics, storage, draining: AtomicBool::new(false) }))
+    }
+
+    pub async fn create_order(&self, request: OrderRequest) -> Result<Order, Error> {
+        let order = Order::place(request, self.config.orders.max_items.get())?;
+        self.storage.insert(&order).await?;
+        metrics::counter!("orders_created_total").increment(1);
+        Ok(order)
+    }
+
+    pub async fn order(&self, id: OrderId) -> Result<Order, Error> {
+        self.storage.find(id).await?.ok_or(Error::NotFound(id))
+    }
+
+    /// The newest orders first; the next page starts after the last one of this page.
+    pub async fn orders(&self, request: PageRequest) -> Result<Page, Error> {
+        let limits = &self.config.orders;
+        let limit = request.limit(limits.page_size.get(), limits.max_page_size.get())?;
+        // One more than asked for tells whether there is a next page.
+        let mut items = self.storage.list(request.after, limit + 1).await?;
+        let more = items.len() > limit as usize;
+        items.truncate(limit as usize);
+        let next = if more { items.last().map(|order| order.id) } else { None };
+        Ok(Page { items, next })
+    }
+
+    /// Cancelling a cancelled order changes nothing and answers with it.
+    pub async fn cancel_order(&self, id: OrderId) -> Result<Order, Error> {
+        self.storage.cancel(id, jiff::Timestamp::now()).await?.ok_or(Error::NotFound(id))
+    }
+
+    /// The state of each part that the service cannot work without.
+    pub async fn readiness(&self) -> Vec<PartStatus> {
+        let draining = self.draining.load(Ordering::SeqCst);
+        let storage = match tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("no answer within 1 s".to_owned()),
+        };
+        vec![
+            PartStatus {
+                part: "process",
+                ready: !draining,
+                reason: draining.then(|| "shutting down".to_owned()),
+            },
+            PartStatus { part: "database", ready: storage.is_none(), reason: storage },
+        ]
+    }
+
+    pub async fn info(&self) -> Info {
+        let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| "unknown".to_owned());
+        Info {
+            name: env!("CARGO_PKG_NAME"),
+            version: std::env::var("IMAGE_VERSION")
+                .unwrap_or_else(|_| env!("CARGO_PKG_VERSION").to_owned()),
+            revision: variable("IMAGE_REVISION"),
+            environment: variable("SERVICE_ENVIRONMENT"),
+            config_hash: self.config.hash(),
+            schema_version: self.storage.schema_version().await.ok(),
+        }
+    }
+
+    /// From now on the service says that it is not ready.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+
+    pub async fn close(&self) {
+        self.storage.close().await;
+    }
+}

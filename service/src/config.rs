@@ -1,0 +1,218 @@
+//! Configuration: `default.toml`, then the environment's file, then `SERVICE__SECTION__KEY`
+//! variables; later ones win. It is parsed into types that cannot hold an impossible value.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use figment::Figment;
+use figment::providers::{Env, Format, Toml};
+use serde::{Deserialize, Deserializer, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
+const CONFIG_DIR: &str = "config/service";
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub server: Server,
+    pub logging: Logging,
+    pub database: Database,
+    pub orders: Orders,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    pub listen: SocketAddr,
+    pub admin_listen: SocketAddr,
+    pub request_timeout: Timeout,
+    /// Bytes.
+    pub body_limit: NonZeroUsize,
+    pub drain_timeout: Timeout,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logging {
+    pub level: LogFilter,
+    pub format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Database {
+    pub url: DatabaseUrl,
+    pub max_connections: NonZeroU32,
+    pub acquire_timeout: Timeout,
+    pub busy_timeout: Timeout,
+    pub read_only: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Orders {
+    pub page_size: NonZeroU32,
+    pub max_page_size: NonZeroU32,
+    pub max_items: NonZeroUsize,
+}
+
+/// A time limit: more than zero, at most an hour; written `250ms`, `5s`, `2m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeout(pub Duration);
+
+/// A log filter in the syntax of `tracing_subscriber::EnvFilter`.
+#[derive(Debug, Clone, Serialize)]
+pub struct LogFilter(pub String);
+
+/// The database's address; its scheme chooses the storage adapter.
+#[derive(Debug, Clone, Serialize)]
+pub struct DatabaseUrl(pub String);
+
+/// Why the configuration cannot be used: one line for each problem, naming file, key and value.
+#[derive(Debug)]
+pub struct ConfigError(Vec<String>);
+
+impl Config {
+    /// Reads the files in `SERVICE_CONFIG_DIR` for the environment `SERVICE_ENVIRONMENT`
+    /// (only `default.toml` where that is unset), then the `SERVICE__` variables.
+    pub fn load() -> Result<Self, ConfigError> {
+        let dir = std::env::var_os("SERVICE_CONFIG_DIR")
+            .map_or_else(|| PathBuf::from(CONFIG_DIR), PathBuf::from);
+        let mut files = vec![dir.join("default.toml")];
+        if let Ok(environment) = std::env::var("SERVICE_ENVIRONMENT") {
+            files.push(dir.join(format!("{environment}.toml")));
+        }
+        Self::from_files(&files)
+    }
+
+    /// Reads `files` in order, each of which must exist, then the `SERVICE__` variables.
+    pub fn from_files(files: &[PathBuf]) -> Result<Self, ConfigError> {
+        let missing: Vec<String> = files
+            .iter()
+            .filter(|file| !file.is_file())
+            .map(|file| format!("{}: no such configuration file", file.display()))
+            .collect();
+        if !missing.is_empty() {
+            return Err(ConfigError(missing));
+        }
+        let mut figment = Figment::new();
+        for file in files {
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        Self::from_figment(&figment.merge(Env::prefixed("SERVICE__").split("__")))
+    }
+
+    fn from_figment(figment: &Figment) -> Result<Self, ConfigError> {
+        let config: Self = figment.extract().map_err(|error| {
+            ConfigError(error.into_iter().map(|e| explain(figment, &e)).collect())
+        })?;
+        if config.orders.page_size > config.orders.max_page_size {
+            let problem = format!(
+                "{}: orders.page_size = {} is more than orders.max_page_size = {}",
+                source(figment, "orders.page_size"),
+                config.orders.page_size,
+                config.orders.max_page_size,
+            );
+            return Err(ConfigError(vec![problem]));
+        }
+        Ok(config)
+    }
+
+    /// SHA-256 of the effective configuration, in hexadecimal: what `/info` reports.
+    pub fn hash(&self) -> String {
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// One problem as `FILE: KEY = VALUE: what is wrong`.
+fn explain(figment: &Figment, error: &figment::Error) -> String {
+    let mut key = error.path.join(".");
+    if let figment::error::Kind::UnknownField(field, _) = &error.kind
+        && error.path.last() != Some(field)
+    {
+        key = if key.is_empty() { field.clone() } else { format!("{key}.{field}") };
+    }
+    let place = match &error.metadata {
+        Some(metadata) => describe(metadata, &key),
+        None => source(figment, &key),
+    };
+    let value = figment
+        .find_value(&key)
+        .ok()
+        .and_then(|value| serde_json::to_string(&value).ok().map(|value| format!(" = {value}")));
+    format!("{place}: {key}{}: {}", value.unwrap_or_default(), error.kind)
+}
+
+fn source(figment: &Figment, key: &str) -> String {
+    figment.find_metadata(key).map_or_else(|| "configuration".to_owned(), |m| describe(m, key))
+}
+
+fn describe(metadata: &figment::Metadata, key: &str) -> String {
+    match &metadata.source {
+        Some(figment::Source::File(path)) => path.display().to_string(),
+        _ => format!("variable SERVICE__{}", key.to_uppercase().replace('.', "__")),
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl<'de> Deserialize<'de> for Timeout {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let duration = jiff::SignedDuration::from_str(&text)
+            .ok()
+            .and_then(|duration| Duration::try_from(duration).ok())
+            .filter(|duration| !duration.is_zero() && *duration <= Duration::from_secs(3600));
+        duration.map(Timeout).ok_or_else(|| {
+            serde::de::Error::custom(
+                "expected a time of more than 0 and at most 1h, such as \"5s\"",
+            )
+        })
+    }
+}
+
+impl Serialize for Timeout {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{}ms", self.0.as_millis()))
+    }
+}
+
+impl<'de> Deserialize<'de> for LogFilter {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match tracing_subscriber::EnvFilter::builder().parse(&text) {
+            Ok(_) => Ok(LogFilter(text)),
+            Err(error) => Err(serde::de::Error::custom(format!("not a log filter: {error}"))),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DatabaseUrl {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text.starts_with("sqlite:") {
+            Ok(DatabaseUrl(text))
+        } else {
+            Err(serde::de::Error::custom("expected an address that starts with \"sqlite:\""))
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Types and rules, no input or output.
+
+pub mod orders;

@@ -1,0 +1,263 @@
+//! Orders: what a valid one is. A value of these types cannot be wrong.
+
+use std::fmt;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+const MAX_CUSTOMER: usize = 64;
+const MAX_SKU: usize = 32;
+const MAX_QUANTITY: u32 = 10_000;
+/// A million in the currency's main unit.
+const MAX_UNIT_PRICE_CENTS: i64 = 100_000_000;
+
+/// UUIDv7 (RFC 9562, section 5.7): ids sort by the time they were made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct OrderId(Uuid);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    Open,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Order {
+    pub id: OrderId,
+    pub customer: String,
+    /// ISO 4217.
+    pub currency: String,
+    pub status: Status,
+    pub items: Vec<Item>,
+    pub total_cents: i64,
+    pub created_at: Timestamp,
+    pub updated_at: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Item {
+    pub sku: String,
+    pub quantity: u32,
+    pub unit_price_cents: i64,
+}
+
+/// What a client sends; not yet known to be valid.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OrderRequest {
+    pub customer: String,
+    pub currency: String,
+    pub items: Vec<ItemRequest>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ItemRequest {
+    pub sku: String,
+    pub quantity: u32,
+    pub unit_price_cents: i64,
+}
+
+/// Which page a client wants: `limit` orders older than `after`.
+#[derive(Debug, Default)]
+pub struct PageRequest {
+    pub limit: Option<u32>,
+    pub after: Option<OrderId>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Page {
+    pub items: Vec<Order>,
+    /// The `after` of the next page, where there is one.
+    pub next: Option<OrderId>,
+}
+
+/// Every field that is wrong, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{} invalid field(s)", .0.len())]
+pub struct Rejected(pub Vec<FieldError>);
+
+/// One wrong field; `field` is a JSON pointer (RFC 6901) into the request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FieldError {
+    pub field: String,
+    pub reason: String,
+}
+
+impl Order {
+    /// The order that `request` asks for, or all that is wrong with it.
+    pub fn place(request: OrderRequest, max_items: usize) -> Result<Self, Rejected> {
+        let mut wrong = Vec::new();
+        let mut check = |ok: bool, field: String, reason: String| {
+            if !ok {
+                wrong.push(FieldError { field, reason });
+            }
+        };
+        check(
+            is_printable(&request.customer, MAX_CUSTOMER),
+            "/customer".into(),
+            format!("must have 1 to {MAX_CUSTOMER} printable characters"),
+        );
+        check(
+            request.currency.len() == 3 && request.currency.bytes().all(|b| b.is_ascii_uppercase()),
+            "/currency".into(),
+            "must be three capital letters (ISO 4217)".into(),
+        );
+        check(
+            (1..=max_items).contains(&request.items.len()),
+            "/items".into(),
+            format!("must have 1 to {max_items} items"),
+        );
+        for (i, item) in request.items.iter().enumerate() {
+            check(
+                is_printable(&item.sku, MAX_SKU),
+                format!("/items/{i}/sku"),
+                format!("must have 1 to {MAX_SKU} printable characters"),
+            );
+            check(
+                (1..=MAX_QUANTITY).contains(&item.quantity),
+                format!("/items/{i}/quantity"),
+                format!("must be 1 to {MAX_QUANTITY}"),
+            );
+            check(
+                (0..=MAX_UNIT_PRICE_CENTS).contains(&item.unit_price_cents),
+                format!("/items/{i}/unit_price_cents"),
+                format!("must be 0 to {MAX_UNIT_PRICE_CENTS}"),
+            );
+        }
+        if !wrong.is_empty() {
+            return Err(Rejected(wrong));
+        }
+        let now = now();
+        let items = request
+            .items
+            .into_iter()
+            .map(|item| Item {
+                sku: item.sku,
+                quantity: item.quantity,
+                unit_price_cents: item.unit_price_cents,
+            })
+            .collect();
+        Ok(Self::assemble(
+            OrderId(Uuid::now_v7()),
+            request.customer,
+            request.currency,
+            Status::Open,
+            items,
+            (now, now),
+        ))
+    }
+
+    /// An order from its parts, as storage keeps them; `times` are creation and last change.
+    pub fn assemble(
+        id: OrderId,
+        customer: String,
+        currency: String,
+        status: Status,
+        items: Vec<Item>,
+        times: (Timestamp, Timestamp),
+    ) -> Self {
+        // Within the limits above the sum of 10,000 lines cannot overflow.
+        let total_cents =
+            items.iter().map(|item| i64::from(item.quantity) * item.unit_price_cents).sum();
+        let (created_at, updated_at) = times;
+        Self { id, customer, currency, status, items, total_cents, created_at, updated_at }
+    }
+}
+
+/// Now, to the millisecond that storage keeps.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
+}
+
+fn is_printable(text: &str, max: usize) -> bool {
+    !text.trim().is_empty() && text.chars().count() <= max && !text.chars().any(char::is_control)
+}
+
+impl PageRequest {
+    /// The number of orders asked for, `default` where the request does not say.
+    pub fn limit(&self, default: u32, max: u32) -> Result<u32, Rejected> {
+        match self.limit {
+            None => Ok(default),
+            Some(limit) if (1..=max).contains(&limit) => Ok(limit),
+            Some(_) => Err(Rejected(vec![FieldError {
+                field: "/limit".into(),
+                reason: format!("must be 1 to {max}"),
+            }])),
+        }
+    }
+}
+
+impl OrderId {
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        Uuid::from_slice(bytes).ok().map(Self)
+    }
+}
+
+impl fmt::Display for OrderId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for OrderId {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl FromStr for Status {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Open, Self::Cancelled].into_iter().find(|s| s.as_str() == text).ok_or(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// What is accepted is within every limit, and its total is the sum of its lines.
+        #[test]
+        fn accepted_orders_are_valid(
+            customer in ".{0,70}",
+            currency in "[A-Za-z]{2,4}",
+            lines in proptest::collection::vec((".{0,40}", 0u32..20_000, -5i64..200_000_000), 0..6),
+        ) {
+            let items = lines.iter().map(|(sku, quantity, unit_price_cents)| ItemRequest {
+                sku: sku.clone(), quantity: *quantity, unit_price_cents: *unit_price_cents,
+            }).collect();
+            match Order::place(OrderRequest { customer, currency, items }, 5) {
+                Ok(order) => {
+                    prop_assert!((1..=5).contains(&order.items.len()));
+                    prop_assert!(order.items.iter().all(|i| i.quantity >= 1 && i.unit_price_cents >= 0));
+                    let total: i64 = lines.iter().map(|(_, q, p)| i64::from(*q) * p).sum();
+                    prop_assert_eq!(order.total_cents, total);
+                }
+                Err(Rejected(wrong)) => prop_assert!(!wrong.is_empty()),
+            }
+        }
+    }
+}

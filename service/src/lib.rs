@@ -1,0 +1,14 @@
+//! A sample production microservice: orders over REST, on embedded defaults.
+//!
+//! Read [`router`] for what it serves, [`middleware`] for what surrounds every request,
+//! [`app`] for what it is made of and [`config`] for what can be set.
+
+pub mod adapters;
+pub mod api;
+pub mod app;
+pub mod config;
+pub mod domain;
+pub mod middleware;
+pub mod router;
+pub mod server;
+pub mod telemetry;

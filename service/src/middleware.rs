@@ -1,0 +1,96 @@
+//! Every layer around every request, outermost first: request id, log and metrics, panics,
+//! time-out, body limit.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::api::problem::Problem;
+use crate::app::App;
+use crate::config::Server;
+
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID: usize = 128;
+
+pub fn apply(routes: Router<Arc<App>>, config: &Server) -> Router<Arc<App>> {
+    routes.layer(
+        ServiceBuilder::new()
+            .layer(from_fn(observe))
+            .layer(CatchPanicLayer::custom(panicked))
+            .layer(from_fn_with_state(config.request_timeout.0, time_limit))
+            .layer(DefaultBodyLimit::max(config.body_limit.get())),
+    )
+}
+
+/// Gives the request an id (the client's own, where it sent a usable one), a log line and
+/// its metrics. Routes, not paths, are the label: a scan of random paths makes no new series.
+async fn observe(request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let id = request
+        .headers()
+        .get(&REQUEST_ID)
+        .filter(|id| id.len() <= MAX_REQUEST_ID && id.to_str().is_ok())
+        .cloned()
+        .or_else(|| HeaderValue::from_str(&Uuid::now_v7().to_string()).ok())
+        .unwrap_or_else(|| HeaderValue::from_static("none"));
+    let method = method_label(request.method().as_str());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+    let span = tracing::info_span!(
+        "request",
+        request_id = id.to_str().unwrap_or_default(),
+        method,
+        path = request.uri().path(),
+    );
+    metrics::gauge!("http_requests_in_flight").increment(1.0);
+    let mut response = next.run(request).instrument(span.clone()).await;
+    metrics::gauge!("http_requests_in_flight").decrement(1.0);
+
+    let seconds = started.elapsed().as_secs_f64();
+    let status = response.status();
+    let labels =
+        [("method", method.to_owned()), ("route", route), ("status", status.as_u16().to_string())];
+    metrics::counter!("http_requests_total", &labels).increment(1);
+    metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
+    span.in_scope(|| {
+        tracing::info!(target: "access", status = status.as_u16(), seconds, "answered");
+    });
+    response.headers_mut().insert(REQUEST_ID.clone(), id);
+    response
+}
+
+/// The method as a metric's label: clients may invent methods, series must not follow.
+fn method_label(method: &str) -> &'static str {
+    const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
+    KNOWN.into_iter().find(|known| *known == method).unwrap_or("other")
+}
+
+async fn time_limit(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(limit, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Problem::new(StatusCode::GATEWAY_TIMEOUT, "timeout", "The request took too long")
+            .into_response(),
+    }
+}
+
+fn panicked(cause: Box<dyn Any + Send + 'static>) -> Response {
+    let message = cause
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| cause.downcast_ref::<String>().cloned())
+        .unwrap_or_default();
+    tracing::error!(message, "a request handler panicked");
+    Problem::internal().into_response()
+}

@@ -1,0 +1,93 @@
+//! The two ports, and an end that loses no request.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::app::App;
+use crate::config::Server;
+use crate::router;
+
+/// The listening sockets of the service and of its operators.
+pub struct Sockets {
+    public: TcpListener,
+    admin: TcpListener,
+}
+
+impl Sockets {
+    /// Takes the sockets that a supervisor passed (`LISTEN_FDS`, as systemd does: first the
+    /// service's, then the operators'), or else binds those the configuration names.
+    pub fn bind(config: &Server) -> anyhow::Result<Self> {
+        let mut passed = listenfd::ListenFd::from_env();
+        let mut socket = |index, address: SocketAddr, key: &str| match passed
+            .take_tcp_listener(index)
+            .context("taking a socket from LISTEN_FDS")?
+        {
+            Some(listener) => Ok(listener),
+            None => TcpListener::bind(address)
+                .with_context(|| format!("listening on server.{key} = {address}; is it in use?")),
+        };
+        Ok(Self {
+            public: socket(0, config.listen, "listen")?,
+            admin: socket(1, config.admin_listen, "admin_listen")?,
+        })
+    }
+
+    /// Where the service and its operators' port are.
+    pub fn addresses(&self) -> std::io::Result<(SocketAddr, SocketAddr)> {
+        Ok((self.public.local_addr()?, self.admin.local_addr()?))
+    }
+}
+
+/// Serves until `stop` resolves, then takes no more requests, finishes those in flight and
+/// returns; after `drain_timeout` it returns with an error that says so.
+pub async fn serve(
+    app: Arc<App>,
+    sockets: Sockets,
+    stop: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    let (public, admin) = sockets.addresses()?;
+    let (stopping, stopped) = watch::channel(false);
+    let mut servers = tokio::task::JoinSet::new();
+    for (listener, routes) in
+        [(sockets.public, router::public(&app)), (sockets.admin, router::admin(&app))]
+    {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let mut stopped = stopped.clone();
+        servers.spawn(async move {
+            axum::serve(listener, routes)
+                .with_graceful_shutdown(async move {
+                    // An error means that the sender is gone, which also ends the service.
+                    let _ = stopped.wait_for(|stopping| *stopping).await;
+                })
+                .await
+        });
+    }
+    tracing::info!(%public, %admin, config_hash = app.config.hash(), "serving");
+
+    stop.await?;
+    app.drain();
+    tracing::info!(deadline = ?app.config.server.drain_timeout.0, "draining");
+    stopping.send_replace(true);
+    let drained = async { while servers.join_next().await.is_some() {} };
+    let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
+    app.close().await;
+    drained.context("requests were still running at server.drain_timeout")?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Resolves on SIGTERM or Ctrl-C.
+pub async fn terminated() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watching for Ctrl-C")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! Health, build info, metrics, limits and a lossless end.
+
+use std::time::Duration;
+
+use serde_json::json;
+use service::config::Timeout;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::test_app::{TestApp, order};
+
+#[tokio::test]
+async fn health_info_and_metrics_tell_what_runs() {
+    let app = TestApp::start().await;
+    assert_eq!(app.get("/health/live").await, (200, json!({ "status": "live" })));
+    assert_eq!(app.get("/health/ready").await.0, 200);
+    let (_, info) = app.get("/info").await;
+    assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(info["schema_version"], 1);
+    assert_eq!(info["config_hash"].as_str().unwrap().len(), 64);
+
+    app.get("/v1/orders?limit=3").await;
+    app.get("/no/such/path").await;
+    let metrics = app.admin_text("/metrics").await;
+    for wanted in [
+        "http_requests_total{method=\"GET\",route=\"/v1/orders\",status=\"200\"}",
+        "http_requests_total{method=\"GET\",route=\"unmatched\",status=\"404\"}",
+        "http_request_duration_seconds_bucket{method=\"GET\",route=\"/v1/orders\",le=\"0.1\"}",
+        "process_resident_memory_bytes",
+    ] {
+        assert!(metrics.contains(wanted), "{wanted} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn readiness_names_the_part_that_is_not_ready() {
+    let app = TestApp::start().await;
+    app.app.close().await;
+    let (status, body) = app.get("/health/ready").await;
+    assert_eq!(status, 503);
+    assert_eq!(body["parts"][1]["part"], "database");
+    assert_eq!(body["parts"][1]["ready"], false);
+    assert!(body["parts"][1]["reason"].as_str().unwrap().contains("closed"), "{body}");
+}
+
+#[tokio::test]
+async fn request_ids_are_kept_or_made() {
+    let app = TestApp::start().await;
+    let client = reqwest::Client::new();
+    let url = format!("http://{}/health/live", app.public);
+    let echoed = client.get(&url).header("x-request-id", "mine-1").send().await.unwrap();
+    assert_eq!(echoed.headers()["x-request-id"], "mine-1");
+    let made = client.get(&url).send().await.unwrap();
+    assert_eq!(made.headers()["x-request-id"].len(), 36);
+}
+
+/// A body that never comes is cut off by `request_timeout`, not waited for.
+#[tokio::test]
+async fn slow_requests_end_with_504() {
+    let app = TestApp::start_with(|config| {
+        config.server.request_timeout = Timeout(Duration::from_millis(50));
+    })
+    .await;
+    let mut socket = TcpStream::connect(app.public).await.unwrap();
+    let head = "POST /v1/orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                content-length: 100\r\n\r\n{";
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    socket.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 504");
+}
+
+/// A request whose body is still on its way when the end begins is answered all the same.
+#[tokio::test]
+async fn a_request_in_flight_survives_shutdown() {
+    let mut app = TestApp::start().await;
+    let body = order().to_string();
+    let mut socket = TcpStream::connect(app.public).await.unwrap();
+    let head = format!(
+        "POST /v1/orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nexpect: 100-continue\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    // The interim answer shows that the handler has begun to read the body.
+    let mut interim = [0; 25];
+    socket.read_exact(&mut interim).await.unwrap();
+    assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+
+    app.begin_stop();
+    socket.write_all(body.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    app.stopped().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_never_ends_does_not_hold_the_process_for_ever() {
+    let mut app = TestApp::start_with(|config| {
+        config.server.drain_timeout = Timeout(Duration::from_millis(100));
+    })
+    .await;
+    let mut socket = TcpStream::connect(app.public).await.unwrap();
+    let head = "POST /v1/orders HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                content-length: 9\r\nexpect: 100-continue\r\n\r\n";
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let mut interim = [0; 25];
+    socket.read_exact(&mut interim).await.unwrap();
+    app.begin_stop();
+    let error = app.stopped().await.unwrap_err();
+    assert!(error.to_string().contains("drain_timeout"), "{error:#}");
+}

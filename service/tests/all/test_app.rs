@@ -1,0 +1,114 @@
+//! A running service on free ports, with its own database.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use reqwest::Method;
+use serde_json::{Value, json};
+use service::app::App;
+use service::config::Config;
+use service::server::{self, Sockets};
+use service::telemetry;
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+pub struct TestApp {
+    pub app: Arc<App>,
+    pub public: SocketAddr,
+    pub admin: SocketAddr,
+    client: reqwest::Client,
+    stop: Option<oneshot::Sender<()>>,
+    server: JoinHandle<anyhow::Result<()>>,
+    dir: Arc<TempDir>,
+}
+
+/// The configuration that ships, with a database in `dir` and ports that are free.
+pub fn config(dir: &Path) -> Config {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service/default.toml");
+    let mut config = Config::from_files(&[shipped]).unwrap();
+    config.server.listen = "127.0.0.1:0".parse().unwrap();
+    config.server.admin_listen = "127.0.0.1:0".parse().unwrap();
+    config.database.url.0 = format!("sqlite://{}", dir.join("orders.db").display());
+    config
+}
+
+impl TestApp {
+    pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(Arc::new(TempDir::new().unwrap()), change).await
+    }
+
+    /// A second process on the same database.
+    pub async fn beside(&self, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(Arc::clone(&self.dir), change).await
+    }
+
+    async fn start_in(dir: Arc<TempDir>, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = config(dir.path());
+        change(&mut config);
+        let app = App::open(config, metrics()).await.unwrap();
+        let sockets = Sockets::bind(&app.config.server).unwrap();
+        let (public, admin) = sockets.addresses().unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn(server::serve(Arc::clone(&app), sockets, async {
+            let _ = stopped.await;
+            Ok(())
+        }));
+        let client = reqwest::Client::new();
+        Self { app, public, admin, client, stop: Some(stop), server, dir }
+    }
+
+    pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> (u16, Value) {
+        let request = self.client.request(method, format!("http://{}{path}", self.public));
+        let request = match body {
+            Some(body) => request.json(&body),
+            None => request,
+        };
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        self.send(Method::GET, path, None).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.send(Method::POST, path, Some(body)).await
+    }
+
+    pub async fn admin_text(&self, path: &str) -> String {
+        let url = format!("http://{}{path}", self.admin);
+        self.client.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
+    pub fn begin_stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+    }
+
+    pub async fn stopped(self) -> anyhow::Result<()> {
+        self.server.await.unwrap()
+    }
+}
+
+pub fn order() -> Value {
+    json!({
+        "customer": "ada",
+        "currency": "EUR",
+        "items": [
+            { "sku": "tea", "quantity": 2, "unit_price_cents": 450 },
+            { "sku": "cup", "quantity": 1, "unit_price_cents": 1200 },
+        ],
+    })
+}
+
+/// A process has one metrics recorder, so the tests of this binary share it.
+fn metrics() -> PrometheusHandle {
+    static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
+    METRICS.get_or_init(|| telemetry::metrics().unwrap()).clone()
+}
