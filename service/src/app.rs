@@ -56,8 +56,15 @@ pub struct Info {
 impl App {
     /// Connects to what the configuration names.
     pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
-        let storage = storage::open(&config.database).await.context("opening the database")?;
-        Ok(Arc::new(Self { config, metrics, storage, draining: AtomicBool::new(false) }))
+        let storage = storage::open(&config.database)
+            .await
+            .context("opening the database")?;
+        Ok(Arc::new(Self {
+            config,
+            metrics,
+            storage,
+            draining: AtomicBool::new(false),
+        }))
     }
 
     pub async fn create_order(&self, request: OrderRequest) -> Result<Order, Error> {
@@ -79,13 +86,20 @@ impl App {
         let mut items = self.storage.list(request.after, limit + 1).await?;
         let more = items.len() > limit as usize;
         items.truncate(limit as usize);
-        let next = if more { items.last().map(|order| order.id) } else { None };
+        let next = if more {
+            items.last().map(|order| order.id)
+        } else {
+            None
+        };
         Ok(Page { items, next })
     }
 
     /// Cancelling a cancelled order changes nothing and answers with it.
     pub async fn cancel_order(&self, id: OrderId) -> Result<Order, Error> {
-        self.storage.cancel(id, jiff::Timestamp::now()).await?.ok_or(Error::NotFound(id))
+        self.storage
+            .cancel(id, jiff::Timestamp::now())
+            .await?
+            .ok_or(Error::NotFound(id))
     }
 
     /// The state of each part that the service cannot work without.
@@ -102,7 +116,11 @@ impl App {
                 ready: !draining,
                 reason: draining.then(|| "shutting down".to_owned()),
             },
-            PartStatus { part: "database", ready: storage.is_none(), reason: storage },
+            PartStatus {
+                part: "database",
+                ready: storage.is_none(),
+                reason: storage,
+            },
         ]
     }
 

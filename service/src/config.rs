@@ -133,7 +133,10 @@ impl Config {
     /// SHA-256 of the effective configuration, in hexadecimal: what `/info` reports.
     pub fn hash(&self) -> String {
         let json = serde_json::to_vec(self).unwrap_or_default();
-        Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect()
+        Sha256::digest(json)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -143,27 +146,41 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
     if let figment::error::Kind::UnknownField(field, _) = &error.kind
         && error.path.last() != Some(field)
     {
-        key = if key.is_empty() { field.clone() } else { format!("{key}.{field}") };
+        key = if key.is_empty() {
+            field.clone()
+        } else {
+            format!("{key}.{field}")
+        };
     }
     let place = match &error.metadata {
         Some(metadata) => describe(metadata, &key),
         None => source(figment, &key),
     };
-    let value = figment
-        .find_value(&key)
-        .ok()
-        .and_then(|value| serde_json::to_string(&value).ok().map(|value| format!(" = {value}")));
-    format!("{place}: {key}{}: {}", value.unwrap_or_default(), error.kind)
+    let value = figment.find_value(&key).ok().and_then(|value| {
+        serde_json::to_string(&value)
+            .ok()
+            .map(|value| format!(" = {value}"))
+    });
+    format!(
+        "{place}: {key}{}: {}",
+        value.unwrap_or_default(),
+        error.kind
+    )
 }
 
 fn source(figment: &Figment, key: &str) -> String {
-    figment.find_metadata(key).map_or_else(|| "configuration".to_owned(), |m| describe(m, key))
+    figment
+        .find_metadata(key)
+        .map_or_else(|| "configuration".to_owned(), |m| describe(m, key))
 }
 
 fn describe(metadata: &figment::Metadata, key: &str) -> String {
     match &metadata.source {
         Some(figment::Source::File(path)) => path.display().to_string(),
-        _ => format!("variable SERVICE__{}", key.to_uppercase().replace('.', "__")),
+        _ => format!(
+            "variable SERVICE__{}",
+            key.to_uppercase().replace('.', "__")
+        ),
     }
 }
 
@@ -201,7 +218,9 @@ impl<'de> Deserialize<'de> for LogFilter {
         let text = String::deserialize(deserializer)?;
         match tracing_subscriber::EnvFilter::builder().parse(&text) {
             Ok(_) => Ok(LogFilter(text)),
-            Err(error) => Err(serde::de::Error::custom(format!("not a log filter: {error}"))),
+            Err(error) => Err(serde::de::Error::custom(format!(
+                "not a log filter: {error}"
+            ))),
         }
     }
 }
@@ -212,7 +231,9 @@ impl<'de> Deserialize<'de> for DatabaseUrl {
         if text.starts_with("sqlite:") {
             Ok(DatabaseUrl(text))
         } else {
-            Err(serde::de::Error::custom("expected an address that starts with \"sqlite:\""))
+            Err(serde::de::Error::custom(
+                "expected an address that starts with \"sqlite:\"",
+            ))
         }
     }
 }

@@ -29,9 +29,12 @@ fn main() -> ExitCode {
 fn run(config: Config) -> anyhow::Result<()> {
     telemetry::logs(&config.logging)?;
     let metrics = telemetry::metrics()?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
-        let app = App::open(config, metrics).await?;
-        let sockets = server::Sockets::bind(&app.config.server)?;
-        server::serve(app, sockets, server::terminated()).await
-    })
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let app = App::open(config, metrics).await?;
+            let sockets = server::Sockets::bind(&app.config.server)?;
+            server::serve(app, sockets, server::terminated()).await
+        })
 }

@@ -60,8 +60,11 @@ async fn observe(request: Request, next: Next) -> Response {
 
     let seconds = started.elapsed().as_secs_f64();
     let status = response.status();
-    let labels =
-        [("method", method.to_owned()), ("route", route), ("status", status.as_u16().to_string())];
+    let labels = [
+        ("method", method.to_owned()),
+        ("route", route),
+        ("status", status.as_u16().to_string()),
+    ];
     metrics::counter!("http_requests_total", &labels).increment(1);
     metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
     span.in_scope(|| {
@@ -74,14 +77,21 @@ async fn observe(request: Request, next: Next) -> Response {
 /// The method as a metric's label: clients may invent methods, series must not follow.
 fn method_label(method: &str) -> &'static str {
     const KNOWN: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
-    KNOWN.into_iter().find(|known| *known == method).unwrap_or("other")
+    KNOWN
+        .into_iter()
+        .find(|known| *known == method)
+        .unwrap_or("other")
 }
 
 async fn time_limit(State(limit): State<Duration>, request: Request, next: Next) -> Response {
     match tokio::time::timeout(limit, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Problem::new(StatusCode::GATEWAY_TIMEOUT, "timeout", "The request took too long")
-            .into_response(),
+        Err(_) => Problem::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "timeout",
+            "The request took too long",
+        )
+        .into_response(),
     }
 }
 

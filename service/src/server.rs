@@ -52,9 +52,10 @@ pub async fn serve(
     let (public, admin) = sockets.addresses()?;
     let (stopping, stopped) = watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
-    for (listener, routes) in
-        [(sockets.public, router::public(&app)), (sockets.admin, router::admin(&app))]
-    {
+    for (listener, routes) in [
+        (sockets.public, router::public(&app)),
+        (sockets.admin, router::admin(&app)),
+    ] {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut stopped = stopped.clone();

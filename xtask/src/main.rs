@@ -1,1 +1,60 @@
-fn main() {}
+//! `cargo xtask`: the whole delivery pipeline as one program. Parse, one match, exit code.
+
+#![cfg_attr(
+    not(feature = "rollout"),
+    expect(dead_code, reason = "what only rollouts use is compiled, and so checked, in every build")
+)]
+
+mod cargo;
+mod ci;
+mod cli;
+mod config;
+#[cfg(feature = "rollout")]
+mod demo;
+mod files;
+mod image;
+mod output;
+#[cfg(feature = "rollout")]
+mod platform;
+mod release;
+#[cfg(feature = "rollout")]
+mod rollout;
+mod setup;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use cli::{Cli, Command};
+use output::{Finished, Output};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(&cli);
+    let finished = match cli.command.missing_feature() {
+        Some(feature) => cargo::run_again_with(feature, &output),
+        None => run(&cli, &output),
+    };
+    output.finish(finished)
+}
+
+fn run(cli: &Cli, output: &Output) -> Result<Finished> {
+    match &cli.command {
+        Command::Ci(args) => ci::run(args, output),
+        Command::Image(args) => image::run(args, cli, output),
+        Command::Releases => release::list(cli, output),
+        #[cfg(feature = "rollout")]
+        Command::DeployStaging(args) => rollout::commands::deploy(args, cli, output),
+        #[cfg(feature = "rollout")]
+        Command::Canary(args) => rollout::commands::canary(args, cli, output),
+        #[cfg(feature = "rollout")]
+        Command::Rollback(args) => rollout::commands::rollback(args, cli, output),
+        #[cfg(feature = "rollout")]
+        Command::Sandbox(args) => platform::sandbox::commands::run(args, cli, output),
+        #[cfg(feature = "rollout")]
+        Command::Demo(args) => demo::run(args, cli, output),
+        #[cfg(not(feature = "rollout"))]
+        command => anyhow::bail!("{} was built without its feature", command.name()),
+    }
+}

@@ -19,7 +19,11 @@ pub async fn live() -> impl IntoResponse {
 pub async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     let parts = app.readiness().await;
     let ready = parts.iter().all(|part| part.ready);
-    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let code = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
     let status = if ready { "ready" } else { "not ready" };
     (code, Json(json!({ "status": status, "parts": parts })))
 }
@@ -32,5 +36,8 @@ pub async fn info(State(app): State<Arc<App>>) -> Json<Info> {
 /// `GET /metrics`: Prometheus' text format, version 0.0.4.
 pub async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     metrics_process::Collector::default().collect();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
+        app.metrics.render(),
+    )
 }

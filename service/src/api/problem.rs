@@ -25,7 +25,13 @@ pub struct Problem {
 
 impl Problem {
     pub fn new(status: StatusCode, kind: &'static str, title: &'static str) -> Self {
-        Self { kind, title, status: status.as_u16(), detail: None, errors: Vec::new() }
+        Self {
+            kind,
+            title,
+            status: status.as_u16(),
+            detail: None,
+            errors: Vec::new(),
+        }
     }
 
     #[must_use]
@@ -38,7 +44,10 @@ impl Problem {
 impl From<Rejected> for Problem {
     fn from(Rejected(errors): Rejected) -> Self {
         let status = StatusCode::UNPROCESSABLE_ENTITY;
-        Self { errors, ..Self::new(status, "invalid-request", "The request is not valid") }
+        Self {
+            errors,
+            ..Self::new(status, "invalid-request", "The request is not valid")
+        }
     }
 }
 
@@ -59,9 +68,11 @@ impl From<Error> for Problem {
                         "read-only",
                         "Orders cannot be changed at the moment",
                     ),
-                    StorageError::Busy(_) => {
-                        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", "Try again later")
-                    }
+                    StorageError::Busy(_) => Self::new(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        "overloaded",
+                        "Try again later",
+                    ),
                     StorageError::Schema { .. } | StorageError::Failed(_) => Self::internal(),
                 }
             }
@@ -71,7 +82,11 @@ impl From<Error> for Problem {
 
 impl Problem {
     pub fn internal() -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Something went wrong here")
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "Something went wrong here",
+        )
     }
 }
 
@@ -82,7 +97,9 @@ impl IntoResponse for Problem {
         let json = HeaderValue::from_static("application/problem+json");
         response.headers_mut().insert(header::CONTENT_TYPE, json);
         if status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
     }

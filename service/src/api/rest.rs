@@ -24,7 +24,11 @@ pub async fn create(
 ) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<Order>)> {
     let order = app.create_order(request).await?;
     let location = format!("/v1/orders/{}", order.id);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(order)))
+    Ok((
+        StatusCode::CREATED,
+        [(header::LOCATION, location)],
+        Json(order),
+    ))
 }
 
 /// `GET /v1/orders/{id}`
@@ -59,18 +63,29 @@ pub async fn list(
     })?;
     let limit = query
         .limit
-        .map(|text| text.parse().map_err(|_| rejected("/limit", "must be a whole number")))
+        .map(|text| {
+            text.parse()
+                .map_err(|_| rejected("/limit", "must be a whole number"))
+        })
         .transpose()?;
-    let after = query.after.map(|text| order_id(&text, "/after")).transpose()?;
+    let after = query
+        .after
+        .map(|text| order_id(&text, "/after"))
+        .transpose()?;
     Ok(Json(app.orders(PageRequest { limit, after }).await?))
 }
 
 fn order_id(text: &str, field: &str) -> Answer<OrderId> {
-    text.parse().map_err(|_| rejected(field, "must be an order's id (a UUID)"))
+    text.parse()
+        .map_err(|_| rejected(field, "must be an order's id (a UUID)"))
 }
 
 fn rejected(field: &str, reason: &str) -> Problem {
-    Rejected(vec![FieldError { field: field.into(), reason: reason.into() }]).into()
+    Rejected(vec![FieldError {
+        field: field.into(),
+        reason: reason.into(),
+    }])
+    .into()
 }
 
 /// A JSON body; what is wrong with one is a [`Problem`] like everything else.
@@ -109,5 +124,9 @@ pub async fn not_found() -> impl IntoResponse {
 
 /// A path that is served, but not with this method.
 pub async fn wrong_method() -> impl IntoResponse {
-    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method-not-allowed",
+        "Method not allowed",
+    )
 }

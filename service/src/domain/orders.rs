@@ -161,10 +161,21 @@ impl Order {
         times: (Timestamp, Timestamp),
     ) -> Self {
         // Within the limits above the sum of 10,000 lines cannot overflow.
-        let total_cents =
-            items.iter().map(|item| i64::from(item.quantity) * item.unit_price_cents).sum();
+        let total_cents = items
+            .iter()
+            .map(|item| i64::from(item.quantity) * item.unit_price_cents)
+            .sum();
         let (created_at, updated_at) = times;
-        Self { id, customer, currency, status, items, total_cents, created_at, updated_at }
+        Self {
+            id,
+            customer,
+            currency,
+            status,
+            items,
+            total_cents,
+            created_at,
+            updated_at,
+        }
     }
 }
 
@@ -229,7 +240,10 @@ impl FromStr for Status {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Open, Self::Cancelled].into_iter().find(|s| s.as_str() == text).ok_or(())
+        [Self::Open, Self::Cancelled]
+            .into_iter()
+            .find(|s| s.as_str() == text)
+            .ok_or(())
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use service::config::Config;
 
 fn shipped(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../config/service")
+        .join(name)
 }
 
 #[test]
@@ -24,20 +26,44 @@ fn problems_name_file_key_and_value() {
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
         ),
-        ("[server]\nrequest_timeout = 5", &["server.request_timeout", "5"]),
-        ("[server]\nlisten = \"here\"", &["server.listen", "\"here\""]),
-        ("[database]\nmax_connections = 0", &["database.max_connections", "0", "nonzero"]),
-        ("[database]\nurl = \"mysql://x\"", &["database.url", "mysql://x", "sqlite:"]),
-        ("[database]\nmax_conections = 1", &["database.max_conections", "max_connections"]),
-        ("[orders]\npage_size = 500", &["orders.page_size", "500", "max_page_size"]),
-        ("[logging]\nformat = \"xml\"", &["logging.format", "xml", "json"]),
+        (
+            "[server]\nrequest_timeout = 5",
+            &["server.request_timeout", "5"],
+        ),
+        (
+            "[server]\nlisten = \"here\"",
+            &["server.listen", "\"here\""],
+        ),
+        (
+            "[database]\nmax_connections = 0",
+            &["database.max_connections", "0", "nonzero"],
+        ),
+        (
+            "[database]\nurl = \"mysql://x\"",
+            &["database.url", "mysql://x", "sqlite:"],
+        ),
+        (
+            "[database]\nmax_conections = 1",
+            &["database.max_conections", "max_connections"],
+        ),
+        (
+            "[orders]\npage_size = 500",
+            &["orders.page_size", "500", "max_page_size"],
+        ),
+        (
+            "[logging]\nformat = \"xml\"",
+            &["logging.format", "xml", "json"],
+        ),
     ];
     for (text, wanted) in cases {
         std::fs::write(&file, text).unwrap();
         let error = Config::from_files(&[shipped("default.toml"), file.clone()]).unwrap_err();
         let message = error.to_string();
         for part in [file.to_str().unwrap()].iter().chain(wanted) {
-            assert!(message.contains(part), "{text:?}: no {part:?} in {message:?}");
+            assert!(
+                message.contains(part),
+                "{text:?}: no {part:?} in {message:?}"
+            );
         }
     }
 }

@@ -12,7 +12,10 @@ use crate::test_app::{TestApp, order};
 #[tokio::test]
 async fn health_info_and_metrics_tell_what_runs() {
     let app = TestApp::start().await;
-    assert_eq!(app.get("/health/live").await, (200, json!({ "status": "live" })));
+    assert_eq!(
+        app.get("/health/live").await,
+        (200, json!({ "status": "live" }))
+    );
     assert_eq!(app.get("/health/ready").await.0, 200);
     let (_, info) = app.get("/info").await;
     assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
@@ -40,7 +43,13 @@ async fn readiness_names_the_part_that_is_not_ready() {
     assert_eq!(status, 503);
     assert_eq!(body["parts"][1]["part"], "database");
     assert_eq!(body["parts"][1]["ready"], false);
-    assert!(body["parts"][1]["reason"].as_str().unwrap().contains("closed"), "{body}");
+    assert!(
+        body["parts"][1]["reason"]
+            .as_str()
+            .unwrap()
+            .contains("closed"),
+        "{body}"
+    );
 }
 
 #[tokio::test]
@@ -48,7 +57,12 @@ async fn request_ids_are_kept_or_made() {
     let app = TestApp::start().await;
     let client = reqwest::Client::new();
     let url = format!("http://{}/health/live", app.public);
-    let echoed = client.get(&url).header("x-request-id", "mine-1").send().await.unwrap();
+    let echoed = client
+        .get(&url)
+        .header("x-request-id", "mine-1")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(echoed.headers()["x-request-id"], "mine-1");
     let made = client.get(&url).send().await.unwrap();
     assert_eq!(made.headers()["x-request-id"].len(), 36);

@@ -41,7 +41,13 @@ async fn pages_hold_every_order_once_newest_first() {
     loop {
         let (status, page) = app.get(&path).await;
         assert_eq!(status, 200);
-        listed.extend(page["items"].as_array().unwrap().iter().map(|order| order["id"].clone()));
+        listed.extend(
+            page["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|order| order["id"].clone()),
+        );
         pages += 1;
         match page["next"].as_str() {
             Some(next) => path = format!("/v1/orders?limit=5&after={next}"),
@@ -106,7 +112,14 @@ async fn wrong_requests_are_explained_in_one_shape() {
             "invalid-request",
             &[],
         ),
-        (Method::POST, "/v1/orders", Some(unknown_field), 422, "invalid-request", &[]),
+        (
+            Method::POST,
+            "/v1/orders",
+            Some(unknown_field),
+            422,
+            "invalid-request",
+            &[],
+        ),
         (
             Method::POST,
             "/v1/orders",
@@ -115,12 +128,40 @@ async fn wrong_requests_are_explained_in_one_shape() {
             "too-large",
             &[],
         ),
-        (Method::GET, "/v1/orders/7", None, 422, "invalid-request", &["/id"]),
-        (Method::GET, "/v1/orders?limit=0", None, 422, "invalid-request", &["/limit"]),
-        (Method::GET, "/v1/orders?after=x", None, 422, "invalid-request", &["/after"]),
+        (
+            Method::GET,
+            "/v1/orders/7",
+            None,
+            422,
+            "invalid-request",
+            &["/id"],
+        ),
+        (
+            Method::GET,
+            "/v1/orders?limit=0",
+            None,
+            422,
+            "invalid-request",
+            &["/limit"],
+        ),
+        (
+            Method::GET,
+            "/v1/orders?after=x",
+            None,
+            422,
+            "invalid-request",
+            &["/after"],
+        ),
         (Method::GET, nobody, None, 404, "not-found", &[]),
         (Method::GET, "/nothing", None, 404, "not-found", &[]),
-        (Method::DELETE, "/v1/orders", None, 405, "method-not-allowed", &[]),
+        (
+            Method::DELETE,
+            "/v1/orders",
+            None,
+            405,
+            "method-not-allowed",
+            &[],
+        ),
     ];
     for (method, path, body, status, kind, fields) in cases {
         let label = format!("{method} {path} {body:?}");
@@ -130,7 +171,12 @@ async fn wrong_requests_are_explained_in_one_shape() {
         assert_eq!(problem["status"], status, "{label}");
         let named: Vec<&str> = problem["errors"]
             .as_array()
-            .map(|errors| errors.iter().filter_map(|error| error["field"].as_str()).collect())
+            .map(|errors| {
+                errors
+                    .iter()
+                    .filter_map(|error| error["field"].as_str())
+                    .collect()
+            })
             .unwrap_or_default();
         assert_eq!(named, fields, "{label}: {problem}");
     }
@@ -140,7 +186,9 @@ async fn wrong_requests_are_explained_in_one_shape() {
 async fn processes_share_a_database_and_a_read_only_one_refuses_writes() {
     let writer = TestApp::start().await;
     let other = writer.beside(|_| {}).await;
-    let reader = writer.beside(|config| config.database.read_only = true).await;
+    let reader = writer
+        .beside(|config| config.database.read_only = true)
+        .await;
 
     let (writes, more) = tokio::join!(
         async {

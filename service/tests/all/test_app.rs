@@ -61,11 +61,21 @@ impl TestApp {
             Ok(())
         }));
         let client = reqwest::Client::new();
-        Self { app, public, admin, client, stop: Some(stop), server, dir }
+        Self {
+            app,
+            public,
+            admin,
+            client,
+            stop: Some(stop),
+            server,
+            dir,
+        }
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> (u16, Value) {
-        let request = self.client.request(method, format!("http://{}{path}", self.public));
+        let request = self
+            .client
+            .request(method, format!("http://{}{path}", self.public));
         let request = match body {
             Some(body) => request.json(&body),
             None => request,
@@ -84,7 +94,14 @@ impl TestApp {
 
     pub async fn admin_text(&self, path: &str) -> String {
         let url = format!("http://{}{path}", self.admin);
-        self.client.get(url).send().await.unwrap().text().await.unwrap()
+        self.client
+            .get(url)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap()
     }
 
     pub fn begin_stop(&mut self) {
@@ -110,5 +127,7 @@ pub fn order() -> Value {
 /// A process has one metrics recorder, so the tests of this binary share it.
 fn metrics() -> PrometheusHandle {
     static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
-    METRICS.get_or_init(|| telemetry::metrics().unwrap()).clone()
+    METRICS
+        .get_or_init(|| telemetry::metrics().unwrap())
+        .clone()
 }

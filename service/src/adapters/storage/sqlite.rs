@@ -54,7 +54,10 @@ impl Sqlite {
             let _lock = lock(&file)?;
             let pool = connect.connect_with(options).await;
             if let Ok(pool) = &pool {
-                MIGRATIONS.run(pool).await.context("migrating the database")?;
+                MIGRATIONS
+                    .run(pool)
+                    .await
+                    .context("migrating the database")?;
             }
             pool
         };
@@ -66,7 +69,8 @@ impl Sqlite {
 fn lock(database: &Path) -> anyhow::Result<File> {
     let path = database.with_extension("migrate.lock");
     let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    file.lock().with_context(|| format!("locking {}", path.display()))?;
+    file.lock()
+        .with_context(|| format!("locking {}", path.display()))?;
     Ok(file)
 }
 
@@ -105,8 +109,10 @@ impl Storage for Sqlite {
     }
 
     async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
-        let rows =
-            sqlx::query(&select("WHERE id = ?1")).bind(id.as_bytes()).fetch_all(&self.pool).await?;
+        let rows = sqlx::query(&select("WHERE id = ?1"))
+            .bind(id.as_bytes())
+            .fetch_all(&self.pool)
+            .await?;
         Ok(orders(&rows)?.pop())
     }
 
@@ -134,9 +140,17 @@ impl Storage for Sqlite {
 
     async fn check(&self) -> Result<(), StorageError> {
         let found = self.schema_version().await?;
-        let needed = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
+        let needed = MIGRATIONS
+            .iter()
+            .map(|migration| migration.version)
+            .max()
+            .unwrap_or(0);
         // Newer is fine: migrations only ever add what the release before can live with.
-        if found < needed { Err(StorageError::Schema { found, needed }) } else { Ok(()) }
+        if found < needed {
+            Err(StorageError::Schema { found, needed })
+        } else {
+            Ok(())
+        }
     }
 
     async fn schema_version(&self) -> Result<i64, StorageError> {
@@ -184,7 +198,9 @@ fn orders(rows: &[SqliteRow]) -> Result<Vec<Order>, StorageError> {
             OrderId::from_slice(row.try_get("id")?).ok_or_else(|| corrupt("id"))?,
             row.try_get("customer")?,
             row.try_get("currency")?,
-            row.try_get::<&str, _>("status")?.parse::<Status>().map_err(|()| corrupt("status"))?,
+            row.try_get::<&str, _>("status")?
+                .parse::<Status>()
+                .map_err(|()| corrupt("status"))?,
             items,
             (time("created_at")?, time("updated_at")?),
         ));
@@ -209,9 +225,10 @@ impl From<sqlx::Error> for StorageError {
         const BUSY: u32 = 5;
         const READ_ONLY: u32 = 8;
         let code = match &error {
-            sqlx::Error::Database(database) => {
-                database.code().and_then(|code| code.parse::<u32>().ok()).map(|code| code & 0xff)
-            }
+            sqlx::Error::Database(database) => database
+                .code()
+                .and_then(|code| code.parse::<u32>().ok())
+                .map(|code| code & 0xff),
             _ => None,
         };
         match (code, &error) {

@@ -1,0 +1,271 @@
+//! The whole command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The delivery pipeline: the same commands on a laptop and in GitHub Actions.
+///
+/// Exit codes: 0 yes; 1 no (a check failed, a release was judged bad and rolled back);
+/// 2 could not tell (bad usage or config, a missing tool, metrics away, held).
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// What to print: text for people, or one JSON object a line on standard output.
+    #[arg(long, global = true, value_enum, default_value = "human", value_name = "FORMAT")]
+    pub message_format: MessageFormat,
+
+    /// When to use colour.
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN")]
+    pub color: Color,
+
+    /// The pipeline's settings.
+    #[arg(long, global = true, default_value = "config/pipeline.toml", value_name = "FILE")]
+    pub pipeline: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MessageFormat {
+    Human,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the whole path on this machine: image, staging, canary, rollback, under load.
+    Demo(DemoArgs),
+    /// Run the checks: what must hold before a change lands.
+    Ci(CiArgs),
+    /// Build the service into an OCI image and record it as a release.
+    Image(ImageArgs),
+    /// List the releases.
+    Releases,
+    /// Put a release into staging, wait until it is ready, and check it.
+    DeployStaging(DeployArgs),
+    /// Move production to a release in judged stages.
+    #[command(subcommand)]
+    Canary(CanaryCommand),
+    /// Go back to the last release that earned its place.
+    Rollback(RollbackArgs),
+    /// Look at or stop the platform that runs releases on this machine.
+    #[command(subcommand)]
+    Sandbox(SandboxCommand),
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Leave the sandbox running at the end, and say where.
+    #[arg(long)]
+    pub keep: bool,
+
+    /// Requests a second to send.
+    #[arg(long, default_value_t = 600, value_name = "N", value_parser = clap::value_parser!(u32).range(50..=5000))]
+    pub rate: u32,
+}
+
+#[derive(Debug, Args)]
+pub struct CiArgs {
+    /// First install what the steps need and this machine lacks.
+    #[arg(long)]
+    pub setup: bool,
+
+    /// List the steps and what each proves.
+    #[arg(long)]
+    pub list: bool,
+
+    /// Run only these steps.
+    #[arg(long, value_name = "STEP", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// Print the commands instead of running them.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// The image's version; the service package's own unless given.
+    #[arg(long, value_name = "SEMVER")]
+    pub version: Option<semver::Version>,
+
+    /// The configuration that the release carries; the service's own unless given.
+    #[arg(long, value_name = "DIR")]
+    pub config: Option<PathBuf>,
+
+    /// Take this executable instead of building the service.
+    #[arg(long, value_name = "FILE")]
+    pub binary: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct DeployArgs {
+    /// Which release: its id, the start of it, its version, or `latest`.
+    #[arg(long, default_value = "latest", value_name = "RELEASE")]
+    pub release: String,
+
+    /// Which environment.
+    #[arg(long, default_value = "staging", value_name = "NAME")]
+    pub environment: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CanaryCommand {
+    /// Start a rollout and follow it to its end.
+    Start(CanaryStartArgs),
+    /// Go on with a rollout whose command was killed.
+    Resume(EnvironmentArgs),
+    /// Show the stage, the weights, the evidence, and what happens next.
+    Status(EnvironmentArgs),
+    /// Move on from the current stage or gate, on your word.
+    Promote(EnvironmentArgs),
+    /// Give the rollout up: all traffic back to stable at once.
+    Abort(EnvironmentArgs),
+    /// Judge windows of counts from a file; also replays a rollout's journal.
+    Judge(JudgeArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CanaryStartArgs {
+    /// Which release; unless given, the one that the environment it is promoted from runs.
+    #[arg(long, value_name = "RELEASE")]
+    pub release: Option<String>,
+
+    #[command(flatten)]
+    pub environment: EnvironmentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EnvironmentArgs {
+    /// Which environment.
+    #[arg(long, default_value = "production", value_name = "NAME")]
+    pub environment: String,
+}
+
+#[derive(Debug, Args)]
+pub struct JudgeArgs {
+    /// JSON lines, one object for each window and arm; `-` is standard input.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    #[command(flatten)]
+    pub environment: EnvironmentArgs,
+
+    /// Go to this release, which must have earned its place here before.
+    #[arg(long, value_name = "RELEASE")]
+    pub to: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SandboxCommand {
+    /// Show what runs where.
+    Status,
+    /// Print what the processes wrote.
+    Logs(LogsArgs),
+    /// Drain and stop everything, then the sandbox itself.
+    Stop,
+    /// The sandbox itself; started by the commands that need it.
+    #[command(hide = true)]
+    Daemon(DaemonArgs),
+    /// A bare weighted proxy for benchmarks.
+    #[command(hide = true)]
+    Proxy(ProxyArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Only this environment.
+    #[arg(long, value_name = "NAME")]
+    pub environment: Option<String>,
+
+    /// Only this release.
+    #[arg(long, value_name = "RELEASE")]
+    pub release: Option<String>,
+
+    /// The last lines of each process.
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    pub lines: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct DaemonArgs {
+    /// Where its state is.
+    #[arg(long)]
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ProxyArgs {
+    /// Where to listen.
+    #[arg(long)]
+    pub listen: std::net::SocketAddr,
+
+    /// `ADDRESS=WEIGHT`, once for each upstream.
+    #[arg(long, required = true)]
+    pub upstream: Vec<String>,
+}
+
+impl Command {
+    /// The command as it was typed, for messages and for the last JSON line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Demo(_) => "demo",
+            Self::Ci(_) => "ci",
+            Self::Image(_) => "image",
+            Self::Releases => "releases",
+            Self::DeployStaging(_) => "deploy-staging",
+            Self::Canary(CanaryCommand::Start(_)) => "canary start",
+            Self::Canary(CanaryCommand::Resume(_)) => "canary resume",
+            Self::Canary(CanaryCommand::Status(_)) => "canary status",
+            Self::Canary(CanaryCommand::Promote(_)) => "canary promote",
+            Self::Canary(CanaryCommand::Abort(_)) => "canary abort",
+            Self::Canary(CanaryCommand::Judge(_)) => "canary judge",
+            Self::Rollback(_) => "rollback",
+            Self::Sandbox(SandboxCommand::Status) => "sandbox status",
+            Self::Sandbox(SandboxCommand::Logs(_)) => "sandbox logs",
+            Self::Sandbox(SandboxCommand::Stop) => "sandbox stop",
+            Self::Sandbox(SandboxCommand::Daemon(_)) => "sandbox daemon",
+            Self::Sandbox(SandboxCommand::Proxy(_)) => "sandbox proxy",
+        }
+    }
+
+    /// The feature of this crate that the command needs: the command table of the design.
+    fn feature(&self) -> Option<&'static str> {
+        match self {
+            Self::Ci(_) | Self::Image(_) | Self::Releases => None,
+            Self::DeployStaging(_)
+            | Self::Canary(_)
+            | Self::Rollback(_)
+            | Self::Sandbox(_)
+            | Self::Demo(_) => Some("rollout"),
+        }
+    }
+
+    /// The feature that the command needs and this binary lacks.
+    pub fn missing_feature(&self) -> Option<&'static str> {
+        self.feature().filter(|_| !cfg!(feature = "rollout"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

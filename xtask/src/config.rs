@@ -1,0 +1,435 @@
+//! `config/pipeline.toml`, parsed into types that cannot be wrong. Unknown keys are refused
+//! with their line and the nearest known name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::cargo;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pipeline {
+    state_dir: PathBuf,
+    pub service: Service,
+    #[serde(default)]
+    pub smoke: Vec<Smoke>,
+    pub environments: BTreeMap<String, Environment>,
+    pub rollout: Rollout,
+    pub judge: Judge,
+    pub scrape: Scrape,
+    #[serde(default)]
+    pub load: Vec<LoadRequest>,
+    pub demo: Option<Demo>,
+    /// The workspace's root, which relative paths start from.
+    #[serde(skip)]
+    pub root: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    pub package: String,
+    pub binary: String,
+    #[serde(default)]
+    pub arguments: Vec<String>,
+    pub config_dir: PathBuf,
+    pub migrations_dir: PathBuf,
+    pub ready_path: String,
+    pub metrics_path: String,
+    pub drain_timeout: Time,
+    #[serde(default)]
+    pub variables: BTreeMap<String, String>,
+}
+
+/// One request whose answer shows that an environment works.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Smoke {
+    pub name: String,
+    #[serde(default)]
+    pub method: Method,
+    pub path: String,
+    pub body: Option<String>,
+    /// The status wanted; any 2xx unless given.
+    pub status: Option<u16>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Method {
+    #[default]
+    Get,
+    Post,
+    Put,
+    Delete,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Environment {
+    pub platform: PlatformKind,
+    pub port: u16,
+    pub replicas: Replicas,
+    pub promotes_from: Option<String>,
+    #[serde(default)]
+    pub metrics: MetricsKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlatformKind {
+    Sandbox,
+}
+
+/// Where a rollout's counts come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MetricsKind {
+    /// What the platform's proxy saw.
+    #[default]
+    Proxy,
+    /// What the processes say of themselves, in Prometheus' format.
+    Scrape,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u32")]
+pub struct Replicas(pub u32);
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollout {
+    pub stages: Stages,
+    pub min_stage: Time,
+    pub max_stage: Time,
+    pub max_hold: Time,
+    pub ready_within: Time,
+    pub window: Time,
+    pub warm_up: Time,
+}
+
+/// The stages of a rollout: weights that rise and end at 100.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Vec<StageEntry>")]
+pub struct Stages(pub Vec<Stage>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Stage {
+    /// Percent of requests for the candidate.
+    pub weight: u8,
+    /// A stop that a person opens with `canary promote`, before the next stage.
+    pub gate: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a weight or { weight = 50, gate = \"why\" }")]
+enum StageEntry {
+    Weight(u8),
+    Gated(GatedStage),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GatedStage {
+    weight: u8,
+    gate: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Judge {
+    pub alpha: Probability,
+    pub beta: Probability,
+    /// Relative risk (1.5 = half as much again) that still counts as equal.
+    pub margin: Ratio,
+    pub tolerance: Probability,
+    pub outage: Probability,
+    pub latency_floor: Time,
+    pub latency_tolerance: Probability,
+}
+
+/// More than 0, less than 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64")]
+pub struct Probability(pub f64);
+
+/// More than 1.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64")]
+pub struct Ratio(pub f64);
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scrape {
+    pub requests: String,
+    pub error_label: String,
+    pub error_prefix: String,
+    pub latency: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadRequest {
+    /// How often this request is sent, against the shares of the others.
+    pub share: u32,
+    #[serde(default)]
+    pub method: Method,
+    pub path: String,
+    pub body: Option<String>,
+    pub capture: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Demo {
+    pub change: Setting,
+    pub mistake: Setting,
+}
+
+/// One key of a configuration file and a value for it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    pub file: String,
+    pub key: String,
+    pub value: toml::Value,
+}
+
+/// A time of more than 0 and at most a day; written `250ms`, `5s`, `2m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Time(pub Duration);
+
+impl Pipeline {
+    /// Reads `path`, which is relative to the workspace's root.
+    pub fn load(path: &Path) -> Result<Self> {
+        let root = cargo::root()?;
+        let file = root.join(path);
+        let text = std::fs::read_to_string(&file).with_context(|| {
+            format!("reading {}; name another file with --pipeline", file.display())
+        })?;
+        let mut pipeline = Self::parse(&text).with_context(|| format!("in {}", path.display()))?;
+        pipeline.root = root;
+        Ok(pipeline)
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let pipeline: Self = toml::from_str(text).map_err(|error| explain(&error))?;
+        let mut problems = Vec::new();
+        let mut ports = BTreeMap::new();
+        for (name, environment) in &pipeline.environments {
+            if let Some(other) = ports.insert(environment.port, name) {
+                problems.push(format!(
+                    "environments.{name}.port = {}: environments.{other} has it too",
+                    environment.port
+                ));
+            }
+            if let Some(from) = &environment.promotes_from
+                && !pipeline.environments.contains_key(from)
+            {
+                problems.push(format!(
+                    "environments.{name}.promotes_from = {from:?}: there is no such environment"
+                ));
+            }
+        }
+        if problems.is_empty() { Ok(pipeline) } else { bail!("{}", problems.join("\n")) }
+    }
+
+    /// The environment called `name`, or what there is instead.
+    pub fn environment(&self, name: &str) -> Result<&Environment> {
+        self.environments.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.environments.keys().map(String::as_str).collect();
+            let hint = nearest(name, known.iter().copied())
+                .map_or_else(String::new, |nearest| format!(" Did you mean {nearest:?}?"));
+            anyhow!(
+                "there is no environment {name:?} in the pipeline's settings; there is {}.{hint}",
+                known.join(", ")
+            )
+        })
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.root.join(&self.state_dir)
+    }
+}
+
+/// TOML's message, with the nearest known name for a key that is not known.
+fn explain(error: &toml::de::Error) -> anyhow::Error {
+    let mut quoted = error.message().split('`').skip(1).step_by(2);
+    let unknown = quoted.next().filter(|_| error.message().starts_with("unknown"));
+    let hint = unknown
+        .and_then(|unknown| nearest(unknown, quoted))
+        .map_or_else(String::new, |name| format!("did you mean `{name}`?"));
+    anyhow!("{error}{hint}")
+}
+
+/// The candidate that differs least from `name`, where one is close.
+pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .map(|candidate| (edits(name, candidate), candidate))
+        .min()
+        .filter(|(edits, _)| *edits <= 1 + name.len() / 3)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein's distance in bytes.
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let substitution = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substitution.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl TryFrom<Vec<StageEntry>> for Stages {
+    type Error = String;
+
+    fn try_from(entries: Vec<StageEntry>) -> Result<Self, String> {
+        let stages: Vec<Stage> = entries
+            .into_iter()
+            .map(|entry| match entry {
+                StageEntry::Weight(weight) => Stage { weight, gate: None },
+                StageEntry::Gated(GatedStage { weight, gate }) => Stage { weight, gate },
+            })
+            .collect();
+        let weights: Vec<u8> = stages.iter().map(|stage| stage.weight).collect();
+        if let Some(weight) = weights.iter().find(|weight| !(1..=100).contains(*weight)) {
+            return Err(format!("a stage's weight is 1 to 100 percent, not {weight}"));
+        }
+        if let Some(pair) = weights.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(format!("weights must rise, but {} comes after {}", pair[1], pair[0]));
+        }
+        if weights.last() != Some(&100) {
+            return Err("the last stage's weight must be 100".to_owned());
+        }
+        Ok(Self(stages))
+    }
+}
+
+impl TryFrom<u32> for Replicas {
+    type Error = String;
+
+    fn try_from(number: u32) -> Result<Self, String> {
+        if (1..=100).contains(&number) {
+            Ok(Self(number))
+        } else {
+            Err(format!("replicas must be 1 to 100, not {number}"))
+        }
+    }
+}
+
+impl TryFrom<f64> for Probability {
+    type Error = String;
+
+    fn try_from(number: f64) -> Result<Self, String> {
+        if number > 0.0 && number < 1.0 {
+            Ok(Self(number))
+        } else {
+            Err(format!("expected a number between 0 and 1, not {number}"))
+        }
+    }
+}
+
+impl TryFrom<f64> for Ratio {
+    type Error = String;
+
+    fn try_from(number: f64) -> Result<Self, String> {
+        if number > 1.0 && number.is_finite() {
+            Ok(Self(number))
+        } else {
+            Err(format!("expected a ratio above 1, not {number}"))
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        jiff::SignedDuration::from_str(&text)
+            .ok()
+            .and_then(|time| Duration::try_from(time).ok())
+            .filter(|time| !time.is_zero() && *time <= Duration::from_secs(86_400))
+            .map(Time)
+            .ok_or_else(|| {
+                serde::de::Error::custom(format!(
+                    "expected a time of more than 0 and at most a day, such as \"5s\", not {text:?}"
+                ))
+            })
+    }
+}
+
+impl Serialize for Time {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}ms", self.0.as_millis())
+    }
+}
+
+impl Time {
+    pub fn millis(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shipped() -> String {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/pipeline.toml");
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn what_ships_can_be_used() {
+        Pipeline::parse(&shipped()).unwrap();
+    }
+
+    #[test]
+    fn wrong_settings_are_explained() {
+        let cases = [
+            ("window = \"1s\"", "windw = \"1s\"", vec!["windw", "did you mean `window`?", "line "]),
+            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 50, 25, 100]", vec!["25 comes after 50", "line "]),
+            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 101]", vec!["not 101"]),
+            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 50]", vec!["must be 100"]),
+            ("port = 18081", "port = 18080", vec!["environments.staging.port", "18080"]),
+            ("promotes_from = \"staging\"", "promotes_from = \"stage\"", vec!["\"stage\""]),
+            ("replicas = 2", "replicas = 0", vec!["replicas must be 1 to 100", "line "]),
+            ("alpha = 0.03", "alpha = 3", vec!["alpha", "between 0 and 1"]),
+            ("min_stage = \"2s\"", "min_stage = \"-2s\"", vec!["such as \\\"5s\\\"", "line "]),
+            ("platform = \"sandbox\"", "platform = \"sandpit\"", vec!["sandpit", "did you mean `sandbox`?"]),
+        ];
+        for (right, wrong, wanted) in cases {
+            let text = shipped();
+            assert!(text.contains(right), "{right}");
+            let error = Pipeline::parse(&text.replacen(right, wrong, 1)).unwrap_err();
+            let message = format!("{error:?}");
+            for part in wanted {
+                let part = part.replace("\\\"", "\"");
+                assert!(message.contains(&part), "{wrong}: no {part:?} in {message}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_environment_names_the_nearest() {
+        let pipeline = Pipeline::parse(&shipped()).unwrap();
+        let error = pipeline.environment("prodution").unwrap_err().to_string();
+        assert!(error.contains("Did you mean \"production\"?"), "{error}");
+    }
+}

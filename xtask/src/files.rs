@@ -1,0 +1,76 @@
+//! Files that are either the old ones or the new ones, never half of either.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+/// Replaces `path` by `content`: written beside it, synced, then renamed.
+pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let dir = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(dir)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = dir.join(format!(".{name}.{}", std::process::id()));
+        let written = (|| {
+            let mut file = File::create(&temporary)?;
+            file.write_all(content)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)?;
+            // The rename itself is durable only when the directory is.
+            File::open(dir)?.sync_all()
+        })();
+        if written.is_err() {
+            // The first error is the one to report.
+            let _ = fs::remove_file(&temporary);
+        }
+        written
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).context("writing JSON")?;
+    text.push(b'\n');
+    write_atomically(path, &text)
+}
+
+/// The JSON in `path`; a damaged file is an error that says which one and what to do.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| {
+        format!("{} is damaged; move it away and repeat the command that made it", path.display())
+    })
+}
+
+/// SHA-256 in lower-case hexadecimal.
+pub fn sha256(content: &[u8]) -> String {
+    hex(&Sha256::digest(content))
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_that_fails_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        write_atomically(&path, b"old").unwrap();
+        // Renaming a file over a directory fails after the new content was written.
+        let blocked = dir.path().join("blocked");
+        fs::create_dir(&blocked).unwrap();
+        write_atomically(&blocked, b"new").unwrap_err();
+        write_atomically(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+}

@@ -1,0 +1,108 @@
+//! The service's executable: statically linked, and the same bytes from any directory.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use cargo_metadata::MetadataCommand;
+use xshell::cmd;
+
+use crate::cargo;
+use crate::config::Service;
+use crate::output::Output;
+
+/// Where the code comes from.
+pub struct Source {
+    pub version: semver::Version,
+    /// The git commit, with `-dirty` where the tree differs from it; `unknown` without git.
+    pub revision: String,
+    /// Seconds since the Unix epoch: `SOURCE_DATE_EPOCH`, else the commit's date, else 0.
+    /// <https://reproducible-builds.org/specs/source-date-epoch/>
+    pub date: i64,
+}
+
+impl Source {
+    pub fn describe(package: &str) -> Result<Self> {
+        let metadata = MetadataCommand::new()
+            .no_deps()
+            .current_dir(cargo::root()?)
+            .exec()
+            .context("asking cargo for the workspace's packages")?;
+        let Some(found) = metadata.packages.iter().find(|p| p.name.as_str() == package) else {
+            let known: Vec<&str> = metadata.packages.iter().map(|p| p.name.as_str()).collect();
+            bail!("service.package = {package:?}: the workspace has only {}", known.join(", "));
+        };
+        let shell = cargo::shell()?;
+        let git = |arguments: &[&str]| {
+            cmd!(shell, "git {arguments...}").quiet().ignore_stderr().read().ok()
+        };
+        let dirty = git(&["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
+        let revision = git(&["rev-parse", "HEAD"]).map_or_else(
+            || "unknown".to_owned(),
+            |commit| if dirty { format!("{commit}-dirty") } else { commit },
+        );
+        let date = match std::env::var("SOURCE_DATE_EPOCH") {
+            Ok(text) => text.parse().with_context(|| {
+                format!("SOURCE_DATE_EPOCH = {text:?} is not a number of seconds")
+            })?,
+            Err(_) => git(&["log", "-1", "--format=%ct"])
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(0),
+        };
+        Ok(Self { version: found.version.clone(), revision, date })
+    }
+}
+
+/// Builds the service in release mode and returns its executable.
+pub fn binary(service: &Service, output: &Output) -> Result<PathBuf> {
+    let triple = host_triple()?;
+    let (package, binary) = (&service.package, &service.binary);
+    let target_dir = cargo::target_dir()?;
+    let shell = cargo::shell()?;
+    // An explicit target keeps these flags away from build scripts and macros.
+    shell.set_var("CARGO_ENCODED_RUSTFLAGS", flags(&triple)?.join("\x1f"));
+    shell.set_var("CARGO_INCREMENTAL", "0");
+    let prefix_maps: Vec<String> =
+        prefix_maps()?.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
+    shell.set_var("CFLAGS", prefix_maps.join(" "));
+    let build = cmd!(
+        shell,
+        "cargo build --locked --release --package {package} --bin {binary} --target {triple}"
+    );
+    output.command(&build);
+    cargo::isolated(build).quiet().run().with_context(|| {
+        format!("building {binary}; a C compiler is needed (Debian: apt-get install gcc libc6-dev)")
+    })?;
+    Ok(target_dir.join(triple).join("release").join(binary))
+}
+
+fn flags(triple: &str) -> Result<Vec<String>> {
+    let mut flags: Vec<String> = prefix_maps()?
+        .iter()
+        .map(|(from, to)| format!("--remap-path-prefix={from}={to}"))
+        .collect();
+    // macOS has no static libc; there the sandbox runs the natively linked executable.
+    if triple.contains("linux") {
+        flags.push("-Ctarget-feature=+crt-static".to_owned());
+    }
+    Ok(flags)
+}
+
+/// Directories of this machine and what stands for them in the executable.
+fn prefix_maps() -> Result<Vec<(String, &'static str)>> {
+    let text = |path: PathBuf| path.to_string_lossy().into_owned();
+    let mut maps = vec![(text(cargo::target_dir()?), "/target"), (text(cargo::root()?), "/source")];
+    let home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
+    maps.extend(home.map(|home| (text(home), "/cargo")));
+    // rustc applies the last map that fits, so the most particular one goes last.
+    maps.sort_by_key(|(from, _)| from.len());
+    Ok(maps)
+}
+
+fn host_triple() -> Result<String> {
+    let shell = cargo::shell()?;
+    let version = cmd!(shell, "rustc -vV").quiet().read().context("asking rustc for its target")?;
+    let triple = version.lines().find_map(|line| line.strip_prefix("host: "));
+    triple.map(str::to_owned).context("rustc -vV names no host")
+}

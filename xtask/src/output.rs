@@ -1,0 +1,263 @@
+//! The one printer: text for people, JSON lines for programs, groups for GitHub Actions.
+//!
+//! In JSON mode standard output carries only JSON; everything for people goes to standard error.
+
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anstyle::{AnsiColor, Style};
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::cli::{Cli, Color, MessageFormat};
+
+const BOLD: Style = Style::new().bold();
+const DIM: Style = Style::new().dimmed();
+const GREEN: Style = AnsiColor::Green.on_default().bold();
+const RED: Style = AnsiColor::Red.on_default().bold();
+const YELLOW: Style = AnsiColor::Yellow.on_default().bold();
+const CYAN: Style = AnsiColor::Cyan.on_default().bold();
+
+pub struct Output {
+    command: &'static str,
+    json: bool,
+    color: bool,
+    terminal: bool,
+    /// GitHub Actions folds what stands between `::group::` and `::endgroup::`.
+    actions: bool,
+    /// Whether a progress line stands on the terminal and must be wiped before anything else.
+    transient: Mutex<bool>,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Finished {
+    pub exit: Exit,
+    pub outcome: &'static str,
+    /// More fields of the last JSON line.
+    pub fields: Map<String, Value>,
+}
+
+/// The exit codes that other programs read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Yes: done, or the checks hold.
+    Yes = 0,
+    /// No: a check failed, or a release was judged bad and rolled back.
+    No = 1,
+    /// Could not tell: bad usage or config, a missing tool, metrics away, held.
+    Unknown = 2,
+}
+
+impl Finished {
+    pub fn new(exit: Exit, outcome: &'static str) -> Self {
+        Self { exit, outcome, fields: Map::new() }
+    }
+
+    pub fn passed() -> Self {
+        Self::new(Exit::Yes, "passed")
+    }
+
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Serialize) -> Self {
+        self.fields.insert(key.to_owned(), json!(value));
+        self
+    }
+}
+
+impl Output {
+    pub fn new(cli: &Cli) -> Self {
+        let json = cli.message_format == MessageFormat::Json;
+        let terminal = if json { std::io::stderr().is_terminal() } else { std::io::stdout().is_terminal() };
+        let ci = std::env::var_os("CI").is_some();
+        let color = match cli.color {
+            Color::Always => true,
+            Color::Never => false,
+            Color::Auto => terminal && !ci && std::env::var_os("NO_COLOR").is_none(),
+        };
+        Self {
+            command: cli.command.name(),
+            json,
+            color,
+            terminal: terminal && !ci,
+            actions: std::env::var_os("GITHUB_ACTIONS").is_some(),
+            transient: Mutex::new(false),
+        }
+    }
+
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Whether nobody looks on while it runs, so that all there is to say must be in the log.
+    pub fn is_log(&self) -> bool {
+        !self.terminal
+    }
+
+    /// A heading: what is being done now.
+    pub fn step(&self, text: impl Display) {
+        self.people(&self.paint(CYAN, format_args!("==> {text}")));
+    }
+
+    pub fn line(&self, text: impl Display) {
+        self.people(&text.to_string());
+    }
+
+    pub fn detail(&self, text: impl Display) {
+        self.people(&self.paint(DIM, format_args!("    {text}")));
+    }
+
+    pub fn good(&self, text: impl Display) {
+        self.people(&format!("{} {text}", self.paint(GREEN, "ok")));
+    }
+
+    pub fn bad(&self, text: impl Display) {
+        self.people(&format!("{} {text}", self.paint(RED, "failed")));
+    }
+
+    pub fn warn(&self, text: impl Display) {
+        self.people(&format!("{} {text}", self.paint(YELLOW, "warning")));
+    }
+
+    /// A command about to run, as a person could paste it.
+    pub fn command(&self, command: impl Display) {
+        self.people(&self.paint(DIM, format_args!("$ {command}")));
+    }
+
+    /// A line that the next one replaces; only a terminal shows it.
+    pub fn progress(&self, text: impl Display) {
+        if !self.terminal {
+            return;
+        }
+        let mut transient = self.lock();
+        let mut stream = self.stream();
+        // A terminal that is gone is no reason to stop working.
+        let _ = write!(stream, "\r\x1b[2K{}", self.paint(DIM, text));
+        let _ = stream.flush();
+        *transient = true;
+    }
+
+    /// Rows under a heading, each column as wide as its widest cell.
+    pub fn table(&self, heading: &[&str], rows: &[Vec<String>]) {
+        let mut widths: Vec<usize> = heading.iter().map(|cell| cell.chars().count()).collect();
+        for row in rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(cell.chars().count());
+            }
+        }
+        let pad = |cells: &mut dyn Iterator<Item = &str>| {
+            let mut line = String::new();
+            for (cell, width) in cells.zip(&widths) {
+                line.push_str(&format!("{cell:<width$}  "));
+            }
+            line.trim_end().to_owned()
+        };
+        self.people(&self.paint(BOLD, pad(&mut heading.iter().copied())));
+        for row in rows {
+            self.people(&pad(&mut row.iter().map(String::as_str)));
+        }
+    }
+
+    /// A part of the output that GitHub Actions can fold; dropping it ends it.
+    pub fn group(&self, title: impl Display) -> Group<'_> {
+        if self.actions {
+            self.people(&format!("::group::{title}"));
+        } else {
+            self.step(title);
+        }
+        Group { output: self, started: Instant::now() }
+    }
+
+    /// An event for programs: one JSON object on a line of standard output.
+    pub fn event(&self, name: &str, fields: impl Serialize) {
+        if !self.json {
+            return;
+        }
+        let mut object = Map::new();
+        object.insert("event".into(), name.into());
+        object.insert("at".into(), jiff::Timestamp::now().to_string().into());
+        if let Value::Object(fields) = json!(fields) {
+            object.extend(fields.into_iter().filter(|(key, _)| key != "event" && key != "at"));
+        }
+        let _guard = self.lock();
+        let mut stdout = std::io::stdout().lock();
+        // A reader that went away has seen enough.
+        let _ = writeln!(stdout, "{}", Value::Object(object));
+        let _ = stdout.flush();
+    }
+
+    /// Prints the last word and gives the process its exit code.
+    pub fn finish(&self, finished: Result<Finished>) -> ExitCode {
+        let (exit, outcome, mut fields) = match finished {
+            Ok(finished) => (finished.exit, finished.outcome, finished.fields),
+            Err(error) => {
+                self.people_on_stderr(&format!("{} {error:#}", self.paint(RED, "error")));
+                (Exit::Unknown, "failed", Map::from_iter([("error".into(), format!("{error:#}").into())]))
+            }
+        };
+        fields.insert("command".into(), self.command.into());
+        fields.insert("outcome".into(), outcome.into());
+        fields.insert("exit_code".into(), (exit as u8).into());
+        self.wipe();
+        self.event("finished", fields);
+        ExitCode::from(exit as u8)
+    }
+
+    pub fn paint(&self, style: Style, text: impl Display) -> String {
+        if self.color { format!("{style}{text}{style:#}") } else { text.to_string() }
+    }
+
+    fn people(&self, text: &str) {
+        self.wipe();
+        let mut stream = self.stream();
+        let _ = writeln!(stream, "{text}");
+    }
+
+    fn people_on_stderr(&self, text: &str) {
+        self.wipe();
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+
+    fn wipe(&self) {
+        let mut transient = self.lock();
+        if std::mem::take(&mut *transient) {
+            let _ = write!(self.stream(), "\r\x1b[2K");
+        }
+    }
+
+    fn stream(&self) -> Box<dyn Write> {
+        if self.json { Box::new(std::io::stderr()) } else { Box::new(std::io::stdout()) }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.transient.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+pub struct Group<'a> {
+    output: &'a Output,
+    started: Instant,
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        if self.output.actions {
+            self.output.people("::endgroup::");
+        }
+        self.output.detail(seconds(self.started.elapsed()));
+    }
+}
+
+/// A time as people read it: `340 ms`, `2.4 s`, `3 min 5 s`.
+pub fn seconds(time: Duration) -> String {
+    let millis = time.as_millis();
+    match millis {
+        0..1000 => format!("{millis} ms"),
+        1000..60_000 => format!("{:.1} s", time.as_secs_f64()),
+        _ => format!("{} min {} s", time.as_secs() / 60, time.as_secs() % 60),
+    }
+}

@@ -1,0 +1,543 @@
+//! `deploy-staging`, `canary …` and `rollback`: preflight, plan, then drive.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use super::checks::SmokeChecks;
+use super::driver::{Driver, End, Notice, Pace, WallClock, view};
+use super::engine::{self, Kind, Outcome, Phase, Reason, Request, RequestKind, State, Verdict};
+use super::journal::{Desk, Entry, Journal, Started, Writer, millis};
+use super::judge::{Judge, Judgement};
+use super::metrics::{self, Metrics};
+use super::plan::{self, Forecast};
+use super::report::Summary;
+use super::status;
+use super::windows::{Counts, Window, WindowLine};
+use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, JudgeArgs, RollbackArgs};
+use crate::config::{Environment, Pipeline};
+use crate::output::{Exit, Finished, Output};
+use crate::platform::{self, Platform};
+use crate::release::{Recorded, ReleaseId, Store};
+
+/// How often a judgement is repeated in a log that nobody watches.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// How long `promote` waits to be heard.
+const HEARD_WITHIN: Duration = Duration::from_secs(10);
+
+/// `cargo xtask deploy-staging`
+pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished> {
+    block_on(async {
+        let session = Session::open(cli, &args.environment, output)?;
+        let release = session.store.resolve(&args.release)?;
+        session.begin(Kind::Deploy, release).await
+    })
+}
+
+/// `cargo xtask rollback`
+pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finished> {
+    block_on(async {
+        let session = Session::open(cli, &args.environment.environment, output)?;
+        let wanted = args.to.as_ref().map(|text| session.store.resolve(text)).transpose()?;
+        let status = platform::open(&session.pipeline, &session.name).await?.status().await?;
+        let target = plan::rollback_target(&status, wanted.as_ref().map(|recorded| &recorded.id))?;
+        let target = session.store.get(&target)?;
+        session.begin(Kind::Rollback, target).await
+    })
+}
+
+/// `cargo xtask canary …`
+pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Finished> {
+    let open = |name: &str| Session::open(cli, name, output);
+    match command {
+        CanaryCommand::Start(args) => block_on(start(args, cli, output)),
+        CanaryCommand::Resume(args) => block_on(async { open(&args.environment)?.resume().await }),
+        CanaryCommand::Promote(args) => block_on(async { open(&args.environment)?.promote().await }),
+        CanaryCommand::Abort(args) => block_on(async { open(&args.environment)?.abort().await }),
+        CanaryCommand::Status(args) => block_on(async { open(&args.environment)?.status().await }),
+        CanaryCommand::Judge(args) => judge(args, cli, output),
+    }
+}
+
+async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Finished> {
+    let session = Session::open(cli, &args.environment.environment, output)?;
+    let release = match (&args.release, &session.settings.promotes_from) {
+        (Some(text), _) => session.store.resolve(text)?,
+        (None, Some(from)) => {
+            let status = platform::open(&session.pipeline, from).await?.status().await?;
+            let Some(stable) = status.stable else {
+                bail!(
+                    "nothing is in service in {from}, which {} is promoted from; deploy there \
+                     first (`cargo xtask deploy-staging`), or name a release with --release",
+                    session.name
+                );
+            };
+            session.store.get(&stable)?
+        }
+        (None, None) => session.store.resolve("latest")?,
+    };
+    session.begin(Kind::Canary, release).await
+}
+
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("starting the runtime")?.block_on(work)
+}
+
+/// One command on one environment.
+struct Session<'a> {
+    pipeline: Arc<Pipeline>,
+    name: String,
+    settings: Environment,
+    store: Store,
+    desk: Desk,
+    output: &'a Output,
+}
+
+impl<'a> Session<'a> {
+    fn open(cli: &Cli, name: &str, output: &'a Output) -> Result<Self> {
+        let pipeline = Arc::new(Pipeline::load(&cli.pipeline)?);
+        let settings = pipeline.environment(name)?.clone();
+        let store = Store::open(&pipeline);
+        let desk = Desk::new(&pipeline.state_dir(), name);
+        Ok(Self { pipeline, name: name.to_owned(), settings, store, desk, output })
+    }
+
+    /// Starts a rollout and drives it to its end.
+    async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
+        let writer = self.become_writer()?;
+        if let Some(journal) = self.desk.unfinished()? {
+            bail!(
+                "the rollout {} has not ended; go on with it by `cargo xtask canary resume \
+                 --environment {1}`, or give it up by `cargo xtask canary abort --environment {1}`",
+                journal.plan().rollout,
+                self.name
+            );
+        }
+        let mut platform = platform::open(&self.pipeline, &self.name).await?;
+        let status = platform.status().await?;
+        if status.stable.as_ref() == Some(&candidate.id) {
+            self.output.good(format_args!("{candidate} is in service in {} already", self.name));
+            return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
+        }
+        platform.prepare(&candidate).await?;
+        let stable = status.stable.as_ref().map(|id| self.store.get(id)).transpose()?;
+        if let Some(stable) = &stable {
+            platform.prepare(stable).await?;
+        }
+        let kind = match (kind, &stable) {
+            (Kind::Canary, None) => {
+                self.output.warn(format_args!(
+                    "nothing is in service in {}: the first release is deployed without a judge",
+                    self.name
+                ));
+                Kind::Deploy
+            }
+            _ => kind,
+        };
+        let now = jiff::Timestamp::now();
+        let rollout = &self.pipeline.rollout;
+        let plan =
+            plan::plan(&self.name, &self.settings, rollout, kind, &status, &candidate.id, now);
+        self.output.step(format_args!(
+            "{}: {} {} (rollout {})",
+            self.name,
+            match &stable {
+                Some(stable) => format!("{stable} to"),
+                None => "first release,".to_owned(),
+            },
+            candidate,
+            plan.rollout
+        ));
+        let bounds = match kind {
+            Kind::Canary => self.forecast(&*platform, &plan).await?.bounds,
+            Kind::Deploy | Kind::Rollback => None,
+        };
+        let mut journal = self.desk.create(Started {
+            judge: self.pipeline.judge.clone(),
+            bounds,
+            counts: platform.counts().await?,
+            stable_name: stable.as_ref().map(ToString::to_string),
+            candidate_name: candidate.to_string(),
+            token: writer.token,
+            plan,
+        })?;
+        // A request of a time before this rollout is none for this one.
+        let request = self.desk.request()?.map_or(0, |request| request.number);
+        let state = State { request, ..State::start(millis(jiff::Timestamp::now())) };
+        journal.append([Entry::State { state }])?;
+        self.drive(&*platform, &writer, &mut journal).await
+    }
+
+    /// The right to change the environment, or a word on who has it.
+    fn become_writer(&self) -> Result<Writer> {
+        match self.desk.lock()? {
+            Some(writer) => Ok(writer),
+            None => bail!(
+                "another command is at work on {0}; `cargo xtask canary status --environment {0}` \
+                 shows it, `cargo xtask canary abort --environment {0}` ends it",
+                self.name
+            ),
+        }
+    }
+
+    /// Measures stable, prints what is to be expected, and refuses what cannot be decided.
+    async fn forecast(&self, platform: &dyn Platform, plan: &engine::Plan) -> Result<Forecast> {
+        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
+        let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
+        self.output.progress("measuring stable's traffic");
+        let counts = measure(&*metrics, plan, time).await?;
+        let forecast = plan::forecast(
+            &plan.stages,
+            self.pipeline.rollout.min_stage.0.as_secs_f64(),
+            &self.pipeline.judge,
+            &counts,
+            time.as_secs_f64(),
+        );
+        status::forecast(&forecast, self.output);
+        forecast.check(self.pipeline.rollout.max_stage.0.as_secs_f64(), &self.name)?;
+        Ok(forecast)
+    }
+
+    async fn drive(
+        &self,
+        platform: &dyn Platform,
+        writer: &Writer,
+        journal: &mut Journal,
+    ) -> Result<Finished> {
+        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
+        let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke);
+        let narrator = Narrator { output: self.output, said: Mutex::new(None) };
+        let rollout = &self.pipeline.rollout;
+        let driver = Driver {
+            platform,
+            metrics: &*metrics,
+            checks: &checks,
+            clock: &WallClock,
+            decide: engine::decide,
+            desk: &self.desk,
+            writer,
+            pace: Pace { window: rollout.window.0, warm_up: rollout.warm_up.0 },
+            audience: &|notice| narrator.tell(notice),
+        };
+        let end = driver.run(journal).await?;
+        let finished = self.conclude(&end, journal);
+        if journal.plan().kind == Kind::Deploy && end == End::Outcome(Outcome::Healthy) {
+            let status = platform.status().await?;
+            status::running(&status, &platform.address(), self.output);
+        }
+        Ok(finished)
+    }
+
+    /// The last words on a rollout.
+    fn conclude(&self, end: &End, journal: &Journal) -> Finished {
+        let summary = Summary::of(journal);
+        let candidate = &journal.started().candidate_name;
+        let name = &self.name;
+        let (exit, outcome) = match end {
+            End::Held(hold) => {
+                self.output.warn(format_args!(
+                    "held: {}; traffic stays as it is. `cargo xtask canary resume`, `promote` or \
+                     `abort --environment {name}` goes on",
+                    status::hold_reason(&hold.reason)
+                ));
+                (Exit::Unknown, "held")
+            }
+            End::Outcome(Outcome::Healthy) => {
+                self.output.good(format_args!("{candidate} is in service in {name}"));
+                (Exit::Yes, "healthy")
+            }
+            End::Outcome(Outcome::RolledBack) => {
+                self.output.bad(format_args!("{candidate} was rolled back in {name}: {}", summary.why));
+                (Exit::No, "rolled-back")
+            }
+            End::Outcome(Outcome::Aborted) => {
+                self.output.bad(format_args!("{candidate} was given up in {name}"));
+                (Exit::No, "aborted")
+            }
+            End::Outcome(Outcome::Failed) => {
+                self.output.bad(format_args!(
+                    "{candidate} never got ready, so nothing has changed in {name}: {}",
+                    summary.why
+                ));
+                let logs = format!("cargo xtask sandbox logs --environment {name}");
+                self.output.detail(format_args!("its logs: {logs}"));
+                (Exit::Unknown, "failed")
+            }
+        };
+        status::totals(&summary, self.output);
+        self.output.detail(format_args!("journal: {}", journal.path().display()));
+        let mut finished = Finished::new(exit, outcome).with("environment", name);
+        if let serde_json::Value::Object(fields) = json!(summary) {
+            finished.fields.extend(fields);
+        }
+        finished.with("outcome", outcome)
+    }
+
+    async fn resume(&self) -> Result<Finished> {
+        let writer = self.become_writer()?;
+        let Some(mut journal) = self.desk.unfinished()? else {
+            bail!("there is nothing to resume in {}: no rollout is unfinished", self.name);
+        };
+        self.take_over(&writer, &mut journal).await
+    }
+
+    /// Goes on with a rollout that another command began.
+    async fn take_over(&self, writer: &Writer, journal: &mut Journal) -> Result<Finished> {
+        let plan = journal.plan().clone();
+        let mut platform = platform::open(&self.pipeline, &self.name).await?;
+        for id in plan.stable.iter().chain([&plan.candidate]) {
+            platform.prepare(&self.store.get(id)?).await?;
+        }
+        self.output.step(format_args!("{}: going on with rollout {}", self.name, plan.rollout));
+        journal.append([Entry::Resumed { token: writer.token }])?;
+        self.drive(&*platform, writer, journal).await
+    }
+
+    async fn promote(&self) -> Result<Finished> {
+        let Some(journal) = self.desk.unfinished()? else {
+            bail!("there is nothing to promote in {}: no rollout is unfinished", self.name);
+        };
+        let number = self.ask(RequestKind::Promote)?;
+        if let Some(writer) = self.desk.lock()? {
+            let mut journal = Journal::open(journal.path())?;
+            return self.take_over(&writer, &mut journal).await;
+        }
+        let deadline = Instant::now() + HEARD_WITHIN;
+        while Journal::open(journal.path())?.state().request < number {
+            if Instant::now() > deadline {
+                bail!("asked for, but not yet heard: the candidate is not ready for its weight");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.output.good(format_args!("{} moves on", journal.plan().rollout));
+        Ok(Finished::passed().with("rollout", &journal.plan().rollout))
+    }
+
+    async fn abort(&self) -> Result<Finished> {
+        let Some(journal) = self.desk.unfinished()? else {
+            self.output.line(format_args!("there is nothing to abort in {}", self.name));
+            return Ok(Finished::new(Exit::Yes, "idle"));
+        };
+        self.ask(RequestKind::Abort)?;
+        let path = journal.path().to_owned();
+        let ended = loop {
+            if let Some(writer) = self.desk.lock()? {
+                let mut journal = Journal::open(&path)?;
+                if journal.state().outcome().is_none() {
+                    self.take_over(&writer, &mut journal).await?;
+                }
+                break journal;
+            }
+            let journal = Journal::open(&path)?;
+            if journal.state().outcome().is_some() {
+                break journal;
+            }
+            self.output.progress("waiting for the command that drives the rollout");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        let outcome = match ended.state().outcome() {
+            Some(Outcome::Healthy) => {
+                self.output.warn(
+                    "too late: the release had its place already; `cargo xtask rollback` goes back",
+                );
+                return Ok(Finished::new(Exit::No, "healthy"));
+            }
+            Some(Outcome::Aborted) => "aborted",
+            Some(Outcome::RolledBack) => "rolled-back",
+            Some(Outcome::Failed) => "failed",
+            None => bail!("the rollout is held; see `cargo xtask canary status`"),
+        };
+        self.output.good(format_args!("all traffic of {} is on stable", self.name));
+        Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
+    }
+
+    fn ask(&self, kind: RequestKind) -> Result<u64> {
+        let number = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
+        self.desk.ask(Request { number, kind })?;
+        Ok(number)
+    }
+
+    async fn status(&self) -> Result<Finished> {
+        let Some(journal) = self.desk.newest()? else {
+            self.output.line(format_args!("there has been no rollout in {}", self.name));
+            return Ok(Finished::new(Exit::Yes, "idle"));
+        };
+        let platform = platform::open(&self.pipeline, &self.name).await?;
+        let now = platform.status().await?;
+        let driven = self.desk.lock()?.is_none();
+        status::rollout(&journal, &view(journal.plan(), &now), driven, self.output);
+        status::running(&now, &platform.address(), self.output);
+        let state = journal.state();
+        let judgement = journal.judgements().next_back().map(|(_, judgement)| judgement);
+        self.output.event(
+            "status",
+            json!({ "plan": journal.plan(), "state": state, "judgement": judgement, "platform": now, "driven": driven }),
+        );
+        let outcome = match (state.outcome(), &state.hold) {
+            (Some(Outcome::Healthy), _) => "healthy",
+            (Some(Outcome::RolledBack), _) => "rolled-back",
+            (Some(Outcome::Aborted), _) => "aborted",
+            (Some(Outcome::Failed), _) => "failed",
+            (None, Some(_)) => "held",
+            (None, None) if driven => "running",
+            (None, None) => "interrupted",
+        };
+        Ok(Finished::new(Exit::Yes, outcome).with("rollout", &journal.plan().rollout))
+    }
+}
+
+/// Stable's counts over `time`.
+async fn measure(metrics: &dyn Metrics, plan: &engine::Plan, time: Duration) -> Result<Counts> {
+    let before = metrics.sample().await.context("measuring stable's traffic")?;
+    tokio::time::sleep(time).await;
+    let after = metrics.sample().await.context("measuring stable's traffic")?;
+    Ok(Counts::sum(&metrics::window(plan, 0, time.as_secs_f64(), &before, &after).baseline))
+}
+
+/// Tells people and programs what the driver does.
+struct Narrator<'a> {
+    output: &'a Output,
+    /// The last judgement that was printed, and when.
+    said: Mutex<Option<(Instant, Verdict)>>,
+}
+
+impl Narrator<'_> {
+    fn tell(&self, notice: Notice<'_>) {
+        match notice {
+            Notice::Entered { plan, state } => {
+                self.output.event("state", state);
+                match (&state.hold, &state.phase) {
+                    (Some(hold), _) => self.output.warn(format_args!(
+                        "holding: {}",
+                        status::hold_reason(&hold.reason)
+                    )),
+                    (None, Phase::Shift) if plan.kind == Kind::Canary => {
+                        let stage = &plan.stages[state.stage];
+                        self.output.line(format_args!(
+                            "stage {} of {}: {} %",
+                            state.stage + 1,
+                            plan.stages.len(),
+                            stage.weight
+                        ));
+                    }
+                    (None, Phase::Back { reason }) => {
+                        self.output.bad(format_args!("going back: {}", back_reason(reason)));
+                    }
+                    _ => {}
+                }
+            }
+            Notice::Acting(action) => {
+                self.output.event("action", action);
+                self.output.detail(status::action(action));
+            }
+            Notice::Judged { plan, state, judgement, counts } => {
+                self.output.event("judgement", judgement);
+                self.judged(plan, state, judgement, counts);
+            }
+            Notice::Trouble(what) => {
+                self.output.event("trouble", json!({ "message": what }));
+                self.output.warn(what);
+            }
+        }
+    }
+
+    fn judged(&self, plan: &engine::Plan, state: &State, judgement: &Judgement, window: &Window) {
+        let line = status::judgement_line(plan, state, judgement, window);
+        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let due = said.is_none_or(|(when, verdict)| {
+            verdict != judgement.verdict || self.output.is_log() && when.elapsed() >= LOG_INTERVAL
+        });
+        if due {
+            *said = Some((Instant::now(), judgement.verdict));
+            self.output.detail(line);
+        } else {
+            self.output.progress(line);
+        }
+    }
+}
+
+fn back_reason(reason: &Reason) -> String {
+    match reason {
+        Reason::Aborted => "aborted".to_owned(),
+        Reason::Regressed => "the candidate is worse than stable".to_owned(),
+        Reason::NotReady => "the candidate did not get ready in time".to_owned(),
+        Reason::Broken(why) => why.clone(),
+    }
+}
+
+/// `cargo xtask canary judge`: the judge of live rollouts on windows from a file.
+fn judge(args: &JudgeArgs, cli: &Cli, output: &Output) -> Result<Finished> {
+    let text = if args.file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin()).context("reading standard input")?
+    } else {
+        std::fs::read_to_string(&args.file)
+            .with_context(|| format!("reading {}", args.file.display()))?
+    };
+    let (mut judge, windows) = read_windows(&text, &cli.pipeline)
+        .with_context(|| format!("in {}", args.file.display()))?;
+    let mut last = None;
+    for window in &windows {
+        let judgement = judge.window(window);
+        let said = json!({
+            "window": judgement.window,
+            "verdict": judgement.verdict,
+            "metric": judgement.metric,
+            "e_value": judgement.e_value,
+        });
+        if output.is_json() {
+            output.event("judgement", said);
+        } else {
+            output.line(said);
+        }
+        last = Some(judgement.verdict);
+    }
+    Ok(match last {
+        Some(Verdict::NonInferior) => Finished::new(Exit::Yes, "non-inferior"),
+        Some(Verdict::Regressed) => Finished::new(Exit::No, "regressed"),
+        Some(_) => Finished::new(Exit::Unknown, "undecided"),
+        None => bail!("{} holds no window", args.file.display()),
+    }
+    .with("windows", windows.len()))
+}
+
+/// The windows of a file, and the judge for them: a journal's own, else the pipeline's.
+fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
+    let mut lines: Vec<WindowLine> = Vec::new();
+    let mut started: Option<Started> = None;
+    for (number, text) in (1..).zip(text.lines()) {
+        if text.trim().is_empty() {
+            continue;
+        }
+        let context = || format!("line {number}");
+        let value: serde_json::Value = serde_json::from_str(text).with_context(context)?;
+        match value["event"].as_str() {
+            Some("started") => started = serde_json::from_value(value).ok(),
+            Some(event) if event != "window" => {}
+            _ => {
+                let line: WindowLine = serde_json::from_value(value).with_context(context)?;
+                if let Some(problem) = line.problem() {
+                    bail!("line {number}: {problem}");
+                }
+                lines.push(line);
+            }
+        }
+    }
+    lines.sort_by_key(|line| line.window);
+    let windows =
+        lines.chunk_by(|a, b| a.window == b.window).map(Window::from_lines).collect::<Vec<_>>();
+    let judge = match started {
+        Some(started) => Judge::new(&started.judge, Some(started.bounds.as_deref().unwrap_or(&[]))),
+        None => Judge::new(&Pipeline::load(settings)?.judge, None),
+    };
+    Ok((judge, windows))
+}
+
+/// For other commands: what a release is called.
+pub fn name(id: &ReleaseId, store: &Store) -> String {
+    store.get(id).map_or_else(|_| id.short().to_owned(), |recorded| recorded.to_string())
+}

@@ -1,0 +1,291 @@
+//! The loop around the engine: observe, decide, write down, act.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use async_trait::async_trait;
+
+use super::engine::{
+    Action, Arm, Decide, Hold, Kind, Millis, Observation, Outcome, Phase, Plan, State, Verdict, View,
+};
+use super::journal::{ArmTotals, Desk, Entry, Journal, Totals, Writer, millis};
+use super::judge::{Judge, Judgement};
+use super::metrics::{self, Metrics};
+use super::windows::{Counts, Window, WindowLine};
+use crate::platform::{InstanceCounts, Platform, Status};
+
+/// How often the world is looked at while there is nothing to do.
+const TICK: Duration = Duration::from_millis(50);
+/// How long to wait after something failed.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Time, which tests make pass as they like.
+#[async_trait]
+pub trait Clock: Send + Sync {
+    fn now(&self) -> Millis;
+    async fn sleep(&self, time: Duration);
+}
+
+pub struct WallClock;
+
+#[async_trait]
+impl Clock for WallClock {
+    fn now(&self) -> Millis {
+        millis(jiff::Timestamp::now())
+    }
+
+    async fn sleep(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+}
+
+/// The checks after a deployment; each string is one that failed.
+#[async_trait]
+pub trait Checks: Send + Sync {
+    async fn failures(&self) -> Vec<String>;
+}
+
+/// What the driver tells whoever looks on.
+pub enum Notice<'a> {
+    Entered { plan: &'a Plan, state: &'a State },
+    Acting(&'a Action),
+    Judged { plan: &'a Plan, state: &'a State, judgement: &'a Judgement, counts: &'a Window },
+    Trouble(String),
+}
+
+/// How the command ended; the rollout itself may only be held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    Outcome(Outcome),
+    Held(Hold),
+}
+
+/// Times of the judged stages.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    pub window: Duration,
+    pub warm_up: Duration,
+}
+
+pub struct Driver<'a> {
+    pub platform: &'a dyn Platform,
+    pub metrics: &'a dyn Metrics,
+    pub checks: &'a dyn Checks,
+    pub clock: &'a dyn Clock,
+    pub decide: Decide,
+    pub desk: &'a Desk,
+    pub writer: &'a Writer,
+    pub pace: Pace,
+    pub audience: &'a (dyn Fn(Notice<'_>) + Send + Sync),
+}
+
+/// The counting of the stage that is being watched.
+struct Counting {
+    judge: Judge,
+    windows: u64,
+    /// When the next window begins or ends.
+    due: Millis,
+    /// The sample at the beginning of the window, and when it was taken.
+    from: Option<(Millis, Vec<InstanceCounts>)>,
+    /// The newest verdict on the current stage.
+    verdict: Option<Verdict>,
+}
+
+impl Driver<'_> {
+    /// Drives the rollout in `journal` to its end, or to a hold that outlasts its deadline.
+    pub async fn run(&self, journal: &mut Journal) -> Result<End> {
+        let plan = journal.plan().clone();
+        let mut state = journal.state();
+        let mut counting = self.replay(journal);
+        if state.hold.take().is_some() {
+            // Whoever resumes gives a hold its whole time again.
+            journal.append([Entry::State { state: state.clone() }])?;
+        }
+        loop {
+            let status = self.platform.status().await;
+            let platform = match &status {
+                Ok(status) => Some(view(&plan, status)),
+                Err(error) => {
+                    (self.audience)(Notice::Trouble(format!("the platform: {error:#}")));
+                    None
+                }
+            };
+            if platform.is_some() && state.phase == Phase::Watch {
+                self.count(&plan, &state, &mut counting, journal).await?;
+            }
+            let request = self.desk.request()?;
+            let now = self.clock.now();
+            let seen = Observation { platform, verdict: counting.verdict, request };
+            let (next, action) = (self.decide)(&plan, &state, &seen, now);
+            if next != state {
+                journal.append([Entry::State { state: next.clone() }])?;
+                if (&next.phase, next.stage) != (&state.phase, state.stage) {
+                    counting.enter(&plan, &next, now, self.pace.warm_up);
+                }
+                state = next;
+                (self.audience)(Notice::Entered { plan: &plan, state: &state });
+            }
+            if let Some(outcome) = state.outcome() {
+                let totals = self.totals(journal, &plan).await;
+                journal.append([Entry::Ended { totals }])?;
+                return Ok(End::Outcome(outcome));
+            }
+            if let Some(hold) = state.hold.as_ref().filter(|hold| hold.deadline <= now) {
+                return Ok(End::Held(hold.clone()));
+            }
+            match action {
+                Some(action) => self.act(&plan, action, journal).await?,
+                None if status.is_err() => self.clock.sleep(PAUSE).await,
+                None => self.clock.sleep(TICK).await,
+            }
+        }
+    }
+
+    async fn act(&self, plan: &Plan, action: Action, journal: &mut Journal) -> Result<()> {
+        (self.audience)(Notice::Acting(&action));
+        journal.append([Entry::Intent { action: action.clone() }])?;
+        match self.platform.apply(plan, &action, self.writer.token).await {
+            Ok(()) => journal.append([Entry::Done { action }]),
+            Err(error) => {
+                let error = format!("{error:#}");
+                (self.audience)(Notice::Trouble(error.clone()));
+                journal.append([Entry::Failed { action, error }])?;
+                self.clock.sleep(PAUSE).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes a sample where one is due, and judges the window that it ends.
+    async fn count(
+        &self,
+        plan: &Plan,
+        state: &State,
+        counting: &mut Counting,
+        journal: &mut Journal,
+    ) -> Result<()> {
+        let now = self.clock.now();
+        if now < counting.due {
+            return Ok(());
+        }
+        match plan.kind {
+            Kind::Rollback => return Ok(()),
+            Kind::Deploy => {
+                let failures = self.checks.failures().await;
+                for failure in &failures {
+                    (self.audience)(Notice::Trouble(failure.clone()));
+                }
+                let passed = failures.is_empty();
+                counting.verdict =
+                    Some(if passed { Verdict::NonInferior } else { Verdict::Regressed });
+                return Ok(());
+            }
+            Kind::Canary => {}
+        }
+        let interval = u64::try_from(self.pace.window.as_millis()).unwrap_or(u64::MAX);
+        counting.due = now + interval;
+        let later = match self.metrics.sample().await {
+            Ok(later) => later,
+            Err(error) => {
+                (self.audience)(Notice::Trouble(format!("the metrics: {error:#}")));
+                counting.verdict = Some(Verdict::ProviderDown);
+                return Ok(());
+            }
+        };
+        let Some((began, earlier)) = counting.from.replace((now, later.clone())) else {
+            return Ok(());
+        };
+        let seconds = (now - began) as f64 / 1000.0;
+        counting.windows += 1;
+        let window = metrics::window(plan, counting.windows, seconds, &earlier, &later);
+        let judgement = counting.judge.window(&window);
+        counting.verdict = Some(judgement.verdict);
+        let lines = window.lines(|arm, i| Some(format!("{arm:?}-{i}").to_lowercase()));
+        let mut entries: Vec<Entry> = lines.into_iter().map(Entry::Window).collect();
+        entries.push(Entry::Judged(judgement.clone()));
+        journal.append(entries)?;
+        (self.audience)(Notice::Judged { plan, state, judgement: &judgement, counts: &window });
+        Ok(())
+    }
+
+    /// The judge as the journal's windows made it.
+    fn replay(&self, journal: &Journal) -> Counting {
+        let state = journal.state();
+        let now = self.clock.now();
+        let (judge, windows) = replay(journal);
+        let warm_up = self.pace.warm_up;
+        let mut counting = Counting { judge, windows, due: now, from: None, verdict: None };
+        counting.enter(journal.plan(), &state, now, warm_up);
+        counting
+    }
+
+    /// Requests and failures of both arms since the start; zeros where nobody can tell.
+    async fn totals(&self, journal: &Journal, plan: &Plan) -> Totals {
+        let Ok(counts) = self.platform.counts().await else {
+            return Totals::default();
+        };
+        let window = metrics::window(plan, 0, 0.0, &journal.started().counts, &counts);
+        let arm = |parts: &[Counts]| {
+            let sum = Counts::sum(parts);
+            ArmTotals { requests: sum.requests, failed: sum.errors }
+        };
+        Totals { stable: arm(&window.baseline), candidate: arm(&window.candidate) }
+    }
+}
+
+impl Counting {
+    /// A new phase: what was counted stays evidence, but the stage's own count starts anew.
+    fn enter(&mut self, plan: &Plan, state: &State, now: Millis, warm_up: Duration) {
+        self.verdict = None;
+        self.from = None;
+        self.due = now;
+        if state.phase == Phase::Watch && plan.kind == Kind::Canary {
+            self.judge.stage(plan.stages[state.stage].weight);
+            self.due = now + u64::try_from(warm_up.as_millis()).unwrap_or(0);
+        }
+    }
+}
+
+/// The judge after every window of a journal, and their number: the same code that judges live.
+pub fn replay(journal: &Journal) -> (Judge, u64) {
+    let started = journal.started();
+    let mut judge = Judge::new(&started.judge, Some(started.bounds.as_deref().unwrap_or(&[])));
+    let mut open: Vec<WindowLine> = Vec::new();
+    let mut windows = 0;
+    for line in journal.lines() {
+        match &line.entry {
+            Entry::State { state } if state.phase == Phase::Watch && state.hold.is_none() => {
+                judge.stage(started.plan.stages[state.stage].weight);
+            }
+            Entry::Window(window) => open.push(window.clone()),
+            Entry::Judged(_) => {
+                windows += 1;
+                judge.window(&Window::from_lines(&std::mem::take(&mut open)));
+            }
+            _ => {}
+        }
+    }
+    (judge, windows)
+}
+
+/// The two releases of a rollout as the platform has them.
+pub fn view(plan: &Plan, status: &Status) -> View {
+    let arm = |id| {
+        status.release(id).map_or_else(Arm::default, |release| Arm {
+            desired: release.desired,
+            ready: release.ready(),
+            weight: release.weight,
+            broken: release.broken.clone(),
+        })
+    };
+    View {
+        stable: plan.stable.as_ref().map_or_else(Arm::default, arm),
+        candidate: arm(&plan.candidate),
+        recorded: status
+            .history
+            .iter()
+            .rev()
+            .find(|entry| entry.rollout == plan.rollout && entry.release == plan.candidate)
+            .map(|entry| entry.mark),
+    }
+}

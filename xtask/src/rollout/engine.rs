@@ -1,0 +1,453 @@
+//! The rollout's state machine: pure, and the only place where a rollout is decided.
+//!
+//! `decide` compares what should be with what is and names at most one next action. Every action
+//! says how things should be afterwards, so repeating one changes nothing; whoever crashed
+//! anywhere goes on by calling `decide` again with the journalled state.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Stage;
+use crate::release::ReleaseId;
+
+/// Milliseconds since the Unix epoch.
+pub type Millis = u64;
+
+/// What a rollout was started with; it never changes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Plan {
+    /// The rollout's name: unique in its environment, sorted by start.
+    pub rollout: String,
+    pub environment: String,
+    pub kind: Kind,
+    /// The release in service, if there is one.
+    pub stable: Option<ReleaseId>,
+    pub candidate: ReleaseId,
+    /// The processes (pods) that carry all of the traffic.
+    pub replicas: u32,
+    pub stages: Vec<Stage>,
+    pub limits: Limits,
+}
+
+/// Times in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Limits {
+    pub min_stage: Millis,
+    pub max_stage: Millis,
+    pub max_hold: Millis,
+    pub ready_within: Millis,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Forward in judged stages.
+    Canary,
+    /// Forward at once; smoke checks are the judge.
+    Deploy,
+    /// Back to a release that has been judged before.
+    Rollback,
+}
+
+/// Where a rollout stands. All of it is journalled before anything is done about it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct State {
+    pub phase: Phase,
+    /// Index into the plan's stages.
+    pub stage: usize,
+    /// When the phase began.
+    pub since: Millis,
+    pub hold: Option<Hold>,
+    /// Whether the candidate has ever had traffic.
+    pub exposed: bool,
+    /// The newest request that was taken into account.
+    pub request: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "name")]
+pub enum Phase {
+    /// Bringing first the capacity and then the weight to the stage's.
+    Shift,
+    /// The stage's weight is in effect; what must hold is being watched.
+    Watch,
+    /// Everything was passed: the candidate becomes stable, the old release goes.
+    Finish,
+    /// All traffic goes back to stable, then the candidate goes.
+    Back { reason: Reason },
+    Ended { outcome: Outcome },
+}
+
+/// Why a rollout turned back.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "name", content = "why")]
+pub enum Reason {
+    Aborted,
+    Regressed,
+    NotReady,
+    /// It will never get ready by waiting: the platform's words.
+    Broken(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    Healthy,
+    RolledBack,
+    Aborted,
+    /// The candidate never had traffic; nothing changed.
+    Failed,
+}
+
+/// A stop that nobody planned, or a gate; it ends by itself, by `promote`, or by `abort`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Hold {
+    pub reason: HoldReason,
+    pub since: Millis,
+    /// When the command stops waiting (exit code 2); the rollout can be resumed.
+    pub deadline: Millis,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "name", content = "why")]
+pub enum HoldReason {
+    /// A planned stop that a person opens.
+    Gate(String),
+    NoData,
+    ProviderDown,
+    PlatformDown,
+    /// Both arms fail: no proof of anything.
+    Outage,
+    /// The observed share of traffic is not the weight.
+    ShareOff,
+    /// No verdict within the stage's time.
+    Undecided,
+    /// Processes that were ready are not.
+    NoCapacity,
+}
+
+/// What is known at the moment of a decision.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Observation {
+    /// `None` where the platform does not answer.
+    pub platform: Option<View>,
+    /// The verdict on everything counted, once the current stage's weight has been counted.
+    pub verdict: Option<Verdict>,
+    /// What a person asked for.
+    pub request: Option<Request>,
+}
+
+/// The environment as the platform sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct View {
+    pub stable: Arm,
+    pub candidate: Arm,
+    /// What the platform has on record of this rollout.
+    pub recorded: Option<Mark>,
+}
+
+/// One release's processes and traffic.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Arm {
+    pub desired: u32,
+    pub ready: u32,
+    /// Percent.
+    pub weight: u8,
+    /// Why it will not get ready by waiting.
+    pub broken: Option<String>,
+}
+
+/// The judge's words, with the cases that are not about the candidate apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    Regressed,
+    NonInferior,
+    Undecided,
+    NoData,
+    ProviderDown,
+    /// Undecided, because both arms are above the outage rate.
+    Outage,
+    /// Undecided, because the arms' shares of traffic are not their weights.
+    ShareOff,
+}
+
+/// A person's word, numbered so that it counts once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Request {
+    pub number: u64,
+    pub kind: RequestKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RequestKind {
+    Promote,
+    Abort,
+}
+
+/// How things should be. Applying one twice is the same as once.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "name")]
+pub enum Action {
+    /// Run so many processes of the release; surplus ones are drained, then stopped.
+    Scale { release: ReleaseId, replicas: u32 },
+    /// Split the traffic: percents that sum to 100, or nothing at all.
+    Route { weights: Vec<(ReleaseId, u8)> },
+    /// Keep on record how this rollout ended, and with it the environment's stable release.
+    Record { mark: Mark },
+}
+
+/// What a rollout earned its candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mark {
+    /// It is the stable release now, and one that can be rolled back to later.
+    Healthy,
+    RolledBack,
+}
+
+pub type Decide = fn(&Plan, &State, &Observation, Millis) -> (State, Option<Action>);
+
+impl State {
+    pub fn start(now: Millis) -> Self {
+        Self { phase: Phase::Shift, stage: 0, since: now, hold: None, exposed: false, request: 0 }
+    }
+
+    pub fn outcome(&self) -> Option<Outcome> {
+        match self.phase {
+            Phase::Ended { outcome } => Some(outcome),
+            _ => None,
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, now: Millis) {
+        self.phase = phase;
+        self.since = now;
+        self.hold = None;
+    }
+
+    fn hold(&mut self, reason: HoldReason, plan: &Plan, now: Millis) {
+        if self.hold.as_ref().is_none_or(|hold| hold.reason != reason) {
+            self.hold = Some(Hold { reason, since: now, deadline: now + plan.limits.max_hold });
+        }
+    }
+}
+
+impl Plan {
+    /// The processes that `weight` percent of the traffic need.
+    pub fn capacity(&self, weight: u8) -> u32 {
+        (self.replicas * u32::from(weight)).div_ceil(100).max(1)
+    }
+
+    /// The split of a stage.
+    fn weights(&self, weight: u8) -> Vec<(ReleaseId, u8)> {
+        match &self.stable {
+            Some(stable) if weight < 100 => {
+                vec![(stable.clone(), 100 - weight), (self.candidate.clone(), weight)]
+            }
+            _ => vec![(self.candidate.clone(), 100)],
+        }
+    }
+
+    fn scale(release: &ReleaseId, replicas: u32) -> Option<Action> {
+        Some(Action::Scale { release: release.clone(), replicas })
+    }
+}
+
+/// The next state, to be journalled, and then the next action, if there is one.
+pub fn decide(plan: &Plan, state: &State, seen: &Observation, now: Millis) -> (State, Option<Action>) {
+    let mut next = state.clone();
+    let request = seen.request.filter(|request| request.number > state.request);
+    let recorded = seen.platform.as_ref().and_then(|view| view.recorded);
+
+    // Abort wins over everything but an end that is already on record.
+    if let Some(Request { number, kind: RequestKind::Abort }) = request {
+        next.request = number;
+        let too_late = recorded == Some(Mark::Healthy)
+            || matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. });
+        if !too_late {
+            next.enter(Phase::Back { reason: Reason::Aborted }, now);
+        }
+    }
+    let Some(view) = &seen.platform else {
+        if next.outcome().is_none() {
+            next.hold(HoldReason::PlatformDown, plan, now);
+        }
+        return (next, None);
+    };
+    if matches!(&next.hold, Some(Hold { reason: HoldReason::PlatformDown, .. })) {
+        next.hold = None;
+    }
+    let promote = request.filter(|request| request.kind == RequestKind::Promote);
+
+    let action = match next.phase.clone() {
+        Phase::Shift => shift(plan, &mut next, view, now),
+        Phase::Watch => watch(plan, &mut next, view, seen.verdict, promote, now),
+        Phase::Finish => finish(plan, &mut next, view, now),
+        Phase::Back { reason } => back(plan, &mut next, view, &reason, now),
+        Phase::Ended { .. } => None,
+    };
+    (next, action)
+}
+
+/// Capacity first, then weight.
+fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
+    let weight = plan.stages[next.stage].weight;
+    let needed = plan.capacity(weight);
+    if let Some(why) = view.candidate.broken.clone().filter(|_| view.candidate.ready < needed) {
+        next.enter(Phase::Back { reason: Reason::Broken(why) }, now);
+        return None;
+    }
+    if let Some(stable) = &plan.stable
+        && view.stable.desired < plan.replicas
+    {
+        return Plan::scale(stable, plan.replicas);
+    }
+    if view.candidate.desired < needed {
+        return Plan::scale(&plan.candidate, needed);
+    }
+    if view.candidate.ready < needed {
+        if now.saturating_sub(next.since) >= plan.limits.ready_within {
+            next.enter(Phase::Back { reason: Reason::NotReady }, now);
+        }
+        return None;
+    }
+    if view.candidate.weight != weight {
+        next.exposed = true;
+        return Some(Action::Route { weights: plan.weights(weight) });
+    }
+    next.exposed = true;
+    next.enter(Phase::Watch, now);
+    None
+}
+
+fn watch(
+    plan: &Plan,
+    next: &mut State,
+    view: &View,
+    verdict: Option<Verdict>,
+    promote: Option<Request>,
+    now: Millis,
+) -> Option<Action> {
+    let stage = &plan.stages[next.stage];
+    let needed = plan.capacity(stage.weight);
+    if let Some(why) = view.candidate.broken.clone() {
+        next.enter(Phase::Back { reason: Reason::Broken(why) }, now);
+        return None;
+    }
+    if view.candidate.weight != stage.weight || view.candidate.desired < needed {
+        // Somebody changed what this stage had reached.
+        next.enter(Phase::Shift, now);
+        return None;
+    }
+    if plan.kind != Kind::Rollback && verdict == Some(Verdict::Regressed) {
+        next.enter(Phase::Back { reason: Reason::Regressed }, now);
+        return None;
+    }
+    if view.candidate.ready < needed {
+        next.hold(HoldReason::NoCapacity, plan, now);
+        return None;
+    }
+    if let Some(Request { number, .. }) = promote {
+        next.request = number;
+        advance(plan, next, now);
+        return None;
+    }
+    let elapsed = now.saturating_sub(next.since);
+    let passed = match plan.kind {
+        Kind::Rollback => true,
+        Kind::Deploy => verdict == Some(Verdict::NonInferior),
+        Kind::Canary => {
+            verdict == Some(Verdict::NonInferior) && elapsed >= plan.limits.min_stage
+        }
+    };
+    if passed {
+        match &stage.gate {
+            Some(gate) => next.hold(HoldReason::Gate(gate.clone()), plan, now),
+            None => advance(plan, next, now),
+        }
+        return None;
+    }
+    let reason = match verdict {
+        Some(Verdict::NoData) => Some(HoldReason::NoData),
+        Some(Verdict::ProviderDown) => Some(HoldReason::ProviderDown),
+        Some(Verdict::Outage) => Some(HoldReason::Outage),
+        Some(Verdict::ShareOff) => Some(HoldReason::ShareOff),
+        _ if elapsed >= plan.limits.max_stage => Some(HoldReason::Undecided),
+        _ => None,
+    };
+    match reason {
+        Some(reason) => next.hold(reason, plan, now),
+        None => next.hold = None,
+    }
+    None
+}
+
+fn advance(plan: &Plan, next: &mut State, now: Millis) {
+    if next.stage + 1 < plan.stages.len() {
+        next.stage += 1;
+        next.enter(Phase::Shift, now);
+    } else {
+        next.enter(Phase::Finish, now);
+    }
+}
+
+/// On record first: from then on the way back is a rollback of its own.
+fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
+    let carries_all = view.candidate.weight == 100 && view.candidate.ready >= plan.replicas;
+    if view.recorded != Some(Mark::Healthy) {
+        if !carries_all {
+            next.enter(Phase::Shift, now);
+            return None;
+        }
+        return Some(Action::Record { mark: Mark::Healthy });
+    }
+    if let Some(stable) = &plan.stable
+        && view.stable.desired > 0
+    {
+        if !carries_all {
+            next.hold(HoldReason::NoCapacity, plan, now);
+            return None;
+        }
+        return Plan::scale(stable, 0);
+    }
+    next.enter(Phase::Ended { outcome: Outcome::Healthy }, now);
+    None
+}
+
+/// Traffic first: stable kept its full capacity, so this waits for nothing.
+fn back(plan: &Plan, next: &mut State, view: &View, reason: &Reason, now: Millis) -> Option<Action> {
+    match &plan.stable {
+        Some(stable) => {
+            if view.stable.weight != 100 {
+                if view.stable.ready > 0 {
+                    return Some(Action::Route { weights: vec![(stable.clone(), 100)] });
+                }
+                if view.stable.desired >= plan.replicas {
+                    next.hold(HoldReason::NoCapacity, plan, now);
+                    return None;
+                }
+            }
+            if view.stable.desired < plan.replicas {
+                return Plan::scale(stable, plan.replicas);
+            }
+        }
+        None if view.candidate.weight > 0 => return Some(Action::Route { weights: Vec::new() }),
+        None => {}
+    }
+    next.hold = None;
+    if next.exposed && view.recorded.is_none() {
+        return Some(Action::Record { mark: Mark::RolledBack });
+    }
+    if view.candidate.desired > 0 {
+        return Plan::scale(&plan.candidate, 0);
+    }
+    let outcome = match reason {
+        Reason::Aborted => Outcome::Aborted,
+        Reason::Regressed => Outcome::RolledBack,
+        Reason::NotReady | Reason::Broken(_) if next.exposed => Outcome::RolledBack,
+        Reason::NotReady | Reason::Broken(_) => Outcome::Failed,
+    };
+    next.enter(Phase::Ended { outcome }, now);
+    None
+}

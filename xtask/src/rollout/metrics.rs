@@ -1,0 +1,199 @@
+//! Where counts come from: one trait, so that the judge does not care.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
+use prometheus_parse::{HistogramCount, Scrape, Value};
+
+use super::engine::Plan;
+use super::windows::{Counts, Histogram, Window};
+use crate::config::{MetricsKind, Pipeline, Scrape as ScrapeSettings};
+use crate::platform::{InstanceCounts, Platform};
+
+/// How long an instance may take to tell its metrics.
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Counters that only grow, for every instance of an environment.
+#[async_trait]
+pub trait Metrics: Send + Sync {
+    async fn sample(&self) -> Result<Vec<InstanceCounts>>;
+}
+
+pub fn open<'a>(
+    pipeline: &Pipeline,
+    kind: MetricsKind,
+    platform: &'a dyn Platform,
+) -> Box<dyn Metrics + 'a> {
+    match kind {
+        MetricsKind::Proxy => Box::new(ProxyMetrics { platform }),
+        MetricsKind::Scrape => Box::new(ScrapeMetrics {
+            platform,
+            client: reqwest::Client::new(),
+            path: pipeline.service.metrics_path.clone(),
+            names: pipeline.scrape.clone(),
+        }),
+    }
+}
+
+/// What the platform's proxy saw: failures of a process that died are in it too.
+struct ProxyMetrics<'a> {
+    platform: &'a dyn Platform,
+}
+
+#[async_trait]
+impl Metrics for ProxyMetrics<'_> {
+    async fn sample(&self) -> Result<Vec<InstanceCounts>> {
+        self.platform.counts().await
+    }
+}
+
+/// What the processes say of themselves. One that died takes its counts along.
+struct ScrapeMetrics<'a> {
+    platform: &'a dyn Platform,
+    client: reqwest::Client,
+    path: String,
+    names: ScrapeSettings,
+}
+
+#[async_trait]
+impl Metrics for ScrapeMetrics<'_> {
+    async fn sample(&self) -> Result<Vec<InstanceCounts>> {
+        let status = self.platform.status().await?;
+        let mut samples = Vec::new();
+        for release in &status.releases {
+            for instance in release.instances.iter().filter(|instance| instance.ready) {
+                let Some(address) = instance.admin else { continue };
+                let url = format!("http://{address}{}", self.path);
+                let text = self.get(&url).await.with_context(|| format!("scraping {url}"))?;
+                let counts = parse(&text, &self.names).with_context(|| format!("scraping {url}"))?;
+                samples.push(InstanceCounts {
+                    release: release.release.clone(),
+                    instance: instance.name.clone(),
+                    counts,
+                });
+            }
+        }
+        Ok(samples)
+    }
+}
+
+impl ScrapeMetrics<'_> {
+    async fn get(&self, url: &str) -> Result<String> {
+        let request = self.client.get(url).timeout(SCRAPE_TIMEOUT);
+        Ok(request.send().await?.error_for_status()?.text().await?)
+    }
+}
+
+/// The counts in Prometheus' text format. A service that has had no request yet has no series:
+/// that is a count of 0, but any other series must be there, or the address is a wrong one.
+fn parse(text: &str, names: &ScrapeSettings) -> Result<Counts> {
+    let scrape = Scrape::parse(text.lines().map(|line| Ok(line.to_owned())))
+        .context("reading Prometheus' text format")?;
+    if scrape.samples.is_empty() {
+        bail!("there is no metric at all");
+    }
+    let mut counts = Counts::default();
+    let mut buckets: HashMap<u64, f64> = HashMap::new();
+    for sample in &scrape.samples {
+        match &sample.value {
+            Value::Counter(value) | Value::Untyped(value) if sample.metric == names.requests => {
+                if !(value.is_finite() && *value >= 0.0) {
+                    bail!("{} has the value {value}", sample.metric);
+                }
+                let failed = sample
+                    .labels
+                    .get(&names.error_label)
+                    .is_some_and(|label| label.starts_with(&names.error_prefix));
+                counts.requests += *value as u64;
+                counts.errors += if failed { *value as u64 } else { 0 };
+            }
+            Value::Histogram(parts) if sample.metric == names.latency => {
+                for HistogramCount { less_than, count } in parts {
+                    *buckets.entry(less_than.to_bits()).or_default() += count;
+                }
+            }
+            _ => {}
+        }
+    }
+    counts.latency = histogram(&buckets);
+    Ok(counts)
+}
+
+/// Cumulative buckets, keyed by the bits of their bound, as counts of each bucket.
+fn histogram(buckets: &HashMap<u64, f64>) -> Option<Histogram> {
+    let mut cumulative: Vec<(f64, u64)> =
+        buckets.iter().map(|(bound, count)| (f64::from_bits(*bound), *count as u64)).collect();
+    cumulative.sort_by(|a, b| a.0.total_cmp(&b.0));
+    if cumulative.last().is_none_or(|(bound, _)| bound.is_finite()) {
+        return None;
+    }
+    let mut below = 0;
+    let mut histogram = Histogram::default();
+    for (bound, count) in cumulative {
+        if bound.is_finite() {
+            histogram.le.push(bound);
+        }
+        histogram.count.push(count.saturating_sub(below));
+        below = count;
+    }
+    Some(histogram)
+}
+
+/// The window between two samples: stable's instances against the candidate's.
+pub fn window(
+    plan: &Plan,
+    number: u64,
+    seconds: f64,
+    earlier: &[InstanceCounts],
+    later: &[InstanceCounts],
+) -> Window {
+    let mut window = Window { number, seconds, ..Window::default() };
+    for now in later {
+        let then = earlier
+            .iter()
+            .find(|then| then.release == now.release && then.instance == now.instance);
+        let counts = then.map_or_else(|| now.counts.clone(), |then| now.counts.since(&then.counts));
+        if now.release == plan.candidate {
+            window.candidate.push(counts);
+        } else if Some(&now.release) == plan.stable.as_ref() {
+            window.baseline.push(counts);
+        }
+    }
+    window
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prometheus_text_becomes_counts() {
+        let names = ScrapeSettings {
+            requests: "http_requests_total".into(),
+            error_label: "status".into(),
+            error_prefix: "5".into(),
+            latency: "http_request_duration_seconds".into(),
+        };
+        let text = "\
+# TYPE http_requests_total counter
+http_requests_total{route=\"/a\",status=\"200\"} 90
+http_requests_total{route=\"/a\",status=\"503\"} 10
+# TYPE http_request_duration_seconds histogram
+http_request_duration_seconds_bucket{route=\"/a\",le=\"0.1\"} 70
+http_request_duration_seconds_bucket{route=\"/a\",le=\"+Inf\"} 90
+http_request_duration_seconds_sum{route=\"/a\"} 3.5
+http_request_duration_seconds_count{route=\"/a\"} 90
+http_request_duration_seconds_bucket{route=\"/b\",le=\"0.1\"} 5
+http_request_duration_seconds_bucket{route=\"/b\",le=\"+Inf\"} 10
+http_request_duration_seconds_sum{route=\"/b\"} 3.5
+http_request_duration_seconds_count{route=\"/b\"} 10
+";
+        let counts = parse(text, &names).unwrap();
+        assert_eq!((counts.requests, counts.errors), (100, 10));
+        assert_eq!(counts.latency, Some(Histogram { le: vec![0.1], count: vec![75, 25] }));
+        assert!(parse("", &names).is_err());
+        assert!(parse("http_requests_total NaN\n", &names).is_err());
+    }
+}

@@ -1,0 +1,22 @@
+//! Rollouts: an environment moves from its stable release to a candidate.
+//!
+//! Data flows one way: settings → [`plan`] → [`engine`] and [`judge`] decide (pure) → a platform
+//! acts → the [`journal`] records → output shows. [`driver`] is the loop that does this.
+
+mod checks;
+pub mod commands;
+pub mod driver;
+pub mod engine;
+#[cfg(test)]
+mod explore;
+pub mod journal;
+pub mod judge;
+pub mod metrics;
+pub mod plan;
+pub mod report;
+#[cfg(test)]
+mod simulation;
+pub mod status;
+#[cfg(test)]
+mod torture;
+pub mod windows;

@@ -1,0 +1,240 @@
+//! What a rollout is going to do, decided before anything is done. Pure.
+
+use anyhow::{Result, bail};
+
+use super::engine::{Kind, Limits, Mark, Plan};
+use super::judge::{latency_bounds, requests_to_pass, requests_to_see};
+use super::windows::{Counts, Histogram};
+use crate::config::{Environment, Judge, Rollout, Stage};
+use crate::platform::{HistoryEntry, Status};
+use crate::release::ReleaseId;
+
+/// Requests from which a latency distribution is worth fixing bounds from.
+const ENOUGH_FOR_BOUNDS: u64 = 100;
+
+pub fn plan(
+    environment: &str,
+    settings: &Environment,
+    rollout: &Rollout,
+    kind: Kind,
+    status: &Status,
+    candidate: &ReleaseId,
+    now: jiff::Timestamp,
+) -> Plan {
+    let stages = match kind {
+        Kind::Canary => rollout.stages.0.clone(),
+        Kind::Deploy | Kind::Rollback => vec![Stage { weight: 100, gate: None }],
+    };
+    Plan {
+        rollout: format!("{}-{}", now.strftime("%Y%m%dT%H%M%S%.3fZ"), candidate.short()),
+        environment: environment.to_owned(),
+        kind,
+        stable: status.stable.clone(),
+        candidate: candidate.clone(),
+        replicas: settings.replicas.0,
+        stages,
+        limits: Limits {
+            min_stage: rollout.min_stage.millis(),
+            max_stage: rollout.max_stage.millis(),
+            max_hold: rollout.max_hold.millis(),
+            ready_within: rollout.ready_within.millis(),
+        },
+    }
+}
+
+/// The release to go back to: `wanted`, or the last one before stable that earned healthy.
+/// Never one whose last rollout was rolled back.
+pub fn rollback_target(status: &Status, wanted: Option<&ReleaseId>) -> Result<ReleaseId> {
+    let Some(stable) = &status.stable else {
+        bail!("nothing is in service here, so there is nothing to roll back");
+    };
+    let last_mark = |release: &ReleaseId| {
+        let entry = status.history.iter().rev().find(|entry| entry.release == *release);
+        entry.map(|entry| entry.mark)
+    };
+    if let Some(wanted) = wanted {
+        return match last_mark(wanted) {
+            _ if wanted == stable => bail!("{} is in service already", wanted.short()),
+            Some(Mark::Healthy) => Ok(wanted.clone()),
+            Some(Mark::RolledBack) => bail!(
+                "{} was rolled back here itself; go back to one that earned its place: {}",
+                wanted.short(),
+                earned(&status.history, stable)
+            ),
+            None => bail!(
+                "{} has never been in service here; `canary start --release` brings it in, or go \
+                 back to one that earned its place: {}",
+                wanted.short(),
+                earned(&status.history, stable)
+            ),
+        };
+    }
+    let target = status.history.iter().rev().find(|entry| {
+        entry.release != *stable && last_mark(&entry.release) == Some(Mark::Healthy)
+    });
+    match target {
+        Some(entry) => Ok(entry.release.clone()),
+        None => bail!("no release before {} earned its place here", stable.short()),
+    }
+}
+
+fn earned(history: &[HistoryEntry], stable: &ReleaseId) -> String {
+    let mut releases: Vec<&str> = history
+        .iter()
+        .rev()
+        .filter(|entry| entry.mark == Mark::Healthy && entry.release != *stable)
+        .map(|entry| entry.release.short())
+        .collect();
+    releases.dedup();
+    if releases.is_empty() { "there is none".to_owned() } else { releases.join(", ") }
+}
+
+/// What stable's traffic tells about the rollout to come.
+#[derive(Debug, Clone)]
+pub struct Forecast {
+    /// Requests a second that the environment gets.
+    pub rate: f64,
+    /// Stable's error rate.
+    pub errors: f64,
+    /// Bounds in seconds fixed for the judge; `None` where there were too few requests.
+    pub bounds: Option<Vec<f64>>,
+    pub stages: Vec<StageForecast>,
+}
+
+/// Times in seconds.
+#[derive(Debug, Clone, Copy)]
+pub struct StageForecast {
+    pub weight: u8,
+    /// Until the stage can pass, its evidence and that of the stages before together.
+    pub to_pass: f64,
+    /// Until a candidate with an error rate ten times the tolerance is likely caught.
+    pub to_see: f64,
+}
+
+/// How long each stage will take, from what stable was seen to do in `seconds`.
+pub fn forecast(stages: &[Stage], min_stage: f64, judge: &Judge, stable: &Counts, seconds: f64) -> Forecast {
+    let rate = stable.requests as f64 / seconds;
+    let share = |bad: u64, of: u64| if of == 0 { 0.0 } else { bad as f64 / of as f64 };
+    let errors = share(stable.errors, stable.requests);
+    let enough = |latency: &&Histogram| latency.total() >= ENOUGH_FOR_BOUNDS;
+    let latency = stable.latency.as_ref().filter(enough);
+    let floor = judge.latency_floor.0.as_secs_f64();
+    let bounds = latency.map(|latency| latency_bounds(latency, floor));
+
+    // What each metric is judged by, and stable's share of bad events in it.
+    let mut metrics = vec![(judge.tolerance.0, errors)];
+    if let (Some(latency), Some(bounds)) = (latency, &bounds) {
+        metrics.extend(bounds.iter().map(|bound| {
+            let above = latency.above(*bound).unwrap_or(0);
+            (judge.latency_tolerance.0, share(above, latency.total()))
+        }));
+    }
+    let mut done = 0.0;
+    let stages = stages
+        .iter()
+        .map(|stage| {
+            let w = f64::from(stage.weight) / 100.0;
+            let needed = metrics
+                .iter()
+                .map(|(tolerance, bad)| requests_to_pass(judge, *tolerance, *bad, w))
+                .fold(0.0, f64::max);
+            let to_pass = ((needed - done).max(0.0) / (rate * w)).max(min_stage);
+            done += to_pass * rate * w;
+            let base = errors.max(judge.tolerance.0 / 10.0);
+            let ratio = judge.tolerance.0 * 10.0 / base;
+            let to_see = requests_to_see(judge, base, ratio, w) / (rate * w);
+            StageForecast { weight: stage.weight, to_pass, to_see }
+        })
+        .collect();
+    Forecast { rate, errors, bounds, stages }
+}
+
+impl Forecast {
+    /// Refuses a rollout that cannot decide within its stages' time.
+    pub fn check(&self, max_stage: f64, environment: &str) -> Result<()> {
+        if self.rate == 0.0 {
+            bail!(
+                "{environment} gets no requests, so nothing could be judged and no stage could \
+                 end; send it traffic and start again"
+            );
+        }
+        // A NaN or an infinity is no time that could be enough either.
+        if let Some(stage) = self.stages.iter().find(|stage| !(stage.to_pass <= max_stage)) {
+            let needs = if stage.to_pass.is_finite() {
+                format!("{:.0} s", stage.to_pass)
+            } else {
+                "for ever".to_owned()
+            };
+            bail!(
+                "at {:.1} requests/s and {:.2} % errors, the stage of {} % would need {needs} to \
+                 decide, but rollout.max_stage is {max_stage:.0} s; wait for more traffic, start \
+                 with a higher weight, or set judge.tolerance to an error rate you can live with",
+                self.rate,
+                self.errors * 100.0,
+                stage.weight,
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Probability, Ratio, Time};
+    use std::time::Duration;
+
+    fn status(stable: &str, history: &[(&str, Mark)]) -> Status {
+        let entry = |(release, mark): &(&str, Mark)| HistoryEntry {
+            release: (*release).into(),
+            rollout: "r".into(),
+            mark: *mark,
+            at: jiff::Timestamp::UNIX_EPOCH,
+        };
+        Status {
+            releases: Vec::new(),
+            stable: Some(stable.into()),
+            history: history.iter().map(entry).collect(),
+        }
+    }
+
+    #[test]
+    fn rollback_goes_to_the_last_release_that_earned_it() {
+        use Mark::{Healthy, RolledBack};
+        let history = [("one", Healthy), ("two", Healthy), ("bad", RolledBack), ("three", Healthy)];
+        let status_three = status("three", &history);
+        assert_eq!(rollback_target(&status_three, None).unwrap(), "two".into());
+        assert_eq!(rollback_target(&status_three, Some(&"one".into())).unwrap(), "one".into());
+        let refused = |wanted: &str| {
+            rollback_target(&status_three, Some(&wanted.into())).unwrap_err().to_string()
+        };
+        assert!(refused("bad").contains("rolled back here itself"));
+        assert!(refused("never").contains("never been in service"));
+        assert!(refused("three").contains("already"));
+        // A release that was rolled back after it had earned its place is not a target.
+        let history = [("one", Healthy), ("two", Healthy), ("one", Healthy), ("two", RolledBack)];
+        assert!(rollback_target(&status("one", &history), None).is_err());
+    }
+
+    #[test]
+    fn a_rollout_that_cannot_decide_is_refused() {
+        let judge = Judge {
+            alpha: Probability(0.03),
+            beta: Probability(0.05),
+            margin: Ratio(1.5),
+            tolerance: Probability(0.005),
+            outage: Probability(0.05),
+            latency_floor: Time(Duration::from_millis(50)),
+            latency_tolerance: Probability(0.02),
+        };
+        let stages: Vec<Stage> = [10, 100].map(|weight| Stage { weight, gate: None }).into();
+        let seen = |requests, errors| {
+            let counts = Counts { requests, errors, latency: None };
+            forecast(&stages, 2.0, &judge, &counts, 10.0).check(60.0, "production")
+        };
+        seen(2000, 0).unwrap();
+        assert!(seen(0, 0).unwrap_err().to_string().contains("no requests"));
+        assert!(seen(100, 0).unwrap_err().to_string().contains("rollout.max_stage"));
+        assert!(seen(2000, 10).unwrap_err().to_string().contains("0.50 % errors"));
+    }
+}
