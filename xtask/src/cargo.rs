@@ -32,9 +32,15 @@ pub fn isolated(command: Cmd<'_>) -> Cmd<'_> {
 /// The workspace's root: the closest directory upwards with a `Cargo.lock`.
 pub fn root() -> Result<PathBuf> {
     let here = std::env::current_dir().context("finding the current directory")?;
-    match here.ancestors().find(|dir| dir.join("Cargo.lock").is_file()) {
+    match here
+        .ancestors()
+        .find(|dir| dir.join("Cargo.lock").is_file())
+    {
         Some(root) => Ok(root.to_owned()),
-        None => bail!("{} is not inside a Cargo workspace; run this in the repository", here.display()),
+        None => bail!(
+            "{} is not inside a Cargo workspace; run this in the repository",
+            here.display()
+        ),
     }
 }
 
@@ -48,12 +54,17 @@ pub fn target_dir() -> Result<PathBuf> {
 
 /// Builds this program with `feature` and becomes it, with the same arguments.
 pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
-    output.command(format_args!("cargo run --package xtask --features {feature} -- ..."));
+    output.command(format_args!(
+        "cargo run --package xtask --features {feature} -- ..."
+    ));
     let shell = shell()?;
-    isolated(cmd!(shell, "cargo build --package xtask --features {feature}"))
-        .quiet()
-        .run()
-        .with_context(|| format!("building xtask with feature {feature}"))?;
+    isolated(cmd!(
+        shell,
+        "cargo build --package xtask --features {feature}"
+    ))
+    .quiet()
+    .run()
+    .with_context(|| format!("building xtask with feature {feature}"))?;
     let program = target_dir()?.join("debug").join("xtask");
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let mut command = std::process::Command::new(&program);

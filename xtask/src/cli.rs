@@ -15,15 +15,32 @@ pub struct Cli {
     pub command: Command,
 
     /// What to print: text for people, or one JSON object a line on standard output.
-    #[arg(long, global = true, value_enum, default_value = "human", value_name = "FORMAT")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value = "human",
+        value_name = "FORMAT"
+    )]
     pub message_format: MessageFormat,
 
     /// When to use colour.
-    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value = "auto",
+        value_name = "WHEN"
+    )]
     pub color: Color,
 
     /// The pipeline's settings.
-    #[arg(long, global = true, default_value = "config/pipeline.toml", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        default_value = "config/pipeline.toml",
+        value_name = "FILE"
+    )]
     pub pipeline: PathBuf,
 }
 

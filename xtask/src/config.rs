@@ -128,7 +128,10 @@ pub struct Stage {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a weight or { weight = 50, gate = \"why\" }")]
+#[serde(
+    untagged,
+    expecting = "expected a weight or { weight = 50, gate = \"why\" }"
+)]
 enum StageEntry {
     Weight(u8),
     Gated(GatedStage),
@@ -188,6 +191,9 @@ pub struct LoadRequest {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Demo {
+    /// What the demo's own copy of these settings has instead in `[rollout]`.
+    #[serde(default)]
+    pub rollout: toml::Table,
     pub change: Setting,
     pub mistake: Setting,
 }
@@ -211,7 +217,10 @@ impl Pipeline {
         let root = cargo::root()?;
         let file = root.join(path);
         let text = std::fs::read_to_string(&file).with_context(|| {
-            format!("reading {}; name another file with --pipeline", file.display())
+            format!(
+                "reading {}; name another file with --pipeline",
+                file.display()
+            )
         })?;
         let mut pipeline = Self::parse(&text).with_context(|| format!("in {}", path.display()))?;
         pipeline.root = root;
@@ -237,7 +246,11 @@ impl Pipeline {
                 ));
             }
         }
-        if problems.is_empty() { Ok(pipeline) } else { bail!("{}", problems.join("\n")) }
+        if problems.is_empty() {
+            Ok(pipeline)
+        } else {
+            bail!("{}", problems.join("\n"))
+        }
     }
 
     /// The environment called `name`, or what there is instead.
@@ -256,12 +269,44 @@ impl Pipeline {
     pub fn state_dir(&self) -> PathBuf {
         self.root.join(&self.state_dir)
     }
+
+    /// The file's content with other values: each is a path of keys and what stands there.
+    pub fn rewrite(path: &Path, changes: &[(Vec<&str>, toml::Value)]) -> Result<String> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let mut table: toml::Table = text
+            .parse()
+            .with_context(|| format!("in {}", path.display()))?;
+        for (keys, value) in changes {
+            let Some((last, sections)) = keys.split_last() else {
+                continue;
+            };
+            let mut section = &mut table;
+            for key in sections {
+                let entry = section
+                    .entry(*key)
+                    .or_insert_with(|| toml::Table::new().into());
+                section = entry.as_table_mut().with_context(|| {
+                    format!(
+                        "{}: {} is no section of {}",
+                        keys.join("."),
+                        key,
+                        path.display()
+                    )
+                })?;
+            }
+            section.insert((*last).to_owned(), value.clone());
+        }
+        toml::to_string(&table).context("writing TOML")
+    }
 }
 
 /// TOML's message, with the nearest known name for a key that is not known.
 fn explain(error: &toml::de::Error) -> anyhow::Error {
     let mut quoted = error.message().split('`').skip(1).step_by(2);
-    let unknown = quoted.next().filter(|_| error.message().starts_with("unknown"));
+    let unknown = quoted
+        .next()
+        .filter(|_| error.message().starts_with("unknown"));
     let hint = unknown
         .and_then(|unknown| nearest(unknown, quoted))
         .map_or_else(String::new, |name| format!("did you mean `{name}`?"));
@@ -304,10 +349,15 @@ impl TryFrom<Vec<StageEntry>> for Stages {
             .collect();
         let weights: Vec<u8> = stages.iter().map(|stage| stage.weight).collect();
         if let Some(weight) = weights.iter().find(|weight| !(1..=100).contains(*weight)) {
-            return Err(format!("a stage's weight is 1 to 100 percent, not {weight}"));
+            return Err(format!(
+                "a stage's weight is 1 to 100 percent, not {weight}"
+            ));
         }
         if let Some(pair) = weights.windows(2).find(|pair| pair[0] >= pair[1]) {
-            return Err(format!("weights must rise, but {} comes after {}", pair[1], pair[0]));
+            return Err(format!(
+                "weights must rise, but {} comes after {}",
+                pair[1], pair[0]
+            ));
         }
         if weights.last() != Some(&100) {
             return Err("the last stage's weight must be 100".to_owned());
@@ -403,16 +453,56 @@ mod tests {
     #[test]
     fn wrong_settings_are_explained() {
         let cases = [
-            ("window = \"1s\"", "windw = \"1s\"", vec!["windw", "did you mean `window`?", "line "]),
-            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 50, 25, 100]", vec!["25 comes after 50", "line "]),
-            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 101]", vec!["not 101"]),
-            ("stages = [10, 25, 50, 75, 100]", "stages = [10, 50]", vec!["must be 100"]),
-            ("port = 18081", "port = 18080", vec!["environments.staging.port", "18080"]),
-            ("promotes_from = \"staging\"", "promotes_from = \"stage\"", vec!["\"stage\""]),
-            ("replicas = 2", "replicas = 0", vec!["replicas must be 1 to 100", "line "]),
-            ("alpha = 0.03", "alpha = 3", vec!["alpha", "between 0 and 1"]),
-            ("min_stage = \"2s\"", "min_stage = \"-2s\"", vec!["such as \\\"5s\\\"", "line "]),
-            ("platform = \"sandbox\"", "platform = \"sandpit\"", vec!["sandpit", "did you mean `sandbox`?"]),
+            (
+                "window = \"1s\"",
+                "windw = \"1s\"",
+                vec!["windw", "did you mean `window`?", "line "],
+            ),
+            (
+                "stages = [10, 25, 50, 75, 100]",
+                "stages = [10, 50, 25, 100]",
+                vec!["25 comes after 50", "line "],
+            ),
+            (
+                "stages = [10, 25, 50, 75, 100]",
+                "stages = [10, 101]",
+                vec!["not 101"],
+            ),
+            (
+                "stages = [10, 25, 50, 75, 100]",
+                "stages = [10, 50]",
+                vec!["must be 100"],
+            ),
+            (
+                "port = 18081",
+                "port = 18080",
+                vec!["environments.staging.port", "18080"],
+            ),
+            (
+                "promotes_from = \"staging\"",
+                "promotes_from = \"stage\"",
+                vec!["\"stage\""],
+            ),
+            (
+                "replicas = 2",
+                "replicas = 0",
+                vec!["replicas must be 1 to 100", "line "],
+            ),
+            (
+                "alpha = 0.03",
+                "alpha = 3",
+                vec!["alpha", "between 0 and 1"],
+            ),
+            (
+                "min_stage = \"2s\"",
+                "min_stage = \"-2s\"",
+                vec!["such as \\\"5s\\\"", "line "],
+            ),
+            (
+                "platform = \"sandbox\"",
+                "platform = \"sandpit\"",
+                vec!["sandpit", "did you mean `sandbox`?"],
+            ),
         ];
         for (right, wrong, wanted) in cases {
             let text = shipped();

@@ -43,7 +43,10 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| {
-        format!("{} is damaged; move it away and repeat the command that made it", path.display())
+        format!(
+            "{} is damaged; move it away and repeat the command that made it",
+            path.display()
+        )
     })
 }
 

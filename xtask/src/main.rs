@@ -2,7 +2,10 @@
 
 #![cfg_attr(
     not(feature = "rollout"),
-    expect(dead_code, reason = "what only rollouts use is compiled, and so checked, in every build")
+    expect(
+        dead_code,
+        reason = "what only rollouts use is compiled, and so checked, in every build"
+    )
 )]
 
 mod cargo;

@@ -55,7 +55,11 @@ pub enum Exit {
 
 impl Finished {
     pub fn new(exit: Exit, outcome: &'static str) -> Self {
-        Self { exit, outcome, fields: Map::new() }
+        Self {
+            exit,
+            outcome,
+            fields: Map::new(),
+        }
     }
 
     pub fn passed() -> Self {
@@ -72,7 +76,11 @@ impl Finished {
 impl Output {
     pub fn new(cli: &Cli) -> Self {
         let json = cli.message_format == MessageFormat::Json;
-        let terminal = if json { std::io::stderr().is_terminal() } else { std::io::stdout().is_terminal() };
+        let terminal = if json {
+            std::io::stderr().is_terminal()
+        } else {
+            std::io::stdout().is_terminal()
+        };
         let ci = std::env::var_os("CI").is_some();
         let color = match cli.color {
             Color::Always => true,
@@ -169,7 +177,10 @@ impl Output {
         } else {
             self.step(title);
         }
-        Group { output: self, started: Instant::now() }
+        Group {
+            output: self,
+            started: Instant::now(),
+        }
     }
 
     /// An event for programs: one JSON object on a line of standard output.
@@ -181,7 +192,11 @@ impl Output {
         object.insert("event".into(), name.into());
         object.insert("at".into(), jiff::Timestamp::now().to_string().into());
         if let Value::Object(fields) = json!(fields) {
-            object.extend(fields.into_iter().filter(|(key, _)| key != "event" && key != "at"));
+            object.extend(
+                fields
+                    .into_iter()
+                    .filter(|(key, _)| key != "event" && key != "at"),
+            );
         }
         let _guard = self.lock();
         let mut stdout = std::io::stdout().lock();
@@ -196,7 +211,11 @@ impl Output {
             Ok(finished) => (finished.exit, finished.outcome, finished.fields),
             Err(error) => {
                 self.people_on_stderr(&format!("{} {error:#}", self.paint(RED, "error")));
-                (Exit::Unknown, "failed", Map::from_iter([("error".into(), format!("{error:#}").into())]))
+                (
+                    Exit::Unknown,
+                    "failed",
+                    Map::from_iter([("error".into(), format!("{error:#}").into())]),
+                )
             }
         };
         fields.insert("command".into(), self.command.into());
@@ -208,7 +227,11 @@ impl Output {
     }
 
     pub fn paint(&self, style: Style, text: impl Display) -> String {
-        if self.color { format!("{style}{text}{style:#}") } else { text.to_string() }
+        if self.color {
+            format!("{style}{text}{style:#}")
+        } else {
+            text.to_string()
+        }
     }
 
     fn people(&self, text: &str) {
@@ -230,11 +253,17 @@ impl Output {
     }
 
     fn stream(&self) -> Box<dyn Write> {
-        if self.json { Box::new(std::io::stderr()) } else { Box::new(std::io::stdout()) }
+        if self.json {
+            Box::new(std::io::stderr())
+        } else {
+            Box::new(std::io::stdout())
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, bool> {
-        self.transient.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.transient
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 

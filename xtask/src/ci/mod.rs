@@ -20,8 +20,10 @@ const LAST_LINES: usize = 40;
 pub fn run(args: &CiArgs, output: &Output) -> Result<Finished> {
     let steps = select(&args.only)?;
     if args.list {
-        let rows: Vec<Vec<String>> =
-            steps.iter().map(|step| vec![step.name.to_owned(), step.proves.to_owned()]).collect();
+        let rows: Vec<Vec<String>> = steps
+            .iter()
+            .map(|step| vec![step.name.to_owned(), step.proves.to_owned()])
+            .collect();
         output.table(&["STEP", "PROVES"], &rows);
         for step in &steps {
             output.event("step", step);
@@ -57,13 +59,20 @@ fn select(only: &[String]) -> Result<Vec<&'static Step>> {
     let known = || STEPS.iter().map(|step| step.name);
     for name in only {
         if !known().any(|known| known == name) {
-            let hint = nearest(name, known())
-                .map_or_else(String::new, |nearest| format!("; did you mean {nearest:?}?"));
+            let hint = nearest(name, known()).map_or_else(String::new, |nearest| {
+                format!("; did you mean {nearest:?}?")
+            });
             let all: Vec<&str> = known().collect();
-            bail!("there is no step {name:?}; there is {}{hint}", all.join(", "));
+            bail!(
+                "there is no step {name:?}; there is {}{hint}",
+                all.join(", ")
+            );
         }
     }
-    Ok(STEPS.iter().filter(|step| only.is_empty() || only.iter().any(|n| n == step.name)).collect())
+    Ok(STEPS
+        .iter()
+        .filter(|step| only.is_empty() || only.iter().any(|n| n == step.name))
+        .collect())
 }
 
 /// Every tool that the steps need and the machine lacks, in one message.
@@ -76,7 +85,10 @@ fn preflight(steps: &[&Step]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    bail!("{}\nor let `cargo xtask ci --setup` install what is missing", missing.join("\n"))
+    bail!(
+        "{}\nor let `cargo xtask ci --setup` install what is missing",
+        missing.join("\n")
+    )
 }
 
 /// The table of all steps, then each failure with its last lines and the command to repeat it.
@@ -85,7 +97,11 @@ fn report(receipt: &Receipt, output: &Output) {
         .steps
         .iter()
         .map(|step| {
-            vec![step.name.clone(), step.outcome.to_string(), format!("{:.1} s", step.seconds)]
+            vec![
+                step.name.clone(),
+                step.outcome.to_string(),
+                format!("{:.1} s", step.seconds),
+            ]
         })
         .collect();
     output.table(&["STEP", "OUTCOME", "TIME"], &rows);
@@ -95,6 +111,9 @@ fn report(receipt: &Receipt, output: &Output) {
             output.line(format_args!("    {line}"));
         }
         output.line(format_args!("    the whole log: {}", step.log.display()));
-        output.line(format_args!("    repeat it:     cargo xtask ci --only {}", step.name));
+        output.line(format_args!(
+            "    repeat it:     cargo xtask ci --only {}",
+            step.name
+        ));
     }
 }

@@ -39,7 +39,11 @@ pub enum Outcome {
 
 impl Receipt {
     pub fn begin() -> Self {
-        Self { started_at: jiff::Timestamp::now(), ended_at: None, steps: Vec::new() }
+        Self {
+            started_at: jiff::Timestamp::now(),
+            ended_at: None,
+            steps: Vec::new(),
+        }
     }
 
     pub fn end(&mut self) {
@@ -51,7 +55,9 @@ impl Receipt {
     }
 
     pub fn failures(&self) -> impl Iterator<Item = &StepReceipt> {
-        self.steps.iter().filter(|step| step.outcome == Outcome::Failed)
+        self.steps
+            .iter()
+            .filter(|step| step.outcome == Outcome::Failed)
     }
 
     /// Writes `run.json` and `junit.xml` into `dir`, and the summary where Actions wants one.
@@ -83,7 +89,8 @@ impl Receipt {
                 }
             };
             let mut case = TestCase::new(step.name.clone(), status);
-            case.set_classname("ci").set_time(Duration::from_secs_f64(step.seconds));
+            case.set_classname("ci")
+                .set_time(Duration::from_secs_f64(step.seconds));
             suite.add_test_case(case);
         }
         let mut report = Report::new("ci");
@@ -94,7 +101,10 @@ impl Receipt {
     fn markdown(&self) -> String {
         let mut text = String::from("| step | outcome | seconds |\n|---|---|---:|\n");
         for step in &self.steps {
-            text.push_str(&format!("| {} | {} | {:.1} |\n", step.name, step.outcome, step.seconds));
+            text.push_str(&format!(
+                "| {} | {} | {:.1} |\n",
+                step.name, step.outcome, step.seconds
+            ));
         }
         text
     }
@@ -114,5 +124,8 @@ pub fn last_lines(path: &Path, number: usize) -> Vec<String> {
     let text = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.trim_end().lines().collect();
-    lines[lines.len().saturating_sub(number)..].iter().map(|line| (*line).to_owned()).collect()
+    lines[lines.len().saturating_sub(number)..]
+        .iter()
+        .map(|line| (*line).to_owned())
+        .collect()
 }

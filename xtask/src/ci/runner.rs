@@ -49,7 +49,11 @@ fn run_one(step: &Step, log: &Path, output: &Output) -> Result<StepReceipt> {
     }
     drop(group);
     match outcome {
-        Outcome::Passed => output.good(format_args!("{} in {}", step.name, seconds(started.elapsed()))),
+        Outcome::Passed => output.good(format_args!(
+            "{} in {}",
+            step.name,
+            seconds(started.elapsed())
+        )),
         Outcome::Failed => output.bad(format_args!("{}: {reason}", step.name)),
     }
     Ok(StepReceipt {
@@ -72,8 +76,12 @@ fn spawn(step: &Step, log: &Path) -> Result<mpsc::Receiver<std::io::Result<ExitS
     let file = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let mut command = Command::from(command);
     command.stdin(std::process::Stdio::null());
-    command.stdout(file.try_clone().context("sharing the log")?).stderr(file);
-    let mut child = command.spawn().with_context(|| format!("starting {program}"))?;
+    command
+        .stdout(file.try_clone().context("sharing the log")?)
+        .stderr(file);
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("starting {program}"))?;
     let (sender, ended) = mpsc::channel();
     std::thread::spawn(move || {
         // The receiver is gone only when the whole program ends.

@@ -27,14 +27,31 @@ pub const STEPS: &[Step] = &[
     Step {
         name: "deny",
         proves: "no dependency is banned, badly licensed or from an unknown source",
-        argv: &["cargo", "deny", "--all-features", "check", "bans", "licenses", "sources"],
+        argv: &[
+            "cargo",
+            "deny",
+            "--all-features",
+            "check",
+            "bans",
+            "licenses",
+            "sources",
+        ],
         variables: &[],
         tool: Some("cargo-deny"),
     },
     Step {
         name: "thin",
         proves: "xtask builds without any feature and without a warning",
-        argv: &["cargo", "clippy", "--locked", "--package", "xtask", "--", "--deny", "warnings"],
+        argv: &[
+            "cargo",
+            "clippy",
+            "--locked",
+            "--package",
+            "xtask",
+            "--",
+            "--deny",
+            "warnings",
+        ],
         variables: &[],
         tool: None,
     },
@@ -42,8 +59,15 @@ pub const STEPS: &[Step] = &[
         name: "clippy",
         proves: "clippy and the compiler have no warning",
         argv: &[
-            "cargo", "clippy", "--locked", "--workspace", "--all-targets", "--all-features", "--",
-            "--deny", "warnings",
+            "cargo",
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--",
+            "--deny",
+            "warnings",
         ],
         variables: &[],
         tool: None,
@@ -51,21 +75,45 @@ pub const STEPS: &[Step] = &[
     Step {
         name: "build",
         proves: "everything builds",
-        argv: &["cargo", "build", "--locked", "--workspace", "--all-targets", "--all-features"],
+        argv: &[
+            "cargo",
+            "build",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+        ],
         variables: &[],
         tool: None,
     },
     Step {
         name: "docs",
         proves: "the documentation builds and its links lead somewhere",
-        argv: &["cargo", "doc", "--locked", "--workspace", "--all-features", "--no-deps", "--document-private-items"],
+        argv: &[
+            "cargo",
+            "doc",
+            "--locked",
+            "--workspace",
+            "--all-features",
+            "--no-deps",
+            "--document-private-items",
+        ],
         variables: &[("RUSTDOCFLAGS", "--deny warnings")],
         tool: None,
     },
     Step {
         name: "image",
         proves: "the service builds into an image (the tests run it)",
-        argv: &["cargo", "run", "--locked", "--package", "xtask", "--all-features", "--", "image"],
+        argv: &[
+            "cargo",
+            "run",
+            "--locked",
+            "--package",
+            "xtask",
+            "--all-features",
+            "--",
+            "image",
+        ],
         variables: &[],
         tool: None,
     },
@@ -81,7 +129,10 @@ pub const STEPS: &[Step] = &[
 impl Step {
     /// The command as a person would paste it.
     pub fn command_line(&self) -> String {
-        let variables = self.variables.iter().map(|(name, value)| format!("{name}='{value}'"));
+        let variables = self
+            .variables
+            .iter()
+            .map(|(name, value)| format!("{name}='{value}'"));
         let words = self.argv.iter().map(|word| (*word).to_owned());
         variables.chain(words).collect::<Vec<_>>().join(" ")
     }

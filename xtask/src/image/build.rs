@@ -27,18 +27,35 @@ impl Source {
             .current_dir(cargo::root()?)
             .exec()
             .context("asking cargo for the workspace's packages")?;
-        let Some(found) = metadata.packages.iter().find(|p| p.name.as_str() == package) else {
+        let Some(found) = metadata
+            .packages
+            .iter()
+            .find(|p| p.name.as_str() == package)
+        else {
             let known: Vec<&str> = metadata.packages.iter().map(|p| p.name.as_str()).collect();
-            bail!("service.package = {package:?}: the workspace has only {}", known.join(", "));
+            bail!(
+                "service.package = {package:?}: the workspace has only {}",
+                known.join(", ")
+            );
         };
         let shell = cargo::shell()?;
         let git = |arguments: &[&str]| {
-            cmd!(shell, "git {arguments...}").quiet().ignore_stderr().read().ok()
+            cmd!(shell, "git {arguments...}")
+                .quiet()
+                .ignore_stderr()
+                .read()
+                .ok()
         };
         let dirty = git(&["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
         let revision = git(&["rev-parse", "HEAD"]).map_or_else(
             || "unknown".to_owned(),
-            |commit| if dirty { format!("{commit}-dirty") } else { commit },
+            |commit| {
+                if dirty {
+                    format!("{commit}-dirty")
+                } else {
+                    commit
+                }
+            },
         );
         let date = match std::env::var("SOURCE_DATE_EPOCH") {
             Ok(text) => text.parse().with_context(|| {
@@ -48,7 +65,11 @@ impl Source {
                 .and_then(|text| text.parse().ok())
                 .unwrap_or(0),
         };
-        Ok(Self { version: found.version.clone(), revision, date })
+        Ok(Self {
+            version: found.version.clone(),
+            revision,
+            date,
+        })
     }
 }
 
@@ -61,8 +82,10 @@ pub fn binary(service: &Service, output: &Output) -> Result<PathBuf> {
     // An explicit target keeps these flags away from build scripts and macros.
     shell.set_var("CARGO_ENCODED_RUSTFLAGS", flags(&triple)?.join("\x1f"));
     shell.set_var("CARGO_INCREMENTAL", "0");
-    let prefix_maps: Vec<String> =
-        prefix_maps()?.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
+    let prefix_maps: Vec<String> = prefix_maps()?
+        .iter()
+        .map(|(from, to)| format!("-ffile-prefix-map={from}={to}"))
+        .collect();
     shell.set_var("CFLAGS", prefix_maps.join(" "));
     let build = cmd!(
         shell,
@@ -90,7 +113,10 @@ fn flags(triple: &str) -> Result<Vec<String>> {
 /// Directories of this machine and what stands for them in the executable.
 fn prefix_maps() -> Result<Vec<(String, &'static str)>> {
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
-    let mut maps = vec![(text(cargo::target_dir()?), "/target"), (text(cargo::root()?), "/source")];
+    let mut maps = vec![
+        (text(cargo::target_dir()?), "/target"),
+        (text(cargo::root()?), "/source"),
+    ];
     let home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
@@ -102,7 +128,10 @@ fn prefix_maps() -> Result<Vec<(String, &'static str)>> {
 
 fn host_triple() -> Result<String> {
     let shell = cargo::shell()?;
-    let version = cmd!(shell, "rustc -vV").quiet().read().context("asking rustc for its target")?;
+    let version = cmd!(shell, "rustc -vV")
+        .quiet()
+        .read()
+        .context("asking rustc for its target")?;
     let triple = version.lines().find_map(|line| line.strip_prefix("host: "));
     triple.map(str::to_owned).context("rustc -vV names no host")
 }

@@ -23,27 +23,50 @@ pub struct Packed {
 
 /// Everything that decides the layer's bytes, so that an unchanged one is not packed again.
 pub fn key(entry: &Entry<'_>) -> String {
-    format!("1-{}-{}", files::sha256(entry.path.as_bytes()), files::sha256(entry.content))
+    format!(
+        "1-{}-{}",
+        files::sha256(entry.path.as_bytes()),
+        files::sha256(entry.content)
+    )
 }
 
 pub fn pack(entry: &Entry<'_>) -> Result<Packed> {
     let archive = archive(entry).context("packing the layer")?;
     // The time 0 and the unknown system are what RFC 1952 has for "none".
-    let mut gzip = GzBuilder::new().mtime(0).operating_system(255).write(Vec::new(), Compression::new(6));
-    gzip.write_all(&archive).and_then(|()| gzip.try_finish()).context("compressing the layer")?;
+    let mut gzip = GzBuilder::new()
+        .mtime(0)
+        .operating_system(255)
+        .write(Vec::new(), Compression::new(6));
+    gzip.write_all(&archive)
+        .and_then(|()| gzip.try_finish())
+        .context("compressing the layer")?;
     let gzip = gzip.finish().context("compressing the layer")?;
-    Ok(Packed { gzip, diff_id: files::sha256(&archive) })
+    Ok(Packed {
+        gzip,
+        diff_id: files::sha256(&archive),
+    })
 }
 
 fn archive(entry: &Entry<'_>) -> std::io::Result<Vec<u8>> {
     let mut builder = tar::Builder::new(Vec::with_capacity(entry.content.len() + 4096));
-    let directories: Vec<&str> =
-        entry.path.match_indices('/').map(|(end, _)| &entry.path[..=end]).collect();
+    let directories: Vec<&str> = entry
+        .path
+        .match_indices('/')
+        .map(|(end, _)| &entry.path[..=end])
+        .collect();
     for directory in directories {
-        builder.append_data(&mut header(EntryType::Directory, 0), directory, std::io::empty())?;
+        builder.append_data(
+            &mut header(EntryType::Directory, 0),
+            directory,
+            std::io::empty(),
+        )?;
     }
     let size = entry.content.len() as u64;
-    builder.append_data(&mut header(EntryType::Regular, size), entry.path, entry.content)?;
+    builder.append_data(
+        &mut header(EntryType::Regular, size),
+        entry.path,
+        entry.content,
+    )?;
     builder.into_inner()
 }
 
@@ -64,7 +87,10 @@ mod tests {
 
     #[test]
     fn the_same_content_gives_the_same_bytes() {
-        let entry = Entry { path: "app/service", content: b"#!/bin/true" };
+        let entry = Entry {
+            path: "app/service",
+            content: b"#!/bin/true",
+        };
         let (one, two) = (pack(&entry).unwrap(), pack(&entry).unwrap());
         assert_eq!(one.gzip, two.gzip);
         let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(one.gzip.as_slice()));
@@ -74,9 +100,19 @@ mod tests {
             .map(|entry| {
                 let entry = entry.unwrap();
                 let path = entry.path().unwrap().display().to_string();
-                (path, entry.header().mode().unwrap(), entry.header().mtime().unwrap())
+                (
+                    path,
+                    entry.header().mode().unwrap(),
+                    entry.header().mtime().unwrap(),
+                )
             })
             .collect();
-        assert_eq!(entries, [("app/".to_owned(), 0o755, 0), ("app/service".to_owned(), 0o755, 0)]);
+        assert_eq!(
+            entries,
+            [
+                ("app/".to_owned(), 0o755, 0),
+                ("app/service".to_owned(), 0o755, 0)
+            ]
+        );
     }
 }

@@ -58,7 +58,11 @@ impl Layout {
 
     /// Adds the layer that holds `entry`; an unchanged one is found, not packed again.
     pub fn layer(&self, entry: &layer::Entry<'_>) -> Result<Layer> {
-        let known = self.dir.join("packed").join(layer::key(entry)).with_extension("json");
+        let known = self
+            .dir
+            .join("packed")
+            .join(layer::key(entry))
+            .with_extension("json");
         if let Ok(layer) = files::read_json::<Layer>(&known)
             && fs::metadata(self.blob(&layer.digest)).is_ok_and(|blob| blob.len() == layer.size)
         {
@@ -144,7 +148,12 @@ impl Layout {
             .with_context(|| format!("reading the manifest {digest}"))?;
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let list = |value: &Value| -> Vec<String> {
-            value.as_array().into_iter().flatten().filter_map(text).collect()
+            value
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(text)
+                .collect()
         };
         let config = text(&manifest["config"]["digest"]).context("the manifest names no config")?;
         let config: Value = serde_json::from_slice(&self.read(&config)?)
@@ -160,7 +169,10 @@ impl Layout {
     fn read(&self, digest: &str) -> Result<Vec<u8>> {
         let path = self.blob(digest);
         let content = fs::read(&path).with_context(|| {
-            format!("the image is not complete: reading {}; run `cargo xtask image` again", path.display())
+            format!(
+                "the image is not complete: reading {}; run `cargo xtask image` again",
+                path.display()
+            )
         })?;
         if format!("sha256:{}", files::sha256(&content)) != digest {
             bail!(
@@ -193,7 +205,10 @@ impl Layout {
         } else {
             Vec::new()
         };
-        if manifests.iter().all(|manifest| manifest["digest"] != digest) {
+        if manifests
+            .iter()
+            .all(|manifest| manifest["digest"] != digest)
+        {
             manifests.push(json!({
                 "mediaType": MANIFEST,
                 "digest": digest,

@@ -29,7 +29,10 @@ pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
 /// Builds the service (or takes `args.binary`), assembles its image and records the release.
 pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Recorded> {
     let service = &pipeline.service;
-    let config_dir = args.config.clone().unwrap_or_else(|| pipeline.root.join(&service.config_dir));
+    let config_dir = args
+        .config
+        .clone()
+        .unwrap_or_else(|| pipeline.root.join(&service.config_dir));
     // Everything that can be wrong with the arguments is found before the long build.
     let probe = Release::compose(
         String::new(),
@@ -38,17 +41,24 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
         &pipeline.root.join(&service.migrations_dir),
     )?;
     let source = build::Source::describe(&service.package)?;
-    let version = args.version.clone().unwrap_or_else(|| source.version.clone());
+    let version = args
+        .version
+        .clone()
+        .unwrap_or_else(|| source.version.clone());
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
         None => build::binary(service, output)?,
     };
 
     let started = Instant::now();
-    let content = std::fs::read(&binary).with_context(|| format!("reading {}", binary.display()))?;
+    let content =
+        std::fs::read(&binary).with_context(|| format!("reading {}", binary.display()))?;
     let layout = Layout::open(pipeline.state_dir().join("images"))?;
     let path = format!("app/{}", service.binary);
-    let layer = layout.layer(&layer::Entry { path: &path, content: &content })?;
+    let layer = layout.layer(&layer::Entry {
+        path: &path,
+        content: &content,
+    })?;
     let image = layout.image(
         &layer,
         &ImageConfig {
@@ -67,7 +77,11 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
         layer.size as f64 / 1e6,
         seconds(started.elapsed())
     ));
-    let recorded = Store::open(pipeline).keep(Release { image, version, ..probe })?;
+    let recorded = Store::open(pipeline).keep(Release {
+        image,
+        version,
+        ..probe
+    })?;
     output.good(format_args!("release {recorded}"));
     output.event("release", &recorded);
     Ok(recorded)

@@ -94,13 +94,19 @@ impl Status {
 
 impl ReleaseStatus {
     pub fn ready(&self) -> u32 {
-        self.instances.iter().filter(|instance| instance.ready).map(|_| 1).sum()
+        self.instances
+            .iter()
+            .filter(|instance| instance.ready)
+            .map(|_| 1)
+            .sum()
     }
 }
 
 /// The platform of an environment.
 pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn Platform>> {
     match pipeline.environment(environment)?.platform {
-        PlatformKind::Sandbox => Ok(Box::new(sandbox::Sandbox::open(pipeline, environment).await?)),
+        PlatformKind::Sandbox => Ok(Box::new(
+            sandbox::Sandbox::open(pipeline, environment).await?,
+        )),
     }
 }

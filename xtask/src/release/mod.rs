@@ -51,13 +51,20 @@ impl Release {
         config_dir: &Path,
         migrations_dir: &Path,
     ) -> Result<Self> {
-        Ok(Self { image, version, config: read_config(config_dir)?, schema_version: newest_migration(migrations_dir)? })
+        Ok(Self {
+            image,
+            version,
+            config: read_config(config_dir)?,
+            schema_version: newest_migration(migrations_dir)?,
+        })
     }
 
     /// The identity: SHA-256 over JSON with sorted keys and no white space (as in RFC 8785).
     pub fn id(&self) -> Result<ReleaseId> {
         // serde_json's map is sorted, so going through a value sorts the struct's fields too.
-        let canonical = serde_json::to_value(self).context("describing the release")?.to_string();
+        let canonical = serde_json::to_value(self)
+            .context("describing the release")?
+            .to_string();
         Ok(ReleaseId(files::sha256(canonical.as_bytes())))
     }
 }
@@ -97,7 +104,9 @@ fn read_config(dir: &Path) -> Result<BTreeMap<String, String>> {
         .with_context(|| format!("reading the configuration in {}", dir.display()))?;
     let mut config = BTreeMap::new();
     for entry in entries {
-        let path = entry.with_context(|| format!("reading {}", dir.display()))?.path();
+        let path = entry
+            .with_context(|| format!("reading {}", dir.display()))?
+            .path();
         if path.is_file() {
             let text = std::fs::read_to_string(&path)
                 .with_context(|| format!("reading {} as text", path.display()))?;
@@ -112,11 +121,15 @@ fn read_config(dir: &Path) -> Result<BTreeMap<String, String>> {
 
 /// The highest leading number of the files in `dir`: `0002_discounts.sql` is 2.
 fn newest_migration(dir: &Path) -> Result<u64> {
-    let entries =
-        std::fs::read_dir(dir).with_context(|| format!("reading the migrations in {}", dir.display()))?;
+    let entries = std::fs::read_dir(dir)
+        .with_context(|| format!("reading the migrations in {}", dir.display()))?;
     let mut newest = 0;
     for entry in entries {
-        let name = file_name(&entry.with_context(|| format!("reading {}", dir.display()))?.path());
+        let name = file_name(
+            &entry
+                .with_context(|| format!("reading {}", dir.display()))?
+                .path(),
+        );
         let digits: String = name.chars().take_while(char::is_ascii_digit).collect();
         newest = newest.max(digits.parse().unwrap_or(0));
     }
@@ -124,7 +137,10 @@ fn newest_migration(dir: &Path) -> Result<u64> {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// `cargo xtask releases`
@@ -144,13 +160,21 @@ pub fn list(cli: &Cli, output: &Output) -> Result<Finished> {
 }
 
 fn row(recorded: &Recorded) -> Vec<String> {
-    let digest: String = recorded.release.image.chars().take("sha256:".len() + 12).collect();
+    let digest: String = recorded
+        .release
+        .image
+        .chars()
+        .take("sha256:".len() + 12)
+        .collect();
     vec![
         recorded.id.short().to_owned(),
         recorded.release.version.to_string(),
         digest,
         recorded.release.schema_version.to_string(),
-        recorded.created_at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+        recorded
+            .created_at
+            .strftime("%Y-%m-%d %H:%M:%S UTC")
+            .to_string(),
     ]
 }
 
@@ -172,8 +196,10 @@ mod tests {
         config.config.insert("a.toml".into(), "x = 2".into());
         let mut schema = release.clone();
         schema.schema_version = 2;
-        let ids: std::collections::BTreeSet<_> =
-            [&release, &image, &config, &schema].iter().map(|r| r.id().unwrap()).collect();
+        let ids: std::collections::BTreeSet<_> = [&release, &image, &config, &schema]
+            .iter()
+            .map(|r| r.id().unwrap())
+            .collect();
         assert_eq!(ids.len(), 4);
         assert_eq!(release.id().unwrap(), release.clone().id().unwrap());
     }

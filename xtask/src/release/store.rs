@@ -14,12 +14,18 @@ pub struct Store {
 
 impl Store {
     pub fn open(pipeline: &Pipeline) -> Self {
-        Self { dir: pipeline.state_dir().join("releases") }
+        Self {
+            dir: pipeline.state_dir().join("releases"),
+        }
     }
 
     /// Keeps `release`; keeping the same one again changes only when it was last made.
     pub fn keep(&self, release: Release) -> Result<Recorded> {
-        let recorded = Recorded { id: release.id()?, created_at: jiff::Timestamp::now(), release };
+        let recorded = Recorded {
+            id: release.id()?,
+            created_at: jiff::Timestamp::now(),
+            release,
+        };
         files::write_json(&self.path(&recorded.id), &recorded)?;
         Ok(recorded)
     }
@@ -71,7 +77,9 @@ impl Store {
                 let version = |r: &&Recorded| r.release.version.to_string() == text;
                 let by_version: Vec<_> = all.iter().filter(version).take(1).collect();
                 if by_version.is_empty() && text.len() >= 4 {
-                    all.iter().filter(|r| r.id.as_str().starts_with(text)).collect()
+                    all.iter()
+                        .filter(|r| r.id.as_str().starts_with(text))
+                        .collect()
                 } else {
                     by_version
                 }
@@ -79,7 +87,9 @@ impl Store {
         };
         match (found.pop(), found.is_empty()) {
             (Some(one), true) => Ok(one.clone()),
-            (Some(_), false) => bail!("{text:?} is the start of several releases; give more of the id"),
+            (Some(_), false) => {
+                bail!("{text:?} is the start of several releases; give more of the id")
+            }
             (None, _) => {
                 let known: Vec<String> = all.iter().take(5).map(ToString::to_string).collect();
                 bail!(

@@ -18,11 +18,21 @@ pub struct SmokeChecks {
 
 impl SmokeChecks {
     pub fn new(address: String, checks: &[Smoke]) -> Self {
-        Self { client: reqwest::Client::new(), address, checks: checks.to_vec() }
+        Self {
+            client: reqwest::Client::new(),
+            address,
+            checks: checks.to_vec(),
+        }
     }
 
     async fn failure(&self, check: &Smoke) -> Option<String> {
-        let request = request(&self.client, check.method, &self.address, &check.path, check.body.as_deref());
+        let request = request(
+            &self.client,
+            check.method,
+            &self.address,
+            &check.path,
+            check.body.as_deref(),
+        );
         let failed = |what: String| Some(format!("smoke check {:?}: {what}", check.name));
         match request.timeout(TIMEOUT).send().await {
             Err(error) => failed(error.to_string()),
@@ -35,7 +45,13 @@ impl SmokeChecks {
                 if wanted {
                     return None;
                 }
-                let text: String = answer.text().await.unwrap_or_default().chars().take(200).collect();
+                let text: String = answer
+                    .text()
+                    .await
+                    .unwrap_or_default()
+                    .chars()
+                    .take(200)
+                    .collect();
                 failed(format!("{} answered {status}: {text}", check.path))
             }
         }
@@ -69,9 +85,9 @@ pub fn request(
     };
     let request = client.request(method, format!("{address}{path}"));
     match body {
-        Some(body) => {
-            request.header(header::CONTENT_TYPE, "application/json").body(body.to_owned())
-        }
+        Some(body) => request
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body.to_owned()),
         None => request,
     }
 }

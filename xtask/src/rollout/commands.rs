@@ -22,7 +22,7 @@ use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, JudgeArgs, Rol
 use crate::config::{Environment, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
-use crate::release::{Recorded, ReleaseId, Store};
+use crate::release::{Recorded, Store};
 
 /// How often a judgement is repeated in a log that nobody watches.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -42,8 +42,15 @@ pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished>
 pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     block_on(async {
         let session = Session::open(cli, &args.environment.environment, output)?;
-        let wanted = args.to.as_ref().map(|text| session.store.resolve(text)).transpose()?;
-        let status = platform::open(&session.pipeline, &session.name).await?.status().await?;
+        let wanted = args
+            .to
+            .as_ref()
+            .map(|text| session.store.resolve(text))
+            .transpose()?;
+        let status = platform::open(&session.pipeline, &session.name)
+            .await?
+            .status()
+            .await?;
         let target = plan::rollback_target(&status, wanted.as_ref().map(|recorded| &recorded.id))?;
         let target = session.store.get(&target)?;
         session.begin(Kind::Rollback, target).await
@@ -56,7 +63,9 @@ pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Fin
     match command {
         CanaryCommand::Start(args) => block_on(start(args, cli, output)),
         CanaryCommand::Resume(args) => block_on(async { open(&args.environment)?.resume().await }),
-        CanaryCommand::Promote(args) => block_on(async { open(&args.environment)?.promote().await }),
+        CanaryCommand::Promote(args) => {
+            block_on(async { open(&args.environment)?.promote().await })
+        }
         CanaryCommand::Abort(args) => block_on(async { open(&args.environment)?.abort().await }),
         CanaryCommand::Status(args) => block_on(async { open(&args.environment)?.status().await }),
         CanaryCommand::Judge(args) => judge(args, cli, output),
@@ -68,7 +77,10 @@ async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Fin
     let release = match (&args.release, &session.settings.promotes_from) {
         (Some(text), _) => session.store.resolve(text)?,
         (None, Some(from)) => {
-            let status = platform::open(&session.pipeline, from).await?.status().await?;
+            let status = platform::open(&session.pipeline, from)
+                .await?
+                .status()
+                .await?;
             let Some(stable) = status.stable else {
                 bail!(
                     "nothing is in service in {from}, which {} is promoted from; deploy there \
@@ -84,7 +96,9 @@ async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Fin
 }
 
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     runtime.context("starting the runtime")?.block_on(work)
 }
 
@@ -104,7 +118,14 @@ impl<'a> Session<'a> {
         let settings = pipeline.environment(name)?.clone();
         let store = Store::open(&pipeline);
         let desk = Desk::new(&pipeline.state_dir(), name);
-        Ok(Self { pipeline, name: name.to_owned(), settings, store, desk, output })
+        Ok(Self {
+            pipeline,
+            name: name.to_owned(),
+            settings,
+            store,
+            desk,
+            output,
+        })
     }
 
     /// Starts a rollout and drives it to its end.
@@ -121,11 +142,18 @@ impl<'a> Session<'a> {
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         let status = platform.status().await?;
         if status.stable.as_ref() == Some(&candidate.id) {
-            self.output.good(format_args!("{candidate} is in service in {} already", self.name));
+            self.output.good(format_args!(
+                "{candidate} is in service in {} already",
+                self.name
+            ));
             return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
         }
         platform.prepare(&candidate).await?;
-        let stable = status.stable.as_ref().map(|id| self.store.get(id)).transpose()?;
+        let stable = status
+            .stable
+            .as_ref()
+            .map(|id| self.store.get(id))
+            .transpose()?;
         if let Some(stable) = &stable {
             platform.prepare(stable).await?;
         }
@@ -141,8 +169,15 @@ impl<'a> Session<'a> {
         };
         let now = jiff::Timestamp::now();
         let rollout = &self.pipeline.rollout;
-        let plan =
-            plan::plan(&self.name, &self.settings, rollout, kind, &status, &candidate.id, now);
+        let plan = plan::plan(
+            &self.name,
+            &self.settings,
+            rollout,
+            kind,
+            &status,
+            &candidate.id,
+            now,
+        );
         self.output.step(format_args!(
             "{}: {} {} (rollout {})",
             self.name,
@@ -168,7 +203,10 @@ impl<'a> Session<'a> {
         })?;
         // A request of a time before this rollout is none for this one.
         let request = self.desk.request()?.map_or(0, |request| request.number);
-        let state = State { request, ..State::start(millis(jiff::Timestamp::now())) };
+        let state = State {
+            request,
+            ..State::start(millis(jiff::Timestamp::now()))
+        };
         journal.append([Entry::State { state }])?;
         self.drive(&*platform, &writer, &mut journal).await
     }
@@ -211,7 +249,10 @@ impl<'a> Session<'a> {
     ) -> Result<Finished> {
         let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
         let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke);
-        let narrator = Narrator { output: self.output, said: Mutex::new(None) };
+        let narrator = Narrator {
+            output: self.output,
+            said: Mutex::new(None),
+        };
         let rollout = &self.pipeline.rollout;
         let driver = Driver {
             platform,
@@ -221,7 +262,10 @@ impl<'a> Session<'a> {
             decide: engine::decide,
             desk: &self.desk,
             writer,
-            pace: Pace { window: rollout.window.0, warm_up: rollout.warm_up.0 },
+            pace: Pace {
+                window: rollout.window.0,
+                warm_up: rollout.warm_up.0,
+            },
             audience: &|notice| narrator.tell(notice),
         };
         let end = driver.run(journal).await?;
@@ -248,15 +292,20 @@ impl<'a> Session<'a> {
                 (Exit::Unknown, "held")
             }
             End::Outcome(Outcome::Healthy) => {
-                self.output.good(format_args!("{candidate} is in service in {name}"));
+                self.output
+                    .good(format_args!("{candidate} is in service in {name}"));
                 (Exit::Yes, "healthy")
             }
             End::Outcome(Outcome::RolledBack) => {
-                self.output.bad(format_args!("{candidate} was rolled back in {name}: {}", summary.why));
+                self.output.bad(format_args!(
+                    "{candidate} was rolled back in {name}: {}",
+                    summary.why
+                ));
                 (Exit::No, "rolled-back")
             }
             End::Outcome(Outcome::Aborted) => {
-                self.output.bad(format_args!("{candidate} was given up in {name}"));
+                self.output
+                    .bad(format_args!("{candidate} was given up in {name}"));
                 (Exit::No, "aborted")
             }
             End::Outcome(Outcome::Failed) => {
@@ -270,7 +319,8 @@ impl<'a> Session<'a> {
             }
         };
         status::totals(&summary, self.output);
-        self.output.detail(format_args!("journal: {}", journal.path().display()));
+        self.output
+            .detail(format_args!("journal: {}", journal.path().display()));
         let mut finished = Finished::new(exit, outcome).with("environment", name);
         if let serde_json::Value::Object(fields) = json!(summary) {
             finished.fields.extend(fields);
@@ -281,7 +331,10 @@ impl<'a> Session<'a> {
     async fn resume(&self) -> Result<Finished> {
         let writer = self.become_writer()?;
         let Some(mut journal) = self.desk.unfinished()? else {
-            bail!("there is nothing to resume in {}: no rollout is unfinished", self.name);
+            bail!(
+                "there is nothing to resume in {}: no rollout is unfinished",
+                self.name
+            );
         };
         self.take_over(&writer, &mut journal).await
     }
@@ -293,14 +346,22 @@ impl<'a> Session<'a> {
         for id in plan.stable.iter().chain([&plan.candidate]) {
             platform.prepare(&self.store.get(id)?).await?;
         }
-        self.output.step(format_args!("{}: going on with rollout {}", self.name, plan.rollout));
-        journal.append([Entry::Resumed { token: writer.token }])?;
+        self.output.step(format_args!(
+            "{}: going on with rollout {}",
+            self.name, plan.rollout
+        ));
+        journal.append([Entry::Resumed {
+            token: writer.token,
+        }])?;
         self.drive(&*platform, writer, journal).await
     }
 
     async fn promote(&self) -> Result<Finished> {
         let Some(journal) = self.desk.unfinished()? else {
-            bail!("there is nothing to promote in {}: no rollout is unfinished", self.name);
+            bail!(
+                "there is nothing to promote in {}: no rollout is unfinished",
+                self.name
+            );
         };
         let number = self.ask(RequestKind::Promote)?;
         if let Some(writer) = self.desk.lock()? {
@@ -314,13 +375,15 @@ impl<'a> Session<'a> {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        self.output.good(format_args!("{} moves on", journal.plan().rollout));
+        self.output
+            .good(format_args!("{} moves on", journal.plan().rollout));
         Ok(Finished::passed().with("rollout", &journal.plan().rollout))
     }
 
     async fn abort(&self) -> Result<Finished> {
         let Some(journal) = self.desk.unfinished()? else {
-            self.output.line(format_args!("there is nothing to abort in {}", self.name));
+            self.output
+                .line(format_args!("there is nothing to abort in {}", self.name));
             return Ok(Finished::new(Exit::Yes, "idle"));
         };
         self.ask(RequestKind::Abort)?;
@@ -337,7 +400,8 @@ impl<'a> Session<'a> {
             if journal.state().outcome().is_some() {
                 break journal;
             }
-            self.output.progress("waiting for the command that drives the rollout");
+            self.output
+                .progress("waiting for the command that drives the rollout");
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         let outcome = match ended.state().outcome() {
@@ -352,7 +416,8 @@ impl<'a> Session<'a> {
             Some(Outcome::Failed) => "failed",
             None => bail!("the rollout is held; see `cargo xtask canary status`"),
         };
-        self.output.good(format_args!("all traffic of {} is on stable", self.name));
+        self.output
+            .good(format_args!("all traffic of {} is on stable", self.name));
         Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
     }
 
@@ -364,7 +429,8 @@ impl<'a> Session<'a> {
 
     async fn status(&self) -> Result<Finished> {
         let Some(journal) = self.desk.newest()? else {
-            self.output.line(format_args!("there has been no rollout in {}", self.name));
+            self.output
+                .line(format_args!("there has been no rollout in {}", self.name));
             return Ok(Finished::new(Exit::Yes, "idle"));
         };
         let platform = platform::open(&self.pipeline, &self.name).await?;
@@ -373,7 +439,10 @@ impl<'a> Session<'a> {
         status::rollout(&journal, &view(journal.plan(), &now), driven, self.output);
         status::running(&now, &platform.address(), self.output);
         let state = journal.state();
-        let judgement = journal.judgements().next_back().map(|(_, judgement)| judgement);
+        let judgement = journal
+            .judgements()
+            .next_back()
+            .map(|(_, judgement)| judgement);
         self.output.event(
             "status",
             json!({ "plan": journal.plan(), "state": state, "judgement": judgement, "platform": now, "driven": driven }),
@@ -393,10 +462,18 @@ impl<'a> Session<'a> {
 
 /// Stable's counts over `time`.
 async fn measure(metrics: &dyn Metrics, plan: &engine::Plan, time: Duration) -> Result<Counts> {
-    let before = metrics.sample().await.context("measuring stable's traffic")?;
+    let before = metrics
+        .sample()
+        .await
+        .context("measuring stable's traffic")?;
     tokio::time::sleep(time).await;
-    let after = metrics.sample().await.context("measuring stable's traffic")?;
-    Ok(Counts::sum(&metrics::window(plan, 0, time.as_secs_f64(), &before, &after).baseline))
+    let after = metrics
+        .sample()
+        .await
+        .context("measuring stable's traffic")?;
+    Ok(Counts::sum(
+        &metrics::window(plan, 0, time.as_secs_f64(), &before, &after).baseline,
+    ))
 }
 
 /// Tells people and programs what the driver does.
@@ -426,7 +503,8 @@ impl Narrator<'_> {
                         ));
                     }
                     (None, Phase::Back { reason }) => {
-                        self.output.bad(format_args!("going back: {}", back_reason(reason)));
+                        self.output
+                            .bad(format_args!("going back: {}", back_reason(reason)));
                     }
                     _ => {}
                 }
@@ -435,7 +513,12 @@ impl Narrator<'_> {
                 self.output.event("action", action);
                 self.output.detail(status::action(action));
             }
-            Notice::Judged { plan, state, judgement, counts } => {
+            Notice::Judged {
+                plan,
+                state,
+                judgement,
+                counts,
+            } => {
                 self.output.event("judgement", judgement);
                 self.judged(plan, state, judgement, counts);
             }
@@ -448,7 +531,10 @@ impl Narrator<'_> {
 
     fn judged(&self, plan: &engine::Plan, state: &State, judgement: &Judgement, window: &Window) {
         let line = status::judgement_line(plan, state, judgement, window);
-        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut said = self
+            .said
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let due = said.is_none_or(|(when, verdict)| {
             verdict != judgement.verdict || self.output.is_log() && when.elapsed() >= LOG_INTERVAL
         });
@@ -528,16 +614,16 @@ fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
         }
     }
     lines.sort_by_key(|line| line.window);
-    let windows =
-        lines.chunk_by(|a, b| a.window == b.window).map(Window::from_lines).collect::<Vec<_>>();
+    let windows = lines
+        .chunk_by(|a, b| a.window == b.window)
+        .map(Window::from_lines)
+        .collect::<Vec<_>>();
     let judge = match started {
-        Some(started) => Judge::new(&started.judge, Some(started.bounds.as_deref().unwrap_or(&[]))),
+        Some(started) => Judge::new(
+            &started.judge,
+            Some(started.bounds.as_deref().unwrap_or(&[])),
+        ),
         None => Judge::new(&Pipeline::load(settings)?.judge, None),
     };
     Ok((judge, windows))
-}
-
-/// For other commands: what a release is called.
-pub fn name(id: &ReleaseId, store: &Store) -> String {
-    store.get(id).map_or_else(|_| id.short().to_owned(), |recorded| recorded.to_string())
 }

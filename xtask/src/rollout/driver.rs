@@ -6,7 +6,8 @@ use anyhow::Result;
 use async_trait::async_trait;
 
 use super::engine::{
-    Action, Arm, Decide, Hold, Kind, Millis, Observation, Outcome, Phase, Plan, State, Verdict, View,
+    Action, Arm, Decide, Hold, Kind, Millis, Observation, Outcome, Phase, Plan, State, Verdict,
+    View,
 };
 use super::journal::{ArmTotals, Desk, Entry, Journal, Totals, Writer, millis};
 use super::judge::{Judge, Judgement};
@@ -47,9 +48,17 @@ pub trait Checks: Send + Sync {
 
 /// What the driver tells whoever looks on.
 pub enum Notice<'a> {
-    Entered { plan: &'a Plan, state: &'a State },
+    Entered {
+        plan: &'a Plan,
+        state: &'a State,
+    },
     Acting(&'a Action),
-    Judged { plan: &'a Plan, state: &'a State, judgement: &'a Judgement, counts: &'a Window },
+    Judged {
+        plan: &'a Plan,
+        state: &'a State,
+        judgement: &'a Judgement,
+        counts: &'a Window,
+    },
     Trouble(String),
 }
 
@@ -99,7 +108,9 @@ impl Driver<'_> {
         let mut counting = self.replay(journal);
         if state.hold.take().is_some() {
             // Whoever resumes gives a hold its whole time again.
-            journal.append([Entry::State { state: state.clone() }])?;
+            journal.append([Entry::State {
+                state: state.clone(),
+            }])?;
         }
         loop {
             let status = self.platform.status().await;
@@ -115,15 +126,24 @@ impl Driver<'_> {
             }
             let request = self.desk.request()?;
             let now = self.clock.now();
-            let seen = Observation { platform, verdict: counting.verdict, request };
+            let seen = Observation {
+                platform,
+                verdict: counting.verdict,
+                request,
+            };
             let (next, action) = (self.decide)(&plan, &state, &seen, now);
             if next != state {
-                journal.append([Entry::State { state: next.clone() }])?;
+                journal.append([Entry::State {
+                    state: next.clone(),
+                }])?;
                 if (&next.phase, next.stage) != (&state.phase, state.stage) {
                     counting.enter(&plan, &next, now, self.pace.warm_up);
                 }
                 state = next;
-                (self.audience)(Notice::Entered { plan: &plan, state: &state });
+                (self.audience)(Notice::Entered {
+                    plan: &plan,
+                    state: &state,
+                });
             }
             if let Some(outcome) = state.outcome() {
                 let totals = self.totals(journal, &plan).await;
@@ -143,7 +163,9 @@ impl Driver<'_> {
 
     async fn act(&self, plan: &Plan, action: Action, journal: &mut Journal) -> Result<()> {
         (self.audience)(Notice::Acting(&action));
-        journal.append([Entry::Intent { action: action.clone() }])?;
+        journal.append([Entry::Intent {
+            action: action.clone(),
+        }])?;
         match self.platform.apply(plan, &action, self.writer.token).await {
             Ok(()) => journal.append([Entry::Done { action }]),
             Err(error) => {
@@ -176,8 +198,11 @@ impl Driver<'_> {
                     (self.audience)(Notice::Trouble(failure.clone()));
                 }
                 let passed = failures.is_empty();
-                counting.verdict =
-                    Some(if passed { Verdict::NonInferior } else { Verdict::Regressed });
+                counting.verdict = Some(if passed {
+                    Verdict::NonInferior
+                } else {
+                    Verdict::Regressed
+                });
                 return Ok(());
             }
             Kind::Canary => {}
@@ -204,7 +229,12 @@ impl Driver<'_> {
         let mut entries: Vec<Entry> = lines.into_iter().map(Entry::Window).collect();
         entries.push(Entry::Judged(judgement.clone()));
         journal.append(entries)?;
-        (self.audience)(Notice::Judged { plan, state, judgement: &judgement, counts: &window });
+        (self.audience)(Notice::Judged {
+            plan,
+            state,
+            judgement: &judgement,
+            counts: &window,
+        });
         Ok(())
     }
 
@@ -214,7 +244,13 @@ impl Driver<'_> {
         let now = self.clock.now();
         let (judge, windows) = replay(journal);
         let warm_up = self.pace.warm_up;
-        let mut counting = Counting { judge, windows, due: now, from: None, verdict: None };
+        let mut counting = Counting {
+            judge,
+            windows,
+            due: now,
+            from: None,
+            verdict: None,
+        };
         counting.enter(journal.plan(), &state, now, warm_up);
         counting
     }
@@ -227,9 +263,15 @@ impl Driver<'_> {
         let window = metrics::window(plan, 0, 0.0, &journal.started().counts, &counts);
         let arm = |parts: &[Counts]| {
             let sum = Counts::sum(parts);
-            ArmTotals { requests: sum.requests, failed: sum.errors }
+            ArmTotals {
+                requests: sum.requests,
+                failed: sum.errors,
+            }
         };
-        Totals { stable: arm(&window.baseline), candidate: arm(&window.candidate) }
+        Totals {
+            stable: arm(&window.baseline),
+            candidate: arm(&window.candidate),
+        }
     }
 }
 
@@ -249,7 +291,10 @@ impl Counting {
 /// The judge after every window of a journal, and their number: the same code that judges live.
 pub fn replay(journal: &Journal) -> (Judge, u64) {
     let started = journal.started();
-    let mut judge = Judge::new(&started.judge, Some(started.bounds.as_deref().unwrap_or(&[])));
+    let mut judge = Judge::new(
+        &started.judge,
+        Some(started.bounds.as_deref().unwrap_or(&[])),
+    );
     let mut open: Vec<WindowLine> = Vec::new();
     let mut windows = 0;
     for line in journal.lines() {

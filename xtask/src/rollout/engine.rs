@@ -73,8 +73,12 @@ pub enum Phase {
     /// Everything was passed: the candidate becomes stable, the old release goes.
     Finish,
     /// All traffic goes back to stable, then the candidate goes.
-    Back { reason: Reason },
-    Ended { outcome: Outcome },
+    Back {
+        reason: Reason,
+    },
+    Ended {
+        outcome: Outcome,
+    },
 }
 
 /// Why a rollout turned back.
@@ -210,7 +214,14 @@ pub type Decide = fn(&Plan, &State, &Observation, Millis) -> (State, Option<Acti
 
 impl State {
     pub fn start(now: Millis) -> Self {
-        Self { phase: Phase::Shift, stage: 0, since: now, hold: None, exposed: false, request: 0 }
+        Self {
+            phase: Phase::Shift,
+            stage: 0,
+            since: now,
+            hold: None,
+            exposed: false,
+            request: 0,
+        }
     }
 
     pub fn outcome(&self) -> Option<Outcome> {
@@ -228,7 +239,11 @@ impl State {
 
     fn hold(&mut self, reason: HoldReason, plan: &Plan, now: Millis) {
         if self.hold.as_ref().is_none_or(|hold| hold.reason != reason) {
-            self.hold = Some(Hold { reason, since: now, deadline: now + plan.limits.max_hold });
+            self.hold = Some(Hold {
+                reason,
+                since: now,
+                deadline: now + plan.limits.max_hold,
+            });
         }
     }
 }
@@ -243,30 +258,52 @@ impl Plan {
     fn weights(&self, weight: u8) -> Vec<(ReleaseId, u8)> {
         match &self.stable {
             Some(stable) if weight < 100 => {
-                vec![(stable.clone(), 100 - weight), (self.candidate.clone(), weight)]
+                vec![
+                    (stable.clone(), 100 - weight),
+                    (self.candidate.clone(), weight),
+                ]
             }
             _ => vec![(self.candidate.clone(), 100)],
         }
     }
 
     fn scale(release: &ReleaseId, replicas: u32) -> Option<Action> {
-        Some(Action::Scale { release: release.clone(), replicas })
+        Some(Action::Scale {
+            release: release.clone(),
+            replicas,
+        })
     }
 }
 
 /// The next state, to be journalled, and then the next action, if there is one.
-pub fn decide(plan: &Plan, state: &State, seen: &Observation, now: Millis) -> (State, Option<Action>) {
+pub fn decide(
+    plan: &Plan,
+    state: &State,
+    seen: &Observation,
+    now: Millis,
+) -> (State, Option<Action>) {
     let mut next = state.clone();
-    let request = seen.request.filter(|request| request.number > state.request);
+    let request = seen
+        .request
+        .filter(|request| request.number > state.request);
     let recorded = seen.platform.as_ref().and_then(|view| view.recorded);
 
     // Abort wins over everything but an end that is already on record.
-    if let Some(Request { number, kind: RequestKind::Abort }) = request {
+    if let Some(Request {
+        number,
+        kind: RequestKind::Abort,
+    }) = request
+    {
         next.request = number;
         let too_late = recorded == Some(Mark::Healthy)
             || matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. });
         if !too_late {
-            next.enter(Phase::Back { reason: Reason::Aborted }, now);
+            next.enter(
+                Phase::Back {
+                    reason: Reason::Aborted,
+                },
+                now,
+            );
         }
     }
     let Some(view) = &seen.platform else {
@@ -275,7 +312,13 @@ pub fn decide(plan: &Plan, state: &State, seen: &Observation, now: Millis) -> (S
         }
         return (next, None);
     };
-    if matches!(&next.hold, Some(Hold { reason: HoldReason::PlatformDown, .. })) {
+    if matches!(
+        &next.hold,
+        Some(Hold {
+            reason: HoldReason::PlatformDown,
+            ..
+        })
+    ) {
         next.hold = None;
     }
     let promote = request.filter(|request| request.kind == RequestKind::Promote);
@@ -294,8 +337,18 @@ pub fn decide(plan: &Plan, state: &State, seen: &Observation, now: Millis) -> (S
 fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
     let weight = plan.stages[next.stage].weight;
     let needed = plan.capacity(weight);
-    if let Some(why) = view.candidate.broken.clone().filter(|_| view.candidate.ready < needed) {
-        next.enter(Phase::Back { reason: Reason::Broken(why) }, now);
+    if let Some(why) = view
+        .candidate
+        .broken
+        .clone()
+        .filter(|_| view.candidate.ready < needed)
+    {
+        next.enter(
+            Phase::Back {
+                reason: Reason::Broken(why),
+            },
+            now,
+        );
         return None;
     }
     if let Some(stable) = &plan.stable
@@ -308,13 +361,20 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
     }
     if view.candidate.ready < needed {
         if now.saturating_sub(next.since) >= plan.limits.ready_within {
-            next.enter(Phase::Back { reason: Reason::NotReady }, now);
+            next.enter(
+                Phase::Back {
+                    reason: Reason::NotReady,
+                },
+                now,
+            );
         }
         return None;
     }
     if view.candidate.weight != weight {
         next.exposed = true;
-        return Some(Action::Route { weights: plan.weights(weight) });
+        return Some(Action::Route {
+            weights: plan.weights(weight),
+        });
     }
     next.exposed = true;
     next.enter(Phase::Watch, now);
@@ -332,7 +392,12 @@ fn watch(
     let stage = &plan.stages[next.stage];
     let needed = plan.capacity(stage.weight);
     if let Some(why) = view.candidate.broken.clone() {
-        next.enter(Phase::Back { reason: Reason::Broken(why) }, now);
+        next.enter(
+            Phase::Back {
+                reason: Reason::Broken(why),
+            },
+            now,
+        );
         return None;
     }
     if view.candidate.weight != stage.weight || view.candidate.desired < needed {
@@ -341,7 +406,12 @@ fn watch(
         return None;
     }
     if plan.kind != Kind::Rollback && verdict == Some(Verdict::Regressed) {
-        next.enter(Phase::Back { reason: Reason::Regressed }, now);
+        next.enter(
+            Phase::Back {
+                reason: Reason::Regressed,
+            },
+            now,
+        );
         return None;
     }
     if view.candidate.ready < needed {
@@ -357,9 +427,7 @@ fn watch(
     let passed = match plan.kind {
         Kind::Rollback => true,
         Kind::Deploy => verdict == Some(Verdict::NonInferior),
-        Kind::Canary => {
-            verdict == Some(Verdict::NonInferior) && elapsed >= plan.limits.min_stage
-        }
+        Kind::Canary => verdict == Some(Verdict::NonInferior) && elapsed >= plan.limits.min_stage,
     };
     if passed {
         match &stage.gate {
@@ -400,7 +468,9 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
             next.enter(Phase::Shift, now);
             return None;
         }
-        return Some(Action::Record { mark: Mark::Healthy });
+        return Some(Action::Record {
+            mark: Mark::Healthy,
+        });
     }
     if let Some(stable) = &plan.stable
         && view.stable.desired > 0
@@ -411,17 +481,30 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
         }
         return Plan::scale(stable, 0);
     }
-    next.enter(Phase::Ended { outcome: Outcome::Healthy }, now);
+    next.enter(
+        Phase::Ended {
+            outcome: Outcome::Healthy,
+        },
+        now,
+    );
     None
 }
 
 /// Traffic first: stable kept its full capacity, so this waits for nothing.
-fn back(plan: &Plan, next: &mut State, view: &View, reason: &Reason, now: Millis) -> Option<Action> {
+fn back(
+    plan: &Plan,
+    next: &mut State,
+    view: &View,
+    reason: &Reason,
+    now: Millis,
+) -> Option<Action> {
     match &plan.stable {
         Some(stable) => {
             if view.stable.weight != 100 {
                 if view.stable.ready > 0 {
-                    return Some(Action::Route { weights: vec![(stable.clone(), 100)] });
+                    return Some(Action::Route {
+                        weights: vec![(stable.clone(), 100)],
+                    });
                 }
                 if view.stable.desired >= plan.replicas {
                     next.hold(HoldReason::NoCapacity, plan, now);
@@ -432,12 +515,18 @@ fn back(plan: &Plan, next: &mut State, view: &View, reason: &Reason, now: Millis
                 return Plan::scale(stable, plan.replicas);
             }
         }
-        None if view.candidate.weight > 0 => return Some(Action::Route { weights: Vec::new() }),
+        None if view.candidate.weight > 0 => {
+            return Some(Action::Route {
+                weights: Vec::new(),
+            });
+        }
         None => {}
     }
     next.hold = None;
     if next.exposed && view.recorded.is_none() {
-        return Some(Action::Record { mark: Mark::RolledBack });
+        return Some(Action::Record {
+            mark: Mark::RolledBack,
+        });
     }
     if view.candidate.desired > 0 {
         return Plan::scale(&plan.candidate, 0);

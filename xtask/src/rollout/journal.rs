@@ -22,15 +22,28 @@ use crate::platform::InstanceCounts;
 pub enum Entry {
     Started(Box<Started>),
     /// A new state of the engine; what it asks for has not been done yet.
-    State { state: State },
+    State {
+        state: State,
+    },
     /// About to be done.
-    Intent { action: Action },
-    Done { action: Action },
-    Failed { action: Action, error: String },
+    Intent {
+        action: Action,
+    },
+    Done {
+        action: Action,
+    },
+    Failed {
+        action: Action,
+        error: String,
+    },
     Window(WindowLine),
     Judged(Judgement),
-    Resumed { token: u64 },
-    Ended { totals: Totals },
+    Resumed {
+        token: u64,
+    },
+    Ended {
+        totals: Totals,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,12 +102,15 @@ pub struct Writer {
 
 impl Desk {
     pub fn new(state_dir: &Path, environment: &str) -> Self {
-        Self { dir: state_dir.join("rollouts").join(environment) }
+        Self {
+            dir: state_dir.join("rollouts").join(environment),
+        }
     }
 
     /// Becomes the environment's one writer; `None` where another process is.
     pub fn lock(&self) -> Result<Option<Writer>> {
-        fs::create_dir_all(&self.dir).with_context(|| format!("creating {}", self.dir.display()))?;
+        fs::create_dir_all(&self.dir)
+            .with_context(|| format!("creating {}", self.dir.display()))?;
         let path = self.dir.join("lock");
         let context = || format!("locking {}", path.display());
         let lock = OpenOptions::new()
@@ -109,9 +125,16 @@ impl Desk {
             Err(fs::TryLockError::Error(error)) => return Err(error).with_context(context),
         }
         let counter = self.dir.join("token");
-        let last: u64 = if counter.exists() { files::read_json(&counter)? } else { 0 };
+        let last: u64 = if counter.exists() {
+            files::read_json(&counter)?
+        } else {
+            0
+        };
         files::write_json(&counter, &(last + 1))?;
-        Ok(Some(Writer { _lock: lock, token: last + 1 }))
+        Ok(Some(Writer {
+            _lock: lock,
+            token: last + 1,
+        }))
     }
 
     /// Starts a rollout's journal.
@@ -122,7 +145,11 @@ impl Desk {
             .append(true)
             .open(&path)
             .with_context(|| format!("creating the journal {}", path.display()))?;
-        let mut journal = Journal { path, file, lines: Vec::new() };
+        let mut journal = Journal {
+            path,
+            file,
+            lines: Vec::new(),
+        };
         journal.append([Entry::Started(Box::new(started))])?;
         Ok(journal)
     }
@@ -135,7 +162,9 @@ impl Desk {
 
     /// The journal of the rollout that has not ended, where there is one.
     pub fn unfinished(&self) -> Result<Option<Journal>> {
-        Ok(self.newest()?.filter(|journal| journal.state().outcome().is_none()))
+        Ok(self
+            .newest()?
+            .filter(|journal| journal.state().outcome().is_none()))
     }
 
     /// The files of all rollouts, oldest first.
@@ -148,7 +177,9 @@ impl Desk {
         let mut paths = Vec::new();
         for entry in entries {
             let path = entry.context("listing the journals")?.path();
-            if path.extension().is_some_and(|extension| extension == "jsonl")
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "jsonl")
                 && fs::metadata(&path).is_ok_and(|file| file.len() > 0)
             {
                 paths.push(path);
@@ -166,7 +197,11 @@ impl Desk {
     /// The newest request; requests are numbered, so one that was heard before does no harm.
     pub fn request(&self) -> Result<Option<Request>> {
         let path = self.request_path();
-        if path.exists() { files::read_json(&path).map(Some) } else { Ok(None) }
+        if path.exists() {
+            files::read_json(&path).map(Some)
+        } else {
+            Ok(None)
+        }
     }
 
     fn request_path(&self) -> PathBuf {
@@ -195,7 +230,13 @@ impl Journal {
             }
             lines.push(line);
         }
-        if !matches!(lines.first(), Some(Line { entry: Entry::Started(_), .. })) {
+        if !matches!(
+            lines.first(),
+            Some(Line {
+                entry: Entry::Started(_),
+                ..
+            })
+        ) {
             bail!(
                 "the journal {} does not begin with the start of a rollout; move it away",
                 path.display()
@@ -206,9 +247,14 @@ impl Journal {
             .open(path)
             .with_context(|| format!("opening the journal {}", path.display()))?;
         if whole < text.len() {
-            file.set_len(whole as u64).context("dropping a line that was cut short")?;
+            file.set_len(whole as u64)
+                .context("dropping a line that was cut short")?;
         }
-        Ok(Self { path: path.to_owned(), file, lines })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            lines,
+        })
     }
 
     /// Appends entries; they are on disk when this returns.
@@ -223,7 +269,10 @@ impl Journal {
             lines.push(line);
         }
         let length = self.file.metadata().map(|file| file.len());
-        let written = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
+        let written = self
+            .file
+            .write_all(text.as_bytes())
+            .and_then(|()| self.file.sync_data());
         if let (Err(_), Ok(length)) = (&written, length) {
             // A full disk may have taken half a line; the next one must not be glued to it.
             let _ = self.file.set_len(length);
@@ -293,7 +342,11 @@ mod tests {
         let _writer = desk.lock().unwrap().unwrap();
         let mut journal = desk.create(started()).unwrap();
         let state = State::start(7);
-        journal.append([Entry::State { state: state.clone() }]).unwrap();
+        journal
+            .append([Entry::State {
+                state: state.clone(),
+            }])
+            .unwrap();
         let path = journal.path().to_owned();
         let whole = fs::read_to_string(&path).unwrap();
 

@@ -24,8 +24,15 @@ use super::windows::{Counts, Histogram, Window};
 use crate::config::Judge as Settings;
 
 /// Alternatives of relative risk and their prior weights, which sum to 1.
-const WORSE: [(f64, f64); 7] =
-    [(1.25, 0.05), (1.5, 0.2), (2.0, 0.3), (3.0, 0.2), (5.0, 0.1), (10.0, 0.1), (20.0, 0.05)];
+const WORSE: [(f64, f64); 7] = [
+    (1.25, 0.05),
+    (1.5, 0.2),
+    (2.0, 0.3),
+    (3.0, 0.2),
+    (5.0, 0.1),
+    (10.0, 0.1),
+    (20.0, 0.05),
+];
 /// Rates below the tolerance, as parts of it, and their prior weights, which sum to 1.
 const TOLERABLE: [(f64, f64); 3] = [(0.02, 0.8), (0.25, 0.1), (0.5, 0.1)];
 /// Latency is judged at stable's quantiles.
@@ -50,7 +57,6 @@ pub struct Judge {
     /// Whether the latency bounds are known.
     fixed: bool,
     regressed: Option<Judgement>,
-    last: Option<Judgement>,
     /// Requests of baseline and candidate since the stage began, and the weight asked for.
     share: Share,
 }
@@ -128,7 +134,6 @@ impl Judge {
             metrics: vec![Metric::new("errors".to_owned(), None, settings.tolerance.0)],
             fixed: false,
             regressed: None,
-            last: None,
             share: Share::default(),
         };
         if let Some(bounds) = bounds {
@@ -141,18 +146,20 @@ impl Judge {
         self.fixed = true;
         for bound in bounds {
             let name = format!("latency > {:.4} s", bound);
-            self.metrics.push(Metric::new(name, Some(*bound), self.settings.latency_tolerance.0));
+            self.metrics.push(Metric::new(
+                name,
+                Some(*bound),
+                self.settings.latency_tolerance.0,
+            ));
         }
     }
 
     /// From now on the candidate is meant to get `weight` percent.
     pub fn stage(&mut self, weight: u8) {
-        self.share = Share { weight: Some(weight), ..Share::default() };
-    }
-
-    /// The last judgement, if there was one.
-    pub fn last(&self) -> Option<&Judgement> {
-        self.last.as_ref()
+        self.share = Share {
+            weight: Some(weight),
+            ..Share::default()
+        };
     }
 
     /// Takes a window into account and judges everything so far. *Regressed* is final.
@@ -161,14 +168,19 @@ impl Judge {
         if judgement.verdict == Verdict::Regressed && self.regressed.is_none() {
             self.regressed = Some(judgement.clone());
         }
-        self.last = Some(judgement.clone());
         judgement
     }
 
     fn judge(&mut self, window: &Window) -> Judgement {
-        let (baseline, candidate) = (Counts::sum(&window.baseline), Counts::sum(&window.candidate));
+        let (baseline, candidate) = (
+            Counts::sum(&window.baseline),
+            Counts::sum(&window.candidate),
+        );
         if let Some(regressed) = &self.regressed {
-            return Judgement { window: window.number, ..regressed.clone() };
+            return Judgement {
+                window: window.number,
+                ..regressed.clone()
+            };
         }
         let share_off = self.share.count(baseline.requests, candidate.requests);
         if candidate.requests == 0 {
@@ -183,7 +195,10 @@ impl Judge {
         }
         let first_latency = !self.fixed;
         if first_latency && let Some(latency) = &baseline.latency {
-            self.fix(&latency_bounds(latency, self.settings.latency_floor.0.as_secs_f64()));
+            self.fix(&latency_bounds(
+                latency,
+                self.settings.latency_floor.0.as_secs_f64(),
+            ));
         }
         for metric in &mut self.metrics {
             if metric.above.is_none() || !first_latency {
@@ -192,14 +207,28 @@ impl Judge {
         }
         let verdict = self.verdict();
         let undecided = verdict == Verdict::NonInferior && share_off;
-        self.word(window.number, if undecided { Verdict::ShareOff } else { verdict })
+        self.word(
+            window.number,
+            if undecided {
+                Verdict::ShareOff
+            } else {
+                verdict
+            },
+        )
     }
 
     fn verdict(&self) -> Verdict {
-        let alarming = self.metrics.iter().any(|m| m.is_material() && m.e_value() > 1.0);
+        let alarming = self
+            .metrics
+            .iter()
+            .any(|m| m.is_material() && m.e_value() > 1.0);
         if alarming && self.e_value() >= 1.0 / self.settings.alpha.0 {
             Verdict::Regressed
-        } else if self.metrics.iter().all(|metric| metric.passed(&self.settings) >= 1.0) {
+        } else if self
+            .metrics
+            .iter()
+            .all(|metric| metric.passed(&self.settings) >= 1.0)
+        {
             Verdict::NonInferior
         } else {
             Verdict::Undecided
@@ -218,7 +247,11 @@ impl Judge {
                     (_, None) => ERRORS_PART,
                     (_, Some(_)) => (1.0 - ERRORS_PART) / latencies as f64,
                 };
-                part * if metric.is_material() { metric.e_value() } else { metric.e_value().min(1.0) }
+                part * if metric.is_material() {
+                    metric.e_value()
+                } else {
+                    metric.e_value().min(1.0)
+                }
             })
             .sum()
     }
@@ -237,7 +270,9 @@ impl Judge {
             })
             .collect();
         let deciding = if verdict == Verdict::Regressed {
-            metrics.iter().max_by(|a, b| a.e_value.total_cmp(&b.e_value))
+            metrics
+                .iter()
+                .max_by(|a, b| a.e_value.total_cmp(&b.e_value))
         } else {
             metrics.iter().min_by(|a, b| a.passed.total_cmp(&b.passed))
         };
@@ -256,7 +291,11 @@ impl Judge {
 /// The bounds at which latency is judged: those nearest above stable's quantiles, none below
 /// `floor` seconds, each once.
 pub fn latency_bounds(stable: &Histogram, floor: f64) -> Vec<f64> {
-    let lowest = stable.le.iter().copied().find(|bound| *bound >= floor * (1.0 - 1e-9));
+    let lowest = stable
+        .le
+        .iter()
+        .copied()
+        .find(|bound| *bound >= floor * (1.0 - 1e-9));
     let mut bounds: Vec<f64> = QUANTILES
         .iter()
         .filter_map(|quantile| stable.quantile_bound(*quantile))
@@ -271,17 +310,29 @@ pub fn latency_bounds(stable: &Histogram, floor: f64) -> Vec<f64> {
 pub fn requests_to_pass(settings: &Settings, tolerance: f64, rate: f64, w: f64) -> f64 {
     let needed = (1.0 / settings.beta.0).ln();
     let margin = settings.margin.0;
-    let per_bad = if w < 1.0 { -margin.ln() + (w * margin + 1.0 - w).ln() / w } else { 0.0 };
+    let per_bad = if w < 1.0 {
+        -margin.ln() + (w * margin + 1.0 - w).ln() / w
+    } else {
+        0.0
+    };
     let by_margin = needed / (rate * per_bad);
     let by_tolerance = TOLERABLE
         .iter()
         .map(|(part, prior)| {
             let (good, bad) = tolerable_steps(part * tolerance, tolerance);
             let drift = rate * bad + (1.0 - rate) * good;
-            if drift > 0.0 { (needed - prior.ln()) / drift } else { f64::INFINITY }
+            if drift > 0.0 {
+                (needed - prior.ln()) / drift
+            } else {
+                f64::INFINITY
+            }
         })
         .fold(f64::INFINITY, f64::min);
-    by_tolerance.min(if by_margin > 0.0 { by_margin } else { f64::INFINITY })
+    by_tolerance.min(if by_margin > 0.0 {
+        by_margin
+    } else {
+        f64::INFINITY
+    })
 }
 
 /// The candidate requests after which a regression from `rate` to `rate * ratio` is likely seen.
@@ -291,8 +342,13 @@ pub fn requests_to_see(settings: &Settings, rate: f64, ratio: f64, w: f64) -> f6
         .iter()
         .map(|(psi, prior)| {
             let others = if w < 1.0 { rate * (1.0 - w) / w } else { 0.0 };
-            let drift = rate * ratio * psi.ln() - (rate * ratio + others) * (w * psi + 1.0 - w).ln();
-            if drift > 0.0 { (needed - prior.ln()) / drift } else { f64::INFINITY }
+            let drift =
+                rate * ratio * psi.ln() - (rate * ratio + others) * (w * psi + 1.0 - w).ln();
+            if drift > 0.0 {
+                (needed - prior.ln()) / drift
+            } else {
+                f64::INFINITY
+            }
         })
         .fold(f64::INFINITY, f64::min)
 }
@@ -322,10 +378,16 @@ impl Metric {
         counts
             .iter()
             .filter_map(|counts| match self.above {
-                None => Some(Tally { requests: counts.requests, bad: counts.errors }),
+                None => Some(Tally {
+                    requests: counts.requests,
+                    bad: counts.errors,
+                }),
                 Some(bound) => {
                     let latency = counts.latency.as_ref()?;
-                    Some(Tally { requests: latency.total(), bad: latency.above(bound)? })
+                    Some(Tally {
+                        requests: latency.total(),
+                        bad: latency.above(bound)?,
+                    })
                 }
             })
             .collect()
@@ -339,7 +401,10 @@ impl Metric {
         if candidate.requests == 0 {
             return;
         }
-        let (good, bad) = ((candidate.requests - candidate.bad) as f64, candidate.bad as f64);
+        let (good, bad) = (
+            (candidate.requests - candidate.bad) as f64,
+            candidate.bad as f64,
+        );
         if baseline.requests > 0 {
             let w = candidate.requests as f64 / (candidate.requests + baseline.requests) as f64;
             let all = bad + baseline.bad as f64;
@@ -349,7 +414,10 @@ impl Metric {
             let margin = settings.margin.0;
             self.log_margin += -bad * margin.ln() + all * (w * margin + 1.0 - w).ln();
         } else {
-            let usual = self.tolerance.max(settings.margin.0 * self.baseline.rate()).min(0.9);
+            let usual = self
+                .tolerance
+                .max(settings.margin.0 * self.baseline.rate())
+                .min(0.9);
             for ((psi, _), log) in WORSE.iter().zip(&mut self.log_worse) {
                 let (if_good, if_bad) = tolerable_steps((psi * usual).min(0.99), usual);
                 *log += good * if_good + bad * if_bad;
@@ -368,7 +436,11 @@ impl Metric {
     }
 
     fn e_value(&self) -> f64 {
-        mixture(&self.log_worse, &WORSE.map(|(_, prior)| prior), self.spread.phi())
+        mixture(
+            &self.log_worse,
+            &WORSE.map(|(_, prior)| prior),
+            self.spread.phi(),
+        )
     }
 
     /// Whether the candidate's rate is one that anybody would mind.
@@ -386,7 +458,10 @@ impl Metric {
 
 /// The weighted mean of `exp(log / phi)`: evidence is tempered by the overdispersion `phi`.
 fn mixture(logs: &[f64], priors: &[f64], phi: f64) -> f64 {
-    logs.iter().zip(priors).map(|(log, prior)| prior * (log / phi).min(700.0).exp()).sum()
+    logs.iter()
+        .zip(priors)
+        .map(|(log, prior)| prior * (log / phi).min(700.0).exp())
+        .sum()
 }
 
 impl Tally {
@@ -404,14 +479,21 @@ impl Tally {
     }
 
     fn rate(&self) -> f64 {
-        if self.requests == 0 { 0.0 } else { self.bad as f64 / self.requests as f64 }
+        if self.requests == 0 {
+            0.0
+        } else {
+            self.bad as f64 / self.requests as f64
+        }
     }
 }
 
 impl Spread {
     fn count(&mut self, instances: &[Tally]) {
         let total = Tally::sum(instances);
-        let active: Vec<&Tally> = instances.iter().filter(|tally| tally.requests > 0).collect();
+        let active: Vec<&Tally> = instances
+            .iter()
+            .filter(|tally| tally.requests > 0)
+            .collect();
         if active.len() < 2 || total.bad == 0 {
             return;
         }
@@ -424,7 +506,11 @@ impl Spread {
 
     /// Variance over mean of the counts; 1 for independent requests, never less.
     fn phi(&self) -> f64 {
-        if self.freedom < MIN_FREEDOM { 1.0 } else { (self.chi_squared / self.freedom).max(1.0) }
+        if self.freedom < MIN_FREEDOM {
+            1.0
+        } else {
+            (self.chi_squared / self.freedom).max(1.0)
+        }
     }
 }
 
@@ -462,26 +548,49 @@ mod tests {
     }
 
     fn window(number: u64, baseline: (u64, u64), candidate: (u64, u64)) -> Window {
-        let counts = |(requests, errors)| vec![Counts { requests, errors, latency: None }];
-        Window { number, seconds: 60.0, baseline: counts(baseline), candidate: counts(candidate) }
+        let counts = |(requests, errors)| {
+            vec![Counts {
+                requests,
+                errors,
+                latency: None,
+            }]
+        };
+        Window {
+            number,
+            seconds: 60.0,
+            baseline: counts(baseline),
+            candidate: counts(candidate),
+        }
     }
 
     fn verdicts(windows: &[((u64, u64), (u64, u64))]) -> Vec<Verdict> {
         let mut judge = Judge::new(&settings(), Some(&[]));
-        (1..).zip(windows).map(|(i, (b, c))| judge.window(&window(i, *b, *c)).verdict).collect()
+        (1..)
+            .zip(windows)
+            .map(|(i, (b, c))| judge.window(&window(i, *b, *c)).verdict)
+            .collect()
     }
 
     #[test]
     fn verdicts_on_plain_cases() {
         use Verdict::{NoData, NonInferior, Outage, Regressed, Undecided};
         // A service without errors passes after some 600 candidate requests.
-        assert_eq!(verdicts(&[((5400, 0), (500, 0)), ((5400, 0), (150, 0))]), [Undecided, NonInferior]);
+        assert_eq!(
+            verdicts(&[((5400, 0), (500, 0)), ((5400, 0), (150, 0))]),
+            [Undecided, NonInferior]
+        );
         // A flood of errors is seen at once, and stays seen.
-        assert_eq!(verdicts(&[((900, 0), (100, 30)), ((900, 0), (100, 0))]), [Regressed, Regressed]);
+        assert_eq!(
+            verdicts(&[((900, 0), (100, 30)), ((900, 0), (100, 0))]),
+            [Regressed, Regressed]
+        );
         // A ratio of 4 on a rate below the tolerance is nobody's incident.
         assert_eq!(verdicts(&[((100_000, 10), (100_000, 40))]), [NonInferior]);
         // Both arms failing is an outage and proves nothing.
-        assert_eq!(verdicts(&[((900, 90), (100, 12)), ((900, 0), (0, 0))]), [Outage, NoData]);
+        assert_eq!(
+            verdicts(&[((900, 90), (100, 12)), ((900, 0), (0, 0))]),
+            [Outage, NoData]
+        );
         // Alone at 100 %, a collapse is compared with what stable had.
         assert_eq!(
             verdicts(&[((5000, 5), (5000, 5)), ((0, 0), (1000, 300))]),
@@ -501,7 +610,11 @@ mod tests {
             .iter()
             .map(|(psi, prior)| prior * (10.0 * psi.ln() - 15.0 * (0.5 * psi + 0.5).ln()).exp())
             .sum();
-        assert!((said.e_value / expected - 1.0).abs() < 1e-12, "{} {expected}", said.e_value);
+        assert!(
+            (said.e_value / expected - 1.0).abs() < 1e-12,
+            "{} {expected}",
+            said.e_value
+        );
         let priors: f64 = WORSE.iter().map(|(_, prior)| prior).sum();
         let tolerable: f64 = TOLERABLE.iter().map(|(_, prior)| prior).sum();
         assert!((priors - 1.0).abs() < 1e-12 && (tolerable - 1.0).abs() < 1e-12);
@@ -509,7 +622,10 @@ mod tests {
 
     #[test]
     fn latency_bounds_are_stables_quantiles_above_the_floor() {
-        let histogram = Histogram { le: vec![0.01, 0.05, 0.1, 0.5], count: vec![50, 44, 5, 1, 0] };
+        let histogram = Histogram {
+            le: vec![0.01, 0.05, 0.1, 0.5],
+            count: vec![50, 44, 5, 1, 0],
+        };
         assert_eq!(latency_bounds(&histogram, 0.001), [0.01, 0.1]);
         assert_eq!(latency_bounds(&histogram, 0.05), [0.05, 0.1]);
         assert_eq!(histogram.above(0.05), Some(6));
@@ -520,9 +636,15 @@ mod tests {
     fn a_share_that_is_not_the_weight_is_no_proof() {
         let mut judge = Judge::new(&settings(), Some(&[]));
         judge.stage(50);
-        assert_eq!(judge.window(&window(1, (9000, 0), (1000, 0))).verdict, Verdict::ShareOff);
+        assert_eq!(
+            judge.window(&window(1, (9000, 0), (1000, 0))).verdict,
+            Verdict::ShareOff
+        );
         judge.stage(10);
-        assert_eq!(judge.window(&window(2, (9000, 0), (1000, 0))).verdict, Verdict::NonInferior);
+        assert_eq!(
+            judge.window(&window(2, (9000, 0), (1000, 0))).verdict,
+            Verdict::NonInferior
+        );
     }
 
     #[test]
@@ -531,9 +653,14 @@ mod tests {
         let needed = requests_to_pass(&settings, settings.tolerance.0, 0.0, 0.1).ceil() as u64;
         assert!((550..700).contains(&needed), "{needed}");
         let mut judge = Judge::new(&settings, Some(&[]));
-        let verdict = judge.window(&window(1, (needed * 9, 0), (needed, 0))).verdict;
+        let verdict = judge
+            .window(&window(1, (needed * 9, 0), (needed, 0)))
+            .verdict;
         assert_eq!(verdict, Verdict::NonInferior);
         assert!(requests_to_pass(&settings, settings.tolerance.0, 0.004, 0.1).is_finite());
-        assert!(requests_to_see(&settings, 0.005, 10.0, 0.5) < requests_to_see(&settings, 0.005, 2.0, 0.5));
+        assert!(
+            requests_to_see(&settings, 0.005, 10.0, 0.5)
+                < requests_to_see(&settings, 0.005, 2.0, 0.5)
+        );
     }
 }

@@ -64,10 +64,16 @@ impl Metrics for ScrapeMetrics<'_> {
         let mut samples = Vec::new();
         for release in &status.releases {
             for instance in release.instances.iter().filter(|instance| instance.ready) {
-                let Some(address) = instance.admin else { continue };
+                let Some(address) = instance.admin else {
+                    continue;
+                };
                 let url = format!("http://{address}{}", self.path);
-                let text = self.get(&url).await.with_context(|| format!("scraping {url}"))?;
-                let counts = parse(&text, &self.names).with_context(|| format!("scraping {url}"))?;
+                let text = self
+                    .get(&url)
+                    .await
+                    .with_context(|| format!("scraping {url}"))?;
+                let counts =
+                    parse(&text, &self.names).with_context(|| format!("scraping {url}"))?;
                 samples.push(InstanceCounts {
                     release: release.release.clone(),
                     instance: instance.name.clone(),
@@ -123,8 +129,10 @@ fn parse(text: &str, names: &ScrapeSettings) -> Result<Counts> {
 
 /// Cumulative buckets, keyed by the bits of their bound, as counts of each bucket.
 fn histogram(buckets: &HashMap<u64, f64>) -> Option<Histogram> {
-    let mut cumulative: Vec<(f64, u64)> =
-        buckets.iter().map(|(bound, count)| (f64::from_bits(*bound), *count as u64)).collect();
+    let mut cumulative: Vec<(f64, u64)> = buckets
+        .iter()
+        .map(|(bound, count)| (f64::from_bits(*bound), *count as u64))
+        .collect();
     cumulative.sort_by(|a, b| a.0.total_cmp(&b.0));
     if cumulative.last().is_none_or(|(bound, _)| bound.is_finite()) {
         return None;
@@ -149,7 +157,11 @@ pub fn window(
     earlier: &[InstanceCounts],
     later: &[InstanceCounts],
 ) -> Window {
-    let mut window = Window { number, seconds, ..Window::default() };
+    let mut window = Window {
+        number,
+        seconds,
+        ..Window::default()
+    };
     for now in later {
         let then = earlier
             .iter()
@@ -192,7 +204,13 @@ http_request_duration_seconds_count{route=\"/b\"} 10
 ";
         let counts = parse(text, &names).unwrap();
         assert_eq!((counts.requests, counts.errors), (100, 10));
-        assert_eq!(counts.latency, Some(Histogram { le: vec![0.1], count: vec![75, 25] }));
+        assert_eq!(
+            counts.latency,
+            Some(Histogram {
+                le: vec![0.1],
+                count: vec![75, 25]
+            })
+        );
         assert!(parse("", &names).is_err());
         assert!(parse("http_requests_total NaN\n", &names).is_err());
     }

@@ -3,7 +3,7 @@
 //! Data flows one way: settings → [`plan`] → [`engine`] and [`judge`] decide (pure) → a platform
 //! acts → the [`journal`] records → output shows. [`driver`] is the loop that does this.
 
-mod checks;
+pub mod checks;
 pub mod commands;
 pub mod driver;
 pub mod engine;

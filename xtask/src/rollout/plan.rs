@@ -23,10 +23,17 @@ pub fn plan(
 ) -> Plan {
     let stages = match kind {
         Kind::Canary => rollout.stages.0.clone(),
-        Kind::Deploy | Kind::Rollback => vec![Stage { weight: 100, gate: None }],
+        Kind::Deploy | Kind::Rollback => vec![Stage {
+            weight: 100,
+            gate: None,
+        }],
     };
     Plan {
-        rollout: format!("{}-{}", now.strftime("%Y%m%dT%H%M%S%.3fZ"), candidate.short()),
+        rollout: format!(
+            "{}-{}",
+            now.strftime("%Y%m%dT%H%M%S%.3fZ"),
+            candidate.short()
+        ),
         environment: environment.to_owned(),
         kind,
         stable: status.stable.clone(),
@@ -49,7 +56,11 @@ pub fn rollback_target(status: &Status, wanted: Option<&ReleaseId>) -> Result<Re
         bail!("nothing is in service here, so there is nothing to roll back");
     };
     let last_mark = |release: &ReleaseId| {
-        let entry = status.history.iter().rev().find(|entry| entry.release == *release);
+        let entry = status
+            .history
+            .iter()
+            .rev()
+            .find(|entry| entry.release == *release);
         entry.map(|entry| entry.mark)
     };
     if let Some(wanted) = wanted {
@@ -69,9 +80,10 @@ pub fn rollback_target(status: &Status, wanted: Option<&ReleaseId>) -> Result<Re
             ),
         };
     }
-    let target = status.history.iter().rev().find(|entry| {
-        entry.release != *stable && last_mark(&entry.release) == Some(Mark::Healthy)
-    });
+    let target =
+        status.history.iter().rev().find(|entry| {
+            entry.release != *stable && last_mark(&entry.release) == Some(Mark::Healthy)
+        });
     match target {
         Some(entry) => Ok(entry.release.clone()),
         None => bail!("no release before {} earned its place here", stable.short()),
@@ -86,7 +98,11 @@ fn earned(history: &[HistoryEntry], stable: &ReleaseId) -> String {
         .map(|entry| entry.release.short())
         .collect();
     releases.dedup();
-    if releases.is_empty() { "there is none".to_owned() } else { releases.join(", ") }
+    if releases.is_empty() {
+        "there is none".to_owned()
+    } else {
+        releases.join(", ")
+    }
 }
 
 /// What stable's traffic tells about the rollout to come.
@@ -112,7 +128,13 @@ pub struct StageForecast {
 }
 
 /// How long each stage will take, from what stable was seen to do in `seconds`.
-pub fn forecast(stages: &[Stage], min_stage: f64, judge: &Judge, stable: &Counts, seconds: f64) -> Forecast {
+pub fn forecast(
+    stages: &[Stage],
+    min_stage: f64,
+    judge: &Judge,
+    stable: &Counts,
+    seconds: f64,
+) -> Forecast {
     let rate = stable.requests as f64 / seconds;
     let share = |bad: u64, of: u64| if of == 0 { 0.0 } else { bad as f64 / of as f64 };
     let errors = share(stable.errors, stable.requests);
@@ -143,10 +165,19 @@ pub fn forecast(stages: &[Stage], min_stage: f64, judge: &Judge, stable: &Counts
             let base = errors.max(judge.tolerance.0 / 10.0);
             let ratio = judge.tolerance.0 * 10.0 / base;
             let to_see = requests_to_see(judge, base, ratio, w) / (rate * w);
-            StageForecast { weight: stage.weight, to_pass, to_see }
+            StageForecast {
+                weight: stage.weight,
+                to_pass,
+                to_see,
+            }
         })
         .collect();
-    Forecast { rate, errors, bounds, stages }
+    Forecast {
+        rate,
+        errors,
+        bounds,
+        stages,
+    }
 }
 
 impl Forecast {
@@ -159,7 +190,11 @@ impl Forecast {
             );
         }
         // A NaN or an infinity is no time that could be enough either.
-        if let Some(stage) = self.stages.iter().find(|stage| !(stage.to_pass <= max_stage)) {
+        if let Some(stage) = self
+            .stages
+            .iter()
+            .find(|stage| !(stage.to_pass <= max_stage))
+        {
             let needs = if stage.to_pass.is_finite() {
                 format!("{:.0} s", stage.to_pass)
             } else {
@@ -201,18 +236,33 @@ mod tests {
     #[test]
     fn rollback_goes_to_the_last_release_that_earned_it() {
         use Mark::{Healthy, RolledBack};
-        let history = [("one", Healthy), ("two", Healthy), ("bad", RolledBack), ("three", Healthy)];
+        let history = [
+            ("one", Healthy),
+            ("two", Healthy),
+            ("bad", RolledBack),
+            ("three", Healthy),
+        ];
         let status_three = status("three", &history);
         assert_eq!(rollback_target(&status_three, None).unwrap(), "two".into());
-        assert_eq!(rollback_target(&status_three, Some(&"one".into())).unwrap(), "one".into());
+        assert_eq!(
+            rollback_target(&status_three, Some(&"one".into())).unwrap(),
+            "one".into()
+        );
         let refused = |wanted: &str| {
-            rollback_target(&status_three, Some(&wanted.into())).unwrap_err().to_string()
+            rollback_target(&status_three, Some(&wanted.into()))
+                .unwrap_err()
+                .to_string()
         };
         assert!(refused("bad").contains("rolled back here itself"));
         assert!(refused("never").contains("never been in service"));
         assert!(refused("three").contains("already"));
         // A release that was rolled back after it had earned its place is not a target.
-        let history = [("one", Healthy), ("two", Healthy), ("one", Healthy), ("two", RolledBack)];
+        let history = [
+            ("one", Healthy),
+            ("two", Healthy),
+            ("one", Healthy),
+            ("two", RolledBack),
+        ];
         assert!(rollback_target(&status("one", &history), None).is_err());
     }
 
@@ -229,12 +279,26 @@ mod tests {
         };
         let stages: Vec<Stage> = [10, 100].map(|weight| Stage { weight, gate: None }).into();
         let seen = |requests, errors| {
-            let counts = Counts { requests, errors, latency: None };
+            let counts = Counts {
+                requests,
+                errors,
+                latency: None,
+            };
             forecast(&stages, 2.0, &judge, &counts, 10.0).check(60.0, "production")
         };
         seen(2000, 0).unwrap();
         assert!(seen(0, 0).unwrap_err().to_string().contains("no requests"));
-        assert!(seen(100, 0).unwrap_err().to_string().contains("rollout.max_stage"));
-        assert!(seen(2000, 10).unwrap_err().to_string().contains("0.50 % errors"));
+        assert!(
+            seen(100, 0)
+                .unwrap_err()
+                .to_string()
+                .contains("rollout.max_stage")
+        );
+        assert!(
+            seen(2000, 10)
+                .unwrap_err()
+                .to_string()
+                .contains("0.50 % errors")
+        );
     }
 }

@@ -45,21 +45,23 @@ impl Summary {
         let started = journal.started();
         let plan = &started.plan;
         let lines = journal.lines();
-        let seconds = |line: usize| {
-            lines[line].at.duration_since(lines[0].at).as_secs_f64()
-        };
-        let find = |wanted: &dyn Fn(&Entry) -> bool| lines.iter().position(|line| wanted(&line.entry));
+        let seconds = |line: usize| lines[line].at.duration_since(lines[0].at).as_secs_f64();
+        let find =
+            |wanted: &dyn Fn(&Entry) -> bool| lines.iter().position(|line| wanted(&line.entry));
         let weight_of = |entry: &Entry| match entry {
-            Entry::Done { action: Action::Route { weights } } => {
-                weights.iter().find(|(id, _)| *id == plan.candidate).map(|(_, weight)| *weight)
-            }
+            Entry::Done {
+                action: Action::Route { weights },
+            } => weights
+                .iter()
+                .find(|(id, _)| *id == plan.candidate)
+                .map(|(_, weight)| *weight),
             _ => None,
         };
         let exposed = find(&|entry| weight_of(entry).is_some());
         let mut why = String::new();
-        let turned = find(&|entry| {
-            matches!(entry, Entry::State { state } if matches!(state.phase, Phase::Back { .. }))
-        });
+        let turned = find(
+            &|entry| matches!(entry, Entry::State { state } if matches!(state.phase, Phase::Back { .. })),
+        );
         if let Some(Entry::State { state }) = turned.map(|line| &lines[line].entry)
             && let Phase::Back { reason } = &state.phase
         {
@@ -72,7 +74,12 @@ impl Summary {
         }
         let restored = turned.and_then(|turned| {
             (turned..lines.len()).find(|line| {
-                matches!(&lines[*line].entry, Entry::Done { action: Action::Route { .. } })
+                matches!(
+                    &lines[*line].entry,
+                    Entry::Done {
+                        action: Action::Route { .. }
+                    }
+                )
             })
         });
         let totals = journal.totals();
@@ -95,8 +102,15 @@ impl Summary {
             restored_seconds: turned
                 .zip(restored)
                 .map(|(turned, restored)| seconds(restored) - seconds(turned)),
-            weight: lines.iter().filter_map(|line| weight_of(&line.entry)).max().unwrap_or(0),
-            evidence: journal.judgements().next_back().map(|(_, judgement)| judgement.e_value),
+            weight: lines
+                .iter()
+                .filter_map(|line| weight_of(&line.entry))
+                .max()
+                .unwrap_or(0),
+            evidence: journal
+                .judgements()
+                .next_back()
+                .map(|(_, judgement)| judgement.e_value),
             totals,
         }
     }
@@ -106,9 +120,16 @@ fn regression(journal: &Journal) -> String {
     match journal.judgements().next_back() {
         None => "its smoke checks failed".to_owned(),
         Some((_, judgement)) => {
-            let metric = judgement.metrics.iter().find(|metric| metric.metric == judgement.metric);
+            let metric = judgement
+                .metrics
+                .iter()
+                .find(|metric| metric.metric == judgement.metric);
             let rates = metric.map_or_else(String::new, |metric| {
-                format!(" ({:.2} % against {:.2} %)", metric.candidate * 100.0, metric.baseline * 100.0)
+                format!(
+                    " ({:.2} % against {:.2} %)",
+                    metric.candidate * 100.0,
+                    metric.baseline * 100.0
+                )
             });
             format!("{} regressed{rates}", judgement.metric)
         }
@@ -129,7 +150,7 @@ const CANDIDATE: &str = "#c05621";
 const LIMIT: &str = "#718096";
 
 /// The whole report: `heading` in front, then each rollout with its plots.
-pub fn html(title: &str, heading: &str, journals: &[Journal]) -> String {
+pub fn html(title: &str, heading: &str, journals: &[&Journal]) -> String {
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title>\n\
          <style>{STYLE}</style></head>\n<body><main>\n<h1>{title}</h1>\n{heading}\n",
@@ -163,7 +184,11 @@ fn section(page: &mut String, journal: &Journal) {
         started.plan.kind,
         escape(started.stable_name.as_deref().unwrap_or("nothing")),
         summary.seconds,
-        if summary.why.is_empty() { String::new() } else { format!("; {}", escape(&summary.why)) },
+        if summary.why.is_empty() {
+            String::new()
+        } else {
+            format!("; {}", escape(&summary.why))
+        },
     );
     if journal.judgements().next().is_none() {
         return;
@@ -194,12 +219,21 @@ fn weights(journal: &Journal) -> String {
     let candidate = &journal.plan().candidate;
     let mut asked = vec![(0.0, 0.0)];
     for line in journal.lines() {
-        if let Entry::Done { action: Action::Route { weights } } = &line.entry {
-            let weight = weights.iter().find(|(id, _)| id == candidate).map_or(0, |(_, w)| *w);
+        if let Entry::Done {
+            action: Action::Route { weights },
+        } = &line.entry
+        {
+            let weight = weights
+                .iter()
+                .find(|(id, _)| id == candidate)
+                .map_or(0, |(_, w)| *w);
             asked.push((time(journal, line.at), f64::from(weight)));
         }
     }
-    let end = journal.lines().last().map_or(0.0, |line| time(journal, line.at));
+    let end = journal
+        .lines()
+        .last()
+        .map_or(0.0, |line| time(journal, line.at));
     asked.push((end, asked.last().map_or(0.0, |point| point.1)));
     let observed = journal
         .judgements()
@@ -208,8 +242,20 @@ fn weights(journal: &Journal) -> String {
     plot(
         "Candidate's share of the traffic, %",
         &[
-            Series { name: "asked", color: LIMIT, points: asked, steps: true, dashed: false },
-            Series { name: "observed", color: CANDIDATE, points: observed, steps: false, dashed: false },
+            Series {
+                name: "asked",
+                color: LIMIT,
+                points: asked,
+                steps: true,
+                dashed: false,
+            },
+            Series {
+                name: "observed",
+                color: CANDIDATE,
+                points: observed,
+                steps: false,
+                dashed: false,
+            },
         ],
         Some(100.0),
         end,
@@ -226,8 +272,11 @@ fn by_arm(journal: &Journal, value: impl Fn(&Counts) -> Option<f64>) -> [Vec<(f6
             Entry::Judged(_) => {
                 let arms = [ArmName::Baseline, ArmName::Candidate];
                 for (arm, points) in arms.into_iter().zip(&mut points) {
-                    let counts: Vec<Counts> =
-                        open.iter().filter(|w| w.arm == arm).map(|w| w.counts.clone()).collect();
+                    let counts: Vec<Counts> = open
+                        .iter()
+                        .filter(|w| w.arm == arm)
+                        .map(|w| w.counts.clone())
+                        .collect();
                     let sum = Counts::sum(&counts);
                     if let Some(value) = value(&sum).filter(|_| sum.requests > 0) {
                         points.push((time(journal, line.at), value));
@@ -242,16 +291,34 @@ fn by_arm(journal: &Journal, value: impl Fn(&Counts) -> Option<f64>) -> [Vec<(f6
 }
 
 fn rates(journal: &Journal) -> String {
-    let [stable, candidate] =
-        by_arm(journal, |counts| Some(100.0 * counts.errors as f64 / counts.requests as f64));
-    let top = stable.iter().chain(&candidate).map(|point| point.1).fold(1.0, f64::max);
-    arms("Failed requests, % of a window", stable, candidate, Some(top), journal)
+    let [stable, candidate] = by_arm(journal, |counts| {
+        Some(100.0 * counts.errors as f64 / counts.requests as f64)
+    });
+    let top = stable
+        .iter()
+        .chain(&candidate)
+        .map(|point| point.1)
+        .fold(1.0, f64::max);
+    arms(
+        "Failed requests, % of a window",
+        stable,
+        candidate,
+        Some(top),
+        journal,
+    )
 }
 
 fn latencies(journal: &Journal) -> String {
-    let [stable, candidate] =
-        by_arm(journal, |counts| Some(counts.latency.as_ref()?.quantile_bound(0.95)? * 1000.0));
-    arms("95th percentile of latency, ms", stable, candidate, None, journal)
+    let [stable, candidate] = by_arm(journal, |counts| {
+        Some(counts.latency.as_ref()?.quantile_bound(0.95)? * 1000.0)
+    });
+    arms(
+        "95th percentile of latency, ms",
+        stable,
+        candidate,
+        None,
+        journal,
+    )
 }
 
 fn arms(
@@ -261,12 +328,27 @@ fn arms(
     top: Option<f64>,
     journal: &Journal,
 ) -> String {
-    let end = journal.lines().last().map_or(0.0, |line| time(journal, line.at));
+    let end = journal
+        .lines()
+        .last()
+        .map_or(0.0, |line| time(journal, line.at));
     plot(
         title,
         &[
-            Series { name: "stable", color: STABLE, points: stable, steps: false, dashed: false },
-            Series { name: "candidate", color: CANDIDATE, points: candidate, steps: false, dashed: false },
+            Series {
+                name: "stable",
+                color: STABLE,
+                points: stable,
+                steps: false,
+                dashed: false,
+            },
+            Series {
+                name: "candidate",
+                color: CANDIDATE,
+                points: candidate,
+                steps: false,
+                dashed: false,
+            },
         ],
         top,
         end,
@@ -275,20 +357,42 @@ fn arms(
 
 /// Both kinds of evidence as a part of what is needed: at 100 a decision is made.
 fn evidence(journal: &Journal) -> String {
-    let end = journal.lines().last().map_or(0.0, |line| time(journal, line.at));
+    let end = journal
+        .lines()
+        .last()
+        .map_or(0.0, |line| time(journal, line.at));
     let part = |part: f64| (part * 100.0).clamp(0.0, 130.0);
     let (mut against, mut passed) = (Vec::new(), Vec::new());
     for (at, judgement) in journal.judgements() {
         let at = time(journal, at);
-        against.push((at, part(judgement.e_value.max(1.0).ln() / judgement.threshold.ln())));
-        let least = judgement.metrics.iter().map(|m| m.passed).fold(f64::INFINITY, f64::min);
+        against.push((
+            at,
+            part(judgement.e_value.max(1.0).ln() / judgement.threshold.ln()),
+        ));
+        let least = judgement
+            .metrics
+            .iter()
+            .map(|m| m.passed)
+            .fold(f64::INFINITY, f64::min);
         passed.push((at, part(least)));
     }
     plot(
         "Evidence (logarithm), % of what decides",
         &[
-            Series { name: "worse", color: "#9b2c2c", points: against, steps: false, dashed: false },
-            Series { name: "good enough", color: "#276749", points: passed, steps: false, dashed: false },
+            Series {
+                name: "worse",
+                color: "#9b2c2c",
+                points: against,
+                steps: false,
+                dashed: false,
+            },
+            Series {
+                name: "good enough",
+                color: "#276749",
+                points: passed,
+                steps: false,
+                dashed: false,
+            },
             Series {
                 name: "decides",
                 color: LIMIT,
@@ -310,7 +414,11 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
     const RIGHT: f64 = 12.0;
     const ABOVE: f64 = 44.0;
     const BELOW: f64 = 24.0;
-    let highest = series.iter().flat_map(|s| &s.points).map(|p| p.1).fold(0.0, f64::max);
+    let highest = series
+        .iter()
+        .flat_map(|s| &s.points)
+        .map(|p| p.1)
+        .fold(0.0, f64::max);
     let top = top.unwrap_or(highest * 1.1).max(1e-9);
     let end = end.max(1e-3);
     let x = |seconds: f64| LEFT + (WIDTH - LEFT - RIGHT) * (seconds / end).clamp(0.0, 1.0);
@@ -343,7 +451,14 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
         );
     }
     let mut legend = LEFT;
-    for Series { name, color, points, steps, dashed } in series {
+    for Series {
+        name,
+        color,
+        points,
+        steps,
+        dashed,
+    } in series
+    {
         let mut path = String::new();
         let mut last = None;
         for (seconds, value) in points {
@@ -353,7 +468,11 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
             let _ = write!(path, "{:.1},{:.1} ", x(*seconds), y(*value));
             last = Some(*value);
         }
-        let dash = if *dashed { " stroke-dasharray=\"5 4\"" } else { "" };
+        let dash = if *dashed {
+            " stroke-dasharray=\"5 4\""
+        } else {
+            ""
+        };
         let _ = write!(
             svg,
             "<polyline points=\"{path}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\"{dash}/>\
@@ -370,9 +489,16 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
 }
 
 fn tick(value: f64) -> String {
-    if value >= 10.0 || value == 0.0 { format!("{value:.0}") } else { format!("{value:.1}") }
+    if value >= 10.0 || value == 0.0 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.1}")
+    }
 }
 
 pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }

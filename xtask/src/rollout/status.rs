@@ -17,13 +17,18 @@ pub fn forecast(forecast: &Forecast, output: &Output) {
         forecast.errors * 100.0,
         match &forecast.bounds {
             Some(bounds) => {
-                let bounds: Vec<String> =
-                    bounds.iter().map(|bound| format!("{:.1} ms", bound * 1000.0)).collect();
+                let bounds: Vec<String> = bounds
+                    .iter()
+                    .map(|bound| format!("{:.1} ms", bound * 1000.0))
+                    .collect();
                 format!("at {}", bounds.join(", "))
             }
             None => "not at all: there are too few requests".to_owned(),
         }
     ));
+    if forecast.rate == 0.0 {
+        return;
+    }
     let rows: Vec<Vec<String>> = forecast
         .stages
         .iter()
@@ -35,16 +40,28 @@ pub fn forecast(forecast: &Forecast, output: &Output) {
             ]
         })
         .collect();
-    output.table(&["WEIGHT", "PASSES IN", "SEES TEN TIMES THE TOLERANCE IN"], &rows);
+    output.table(
+        &["WEIGHT", "PASSES IN", "SEES TEN TIMES THE TOLERANCE IN"],
+        &rows,
+    );
 }
 
 /// One judgement, on one line.
-pub fn judgement_line(plan: &Plan, state: &State, judgement: &Judgement, window: &Window) -> String {
+pub fn judgement_line(
+    plan: &Plan,
+    state: &State,
+    judgement: &Judgement,
+    window: &Window,
+) -> String {
     let rate = |counts: &[Counts]| {
         let sum = Counts::sum(counts);
         format!("{} of {} failed", sum.errors, sum.requests)
     };
-    let passed = judgement.metrics.iter().map(|metric| metric.passed).fold(f64::INFINITY, f64::min);
+    let passed = judgement
+        .metrics
+        .iter()
+        .map(|metric| metric.passed)
+        .fold(f64::INFINITY, f64::min);
     format!(
         "{:3} %  {:12}  candidate {}, stable {}; against it {:.2} of {:.0}, for it {:.0} % ({})",
         plan.stages[state.stage].weight,
@@ -60,7 +77,10 @@ pub fn judgement_line(plan: &Plan, state: &State, judgement: &Judgement, window:
 
 pub fn action(action: &Action) -> String {
     match action {
-        Action::Scale { release, replicas: 0 } => format!("drain and stop {}", release.short()),
+        Action::Scale {
+            release,
+            replicas: 0,
+        } => format!("drain and stop {}", release.short()),
         Action::Scale { release, replicas } => format!("run {replicas} of {}", release.short()),
         Action::Route { weights } if weights.is_empty() => "take all traffic away".to_owned(),
         Action::Route { weights } => {
@@ -103,13 +123,18 @@ pub fn rollout(journal: &Journal, view: &View, driven: bool, output: &Output) {
     let stage = &plan.stages[state.stage];
     output.line(format_args!("phase      {}", phase(plan, &state)));
     if state.outcome().is_none() {
-        let last = journal.judgements().next_back().map(|(_, judgement)| judgement);
+        let last = journal
+            .judgements()
+            .next_back()
+            .map(|(_, judgement)| judgement);
         output.line(format_args!(
             "weights    asked {} %, routed {} %, observed {}",
             stage.weight,
             view.candidate.weight,
-            last.and_then(|judgement| judgement.share)
-                .map_or_else(|| "nothing yet".to_owned(), |share| format!("{:.1} %", share * 100.0)),
+            last.and_then(|judgement| judgement.share).map_or_else(
+                || "nothing yet".to_owned(),
+                |share| format!("{:.1} %", share * 100.0)
+            ),
         ));
         if let Some(judgement) = last {
             evidence(judgement, output);
@@ -123,7 +148,10 @@ pub fn rollout(journal: &Journal, view: &View, driven: bool, output: &Output) {
 fn phase(plan: &Plan, state: &State) -> String {
     let stage = format!("stage {} of {}", state.stage + 1, plan.stages.len());
     match &state.phase {
-        Phase::Shift => format!("{stage}: getting {} % ready", plan.stages[state.stage].weight),
+        Phase::Shift => format!(
+            "{stage}: getting {} % ready",
+            plan.stages[state.stage].weight
+        ),
         Phase::Watch => format!("{stage}: watching {} %", plan.stages[state.stage].weight),
         Phase::Finish => "passed: removing the old release".to_owned(),
         Phase::Back { reason } => format!("going back ({reason:?})"),
@@ -151,7 +179,17 @@ fn evidence(judgement: &Judgement, output: &Output) {
             ]
         })
         .collect();
-    output.table(&["METRIC", "STABLE", "CANDIDATE", "REQUESTS", "AGAINST IT", "FOR IT"], &rows);
+    output.table(
+        &[
+            "METRIC",
+            "STABLE",
+            "CANDIDATE",
+            "REQUESTS",
+            "AGAINST IT",
+            "FOR IT",
+        ],
+        &rows,
+    );
 }
 
 fn next(plan: &Plan, state: &State, driven: bool) -> String {
@@ -199,7 +237,12 @@ pub fn running(status: &Status, address: &str, output: &Output) {
                 release.version.clone(),
                 format!("{} %", release.weight),
                 format!("{} of {}", release.ready(), release.desired),
-                if status.stable.as_ref() == Some(&release.release) { "stable" } else { "" }.to_owned(),
+                if status.stable.as_ref() == Some(&release.release) {
+                    "stable"
+                } else {
+                    ""
+                }
+                .to_owned(),
             ]
         })
         .collect();
@@ -207,7 +250,9 @@ pub fn running(status: &Status, address: &str, output: &Output) {
 }
 
 pub fn totals(summary: &Summary, output: &Output) {
-    let Some(totals) = &summary.totals else { return };
+    let Some(totals) = &summary.totals else {
+        return;
+    };
     output.detail(format_args!(
         "{:.1} s; stable {} requests, {} failed; candidate {} requests, {} failed{}",
         summary.seconds,

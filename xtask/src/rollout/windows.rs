@@ -78,7 +78,12 @@ impl Counts {
         let latency = self.latency.as_ref().map(|now| match &earlier.latency {
             Some(then) if then.le == now.le => Histogram {
                 le: now.le.clone(),
-                count: now.count.iter().zip(&then.count).map(|(a, b)| a.saturating_sub(*b)).collect(),
+                count: now
+                    .count
+                    .iter()
+                    .zip(&then.count)
+                    .map(|(a, b)| a.saturating_sub(*b))
+                    .collect(),
             },
             _ => now.clone(),
         });
@@ -97,7 +102,10 @@ impl Histogram {
 
     /// Requests slower than the bound `le`, where that is one of the bounds.
     pub fn above(&self, le: f64) -> Option<u64> {
-        let index = self.le.iter().position(|bound| (bound - le).abs() <= le.abs() * 1e-9)?;
+        let index = self
+            .le
+            .iter()
+            .position(|bound| (bound - le).abs() <= le.abs() * 1e-9)?;
         Some(self.count.iter().skip(index + 1).sum())
     }
 
@@ -132,7 +140,11 @@ impl Window {
                 })
                 .collect()
         };
-        [arm(ArmName::Baseline, &self.baseline), arm(ArmName::Candidate, &self.candidate)].concat()
+        [
+            arm(ArmName::Baseline, &self.baseline),
+            arm(ArmName::Candidate, &self.candidate),
+        ]
+        .concat()
     }
 
     /// Puts lines of one window together.
@@ -155,7 +167,10 @@ impl WindowLine {
     pub fn problem(&self) -> Option<String> {
         let counts = &self.counts;
         if counts.errors > counts.requests {
-            return Some(format!("{} errors of {} requests", counts.errors, counts.requests));
+            return Some(format!(
+                "{} errors of {} requests",
+                counts.errors, counts.requests
+            ));
         }
         if !(self.seconds > 0.0 && self.seconds.is_finite()) {
             return Some(format!("seconds = {} is no length of time", self.seconds));

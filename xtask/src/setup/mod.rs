@@ -14,13 +14,20 @@ pub fn install_missing(output: &Output) -> Result<()> {
     output.step("setup");
     let shell = cargo::shell()?;
     for (component, probe) in [("rustfmt", "fmt"), ("clippy", "clippy")] {
-        if cmd!(shell, "cargo {probe} --version").quiet().ignore_stderr().read().is_ok() {
+        if cmd!(shell, "cargo {probe} --version")
+            .quiet()
+            .ignore_stderr()
+            .read()
+            .is_ok()
+        {
             output.detail(format_args!("{component} is there"));
             continue;
         }
         let add = cmd!(shell, "rustup component add {component}");
         output.command(&add);
-        add.quiet().run().with_context(|| format!("installing the Rust component {component}"))?;
+        add.quiet()
+            .run()
+            .with_context(|| format!("installing the Rust component {component}"))?;
     }
     for (tool, pinned) in pinned()? {
         let found = installed(&tool)?;
@@ -31,7 +38,10 @@ pub fn install_missing(output: &Output) -> Result<()> {
         let pinned = pinned.to_string();
         let install = cmd!(shell, "cargo install --locked {tool}@{pinned}");
         output.command(&install);
-        cargo::isolated(install).quiet().run().with_context(|| format!("installing {tool}"))?;
+        cargo::isolated(install)
+            .quiet()
+            .run()
+            .with_context(|| format!("installing {tool}"))?;
     }
     Ok(())
 }
@@ -42,7 +52,10 @@ pub fn missing_tools() -> Result<Vec<(String, String)>> {
     let mut missing = Vec::new();
     for (tool, pinned) in pinned()? {
         if installed(&tool)?.is_none_or(|found| found < pinned) {
-            missing.push((tool.clone(), format!("cargo install --locked {tool}@{pinned}")));
+            missing.push((
+                tool.clone(),
+                format!("cargo install --locked {tool}@{pinned}"),
+            ));
         }
     }
     Ok(missing)
@@ -50,14 +63,19 @@ pub fn missing_tools() -> Result<Vec<(String, String)>> {
 
 fn pinned() -> Result<BTreeMap<String, Version>> {
     let path = cargo::root()?.join("config/tools.toml");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     toml::from_str(&text).with_context(|| format!("in {}", path.display()))
 }
 
 /// The version of a cargo subcommand, where it is installed.
 fn installed(tool: &str) -> Result<Option<Version>> {
     let shell = cargo::shell()?;
-    let Ok(text) = cmd!(shell, "{tool} --version").quiet().ignore_stderr().read() else {
+    let Ok(text) = cmd!(shell, "{tool} --version")
+        .quiet()
+        .ignore_stderr()
+        .read()
+    else {
         return Ok(None);
     };
     Ok(text.split_whitespace().find_map(|word| word.parse().ok()))

@@ -26,7 +26,9 @@ pub fn run(command: &SandboxCommand, cli: &Cli, output: &Output) -> Result<Finis
         _ => {}
     }
     let pipeline = Pipeline::load(&cli.pipeline)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     runtime.context("starting the runtime")?.block_on(async {
         match command {
             SandboxCommand::Status => status(&places(&pipeline), output).await,
@@ -72,12 +74,20 @@ async fn status(places: &Places, output: &Output) -> Result<Finished> {
 fn show(status: &SandboxStatus, output: &Output) {
     output.line(format_args!("the sandbox is running (pid {})", status.pid));
     for (name, environment) in &status.environments {
-        output.step(format_args!("{name}: http://127.0.0.1:{}", environment.port));
+        output.step(format_args!(
+            "{name}: http://127.0.0.1:{}",
+            environment.port
+        ));
         if let Some(problem) = &environment.problem {
             output.warn(problem);
         }
         let rows: Vec<Vec<String>> = environment.status.releases.iter().flat_map(rows).collect();
-        output.table(&["RELEASE", "VERSION", "WEIGHT", "PROCESS", "PID", "RESTARTS", "STATE"], &rows);
+        output.table(
+            &[
+                "RELEASE", "VERSION", "WEIGHT", "PROCESS", "PID", "RESTARTS", "STATE",
+            ],
+            &rows,
+        );
     }
 }
 
@@ -91,7 +101,9 @@ fn rows(release: &ReleaseStatus) -> Vec<Vec<String>> {
                 release.version.clone(),
                 format!("{} %", release.weight),
                 instance.name.clone(),
-                instance.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+                instance
+                    .pid
+                    .map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
                 instance.restarts.to_string(),
                 instance.state.clone(),
             ]
@@ -108,20 +120,31 @@ fn logs(pipeline: &Pipeline, args: &LogsArgs, output: &Output) -> Result<Finishe
         }
         None => pipeline.environments.keys().cloned().collect(),
     };
-    let release = args.release.as_ref().map(|text| Store::open(pipeline).resolve(text)).transpose()?;
+    let release = args
+        .release
+        .as_ref()
+        .map(|text| Store::open(pipeline).resolve(text))
+        .transpose()?;
     let wanted = release.map_or_else(String::new, |recorded| recorded.id.short().to_owned());
     let mut found = 0;
     for environment in environments {
-        let Ok(entries) = std::fs::read_dir(places.logs(&environment)) else { continue };
+        let Ok(entries) = std::fs::read_dir(places.logs(&environment)) else {
+            continue;
+        };
         let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
         paths.sort();
         for path in paths {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_stem()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if !name.starts_with(&wanted) || path.extension().is_none_or(|e| e != "log") {
                 continue;
             }
             found += 1;
-            let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            let text =
+                std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();
             output.step(format_args!("{environment} {name}: {}", path.display()));
@@ -148,7 +171,10 @@ async fn stop(places: &Places, output: &Output) -> Result<Finished> {
     let deadline = Instant::now() + STOP_TIMEOUT;
     while places.pid().exists() {
         if Instant::now() > deadline {
-            bail!("the sandbox is still draining after a minute; see {}", places.log().display());
+            bail!(
+                "the sandbox is still draining after a minute; see {}",
+                places.log().display()
+            );
         }
         output.progress("draining");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -166,14 +192,21 @@ fn run_proxy(args: &ProxyArgs, output: &Output) -> Result<Finished> {
         let (address, weight) = upstream
             .split_once('=')
             .with_context(|| format!("--upstream {upstream:?} is not ADDRESS=WEIGHT"))?;
-        let address: SocketAddr =
-            address.parse().with_context(|| format!("--upstream {upstream:?}: no address"))?;
-        let weight: u8 =
-            weight.parse().with_context(|| format!("--upstream {upstream:?}: no weight"))?;
+        let address: SocketAddr = address
+            .parse()
+            .with_context(|| format!("--upstream {upstream:?}: no address"))?;
+        let weight: u8 = weight
+            .parse()
+            .with_context(|| format!("--upstream {upstream:?}: no weight"))?;
         let backend = Backend::new(address, Arc::default(), workers.count());
         targets.push(Target::for_benchmark(weight, backend));
     }
-    if targets.iter().map(|target| u32::from(target.weight)).sum::<u32>() != 100 {
+    if targets
+        .iter()
+        .map(|target| u32::from(target.weight))
+        .sum::<u32>()
+        != 100
+    {
         bail!("the weights of --upstream must sum to 100");
     }
     router.set(Table { targets });

@@ -78,7 +78,11 @@ impl Counters {
             errors,
             latency: Some(Histogram {
                 le: BOUNDS.iter().map(|micros| *micros as f64 / 1e6).collect(),
-                count: self.latency.iter().map(|count| count.load(Ordering::Relaxed)).collect(),
+                count: self
+                    .latency
+                    .iter()
+                    .map(|count| count.load(Ordering::Relaxed))
+                    .collect(),
             }),
         }
     }

@@ -84,34 +84,48 @@ struct World {
 /// Runs the sandbox until it is told to stop. `Ok(false)`: another one has the lock.
 pub fn run(places: &Places) -> Result<bool> {
     process::detach();
-    let Some(_lock) = lock(places)? else { return Ok(false) };
-    let saved = if places.state().exists() { files::read_json(&places.state())? } else { Saved::default() };
+    let Some(_lock) = lock(places)? else {
+        return Ok(false);
+    };
+    let saved = if places.state().exists() {
+        files::read_json(&places.state())?
+    } else {
+        Saved::default()
+    };
     let workers = Workers::start()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.context("starting the sandbox's runtime")?.block_on(async {
-        let daemon = Arc::new(Daemon {
-            places: places.clone(),
-            workers,
-            changed: Arc::new(Notify::new()),
-            stop: Notify::new(),
-            world: Mutex::new(World { saved, environments: BTreeMap::new() }),
-        });
-        daemon.restore();
-        let socket = places.socket();
-        // One that was killed leaves its socket behind; the lock says that it is dead.
-        let _ = fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket)
-            .with_context(|| format!("listening on {}", socket.display()))?;
-        daemon.serve(listener).await?;
-        daemon.end().await;
-        let _ = fs::remove_file(&socket);
-        let _ = fs::remove_file(places.pid());
-        Ok(true)
-    })
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime
+        .context("starting the sandbox's runtime")?
+        .block_on(async {
+            let daemon = Arc::new(Daemon {
+                places: places.clone(),
+                workers,
+                changed: Arc::new(Notify::new()),
+                stop: Notify::new(),
+                world: Mutex::new(World {
+                    saved,
+                    environments: BTreeMap::new(),
+                }),
+            });
+            daemon.restore();
+            let socket = places.socket();
+            // One that was killed leaves its socket behind; the lock says that it is dead.
+            let _ = fs::remove_file(&socket);
+            let listener = UnixListener::bind(&socket)
+                .with_context(|| format!("listening on {}", socket.display()))?;
+            daemon.serve(listener).await?;
+            daemon.end().await;
+            let _ = fs::remove_file(&socket);
+            let _ = fs::remove_file(places.pid());
+            Ok(true)
+        })
 }
 
 fn lock(places: &Places) -> Result<Option<File>> {
-    fs::create_dir_all(&places.dir).with_context(|| format!("creating {}", places.dir.display()))?;
+    fs::create_dir_all(&places.dir)
+        .with_context(|| format!("creating {}", places.dir.display()))?;
     let context = || format!("locking {}", places.lock().display());
     let lock = OpenOptions::new()
         .create(true)
@@ -135,7 +149,9 @@ impl Daemon {
         let mut world = self.world();
         let names: Vec<String> = world.saved.environments.keys().cloned().collect();
         for name in names {
-            let Some(saved) = world.saved.environments.get_mut(&name) else { continue };
+            let Some(saved) = world.saved.environments.get_mut(&name) else {
+                continue;
+            };
             saved.releases.retain(|release| release.replicas > 0);
             let saved = saved.clone();
             let environment = self.open_environment(saved.port);
@@ -172,7 +188,9 @@ impl Daemon {
             Ok(request) => self.answer(request).unwrap_or_else(|error| Reply::Refused {
                 why: format!("{error:#}"),
             }),
-            Err(error) => Reply::Refused { why: format!("this is no request: {error}") },
+            Err(error) => Reply::Refused {
+                why: format!("this is no request: {error}"),
+            },
         };
         if let Ok(mut text) = serde_json::to_string(&reply) {
             text.push('\n');
@@ -184,7 +202,10 @@ impl Daemon {
     fn answer(&self, request: Request) -> Result<Reply> {
         let mut world = self.world();
         match request {
-            Request::Hello => Ok(Reply::Hello { version: VERSION, pid: std::process::id() }),
+            Request::Hello => Ok(Reply::Hello {
+                version: VERSION,
+                pid: std::process::id(),
+            }),
             Request::Status => {
                 let environments = world
                     .saved
@@ -192,7 +213,10 @@ impl Daemon {
                     .iter()
                     .map(|(name, saved)| (name.clone(), world.status(name, saved)))
                     .collect();
-                Ok(Reply::Sandbox(SandboxStatus { pid: std::process::id(), environments }))
+                Ok(Reply::Sandbox(SandboxStatus {
+                    pid: std::process::id(),
+                    environments,
+                }))
             }
             Request::Open { environment, port } => {
                 self.open(&mut world, &environment, port)?;
@@ -216,7 +240,11 @@ impl Daemon {
                     .collect();
                 Ok(Reply::Counts { counts })
             }
-            Request::Change { environment, token, change } => {
+            Request::Change {
+                environment,
+                token,
+                change,
+            } => {
                 self.change(&mut world, &environment, token, change)?;
                 Ok(Reply::Done)
             }
@@ -228,10 +256,12 @@ impl Daemon {
     }
 
     fn open(&self, world: &mut World, name: &str, port: u16) -> Result<()> {
-        let served = world
-            .environments
-            .get(name)
-            .is_some_and(|environment| environment.front.as_ref().is_ok_and(|f| f.address.port() == port));
+        let served = world.environments.get(name).is_some_and(|environment| {
+            environment
+                .front
+                .as_ref()
+                .is_ok_and(|f| f.address.port() == port)
+        });
         if served {
             return Ok(());
         }
@@ -239,7 +269,12 @@ impl Daemon {
         if let Err(why) = &opened.front {
             bail!("{why}");
         }
-        let mut saved = world.saved.environments.get(name).cloned().unwrap_or_default();
+        let mut saved = world
+            .saved
+            .environments
+            .get(name)
+            .cloned()
+            .unwrap_or_default();
         saved.port = port;
         self.save(world, name, saved)?;
         match world.environments.get_mut(name) {
@@ -258,7 +293,12 @@ impl Daemon {
     fn open_environment(&self, port: u16) -> Environment {
         let router = Arc::new(Router::default());
         let front = self.front(port, &router);
-        Environment { router, front, instances: Vec::new(), counters: BTreeMap::new() }
+        Environment {
+            router,
+            front,
+            instances: Vec::new(),
+            counters: BTreeMap::new(),
+        }
     }
 
     fn front(&self, port: u16, router: &Arc<Router>) -> Result<Front, String> {
@@ -286,7 +326,12 @@ impl Daemon {
                 world.check_weights(name, &weights)?;
                 saved.weights = weights;
             }
-            Change::Record { rollout, candidate, mark, replaced } => {
+            Change::Record {
+                rollout,
+                candidate,
+                mark,
+                replaced,
+            } => {
                 saved.record(rollout, candidate, mark, replaced);
             }
         }
@@ -310,8 +355,12 @@ impl Daemon {
 
     /// Starts what is missing and stops what is too much.
     fn converge(&self, world: &mut World, name: &str) {
-        let Some(saved) = world.saved.environments.get(name).cloned() else { return };
-        let Some(environment) = world.environments.get_mut(name) else { return };
+        let Some(saved) = world.saved.environments.get(name).cloned() else {
+            return;
+        };
+        let Some(environment) = world.environments.get_mut(name) else {
+            return;
+        };
         let logs = self.places.logs(name);
         // Without its log a process runs all the same.
         let _ = fs::create_dir_all(&logs);
@@ -349,9 +398,14 @@ impl Daemon {
     /// A process got ready, crashed or ended: routing follows, and ended ones are forgotten.
     fn follow(&self) {
         let mut world = self.world();
-        let World { saved, environments } = &mut *world;
+        let World {
+            saved,
+            environments,
+        } = &mut *world;
         for (name, environment) in environments {
-            environment.instances.retain(|(_, instance)| !instance.is_stopped());
+            environment
+                .instances
+                .retain(|(_, instance)| !instance.is_stopped());
             if let Some(saved) = saved.environments.get(name) {
                 environment.route(saved);
             }
@@ -365,7 +419,12 @@ impl Daemon {
                 instance.stop();
             }
         }
-        while self.world().environments.values().any(|e| e.instances.iter().any(|(_, i)| !i.is_stopped())) {
+        while self
+            .world()
+            .environments
+            .values()
+            .any(|e| e.instances.iter().any(|(_, i)| !i.is_stopped()))
+        {
             // Each process has its own time limit, so this ends.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -378,7 +437,10 @@ impl Daemon {
 
 impl World {
     fn saved(&self, name: &str) -> Result<&SavedEnvironment> {
-        self.saved.environments.get(name).with_context(|| format!("{name} is not open in the sandbox"))
+        self.saved
+            .environments
+            .get(name)
+            .with_context(|| format!("{name} is not open in the sandbox"))
     }
 
     /// A release gets traffic only when a process of it is ready.
@@ -387,7 +449,10 @@ impl World {
         if !weights.is_empty() && sum != 100 {
             bail!("the weights sum to {sum}, not to 100");
         }
-        let environment = self.environments.get(name).context("the environment is not open")?;
+        let environment = self
+            .environments
+            .get(name)
+            .context("the environment is not open")?;
         for (release, weight) in weights {
             let ready = environment
                 .instances
@@ -437,19 +502,29 @@ impl World {
 
 impl SavedEnvironment {
     fn scale(&mut self, run: Run, replicas: u32) {
-        match self.releases.iter_mut().find(|saved| saved.run.release == run.release) {
+        match self
+            .releases
+            .iter_mut()
+            .find(|saved| saved.run.release == run.release)
+        {
             Some(saved) => *saved = SavedRelease { run, replicas },
             None => self.releases.push(SavedRelease { run, replicas }),
         }
     }
 
     fn replicas(&self, release: &ReleaseId) -> u32 {
-        let saved = self.releases.iter().find(|saved| saved.run.release == *release);
+        let saved = self
+            .releases
+            .iter()
+            .find(|saved| saved.run.release == *release);
         saved.map_or(0, |saved| saved.replicas)
     }
 
     fn weight(&self, release: &ReleaseId) -> u8 {
-        self.weights.iter().find(|(other, _)| other == release).map_or(0, |(_, weight)| *weight)
+        self.weights
+            .iter()
+            .find(|(other, _)| other == release)
+            .map_or(0, |(_, weight)| *weight)
     }
 
     /// Once for each rollout.
@@ -466,12 +541,22 @@ impl SavedEnvironment {
         let at = jiff::Timestamp::now();
         if let Some(release) = replaced {
             let rollout = rollout.clone();
-            self.history.push(HistoryEntry { release, rollout, mark: Mark::RolledBack, at });
+            self.history.push(HistoryEntry {
+                release,
+                rollout,
+                mark: Mark::RolledBack,
+                at,
+            });
         }
         if mark == Mark::Healthy {
             self.stable = Some(candidate.clone());
         }
-        self.history.push(HistoryEntry { release: candidate, rollout, mark, at });
+        self.history.push(HistoryEntry {
+            release: candidate,
+            rollout,
+            mark,
+            at,
+        });
     }
 }
 
@@ -497,13 +582,21 @@ impl Environment {
 impl Instance {
     /// The number at the end of the name.
     fn number(&self) -> u32 {
-        self.name.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+        self.name
+            .rsplit('-')
+            .next()
+            .and_then(|number| number.parse().ok())
+            .unwrap_or(0)
     }
 }
 
 /// Why the sandbox ended by itself, in its own log.
 pub fn log_failure(places: &Places, error: &anyhow::Error) {
-    if let Ok(mut log) = OpenOptions::new().create(true).append(true).open(places.log()) {
+    if let Ok(mut log) = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(places.log())
+    {
         let _ = writeln!(log, "{} {error:#}", jiff::Timestamp::now());
     }
 }

@@ -77,7 +77,10 @@ pub struct Setup {
 impl Instance {
     pub fn start(setup: Setup, changed: Arc<Notify>) -> Self {
         let name = setup.name.clone();
-        let shared = Arc::new(Shared { view: Mutex::default(), changed });
+        let shared = Arc::new(Shared {
+            view: Mutex::default(),
+            changed,
+        });
         let (stop, stopping) = watch::channel(false);
         tokio::spawn(supervise(setup, Arc::clone(&shared), stopping));
         Self { name, shared, stop }
@@ -99,7 +102,9 @@ impl Instance {
     /// Where requests can go, while the process is ready for them.
     pub fn backend(&self) -> Option<Arc<Backend>> {
         let view = self.shared.view();
-        matches!(view.state, State::Ready).then(|| view.backend.clone()).flatten()
+        matches!(view.state, State::Ready)
+            .then(|| view.backend.clone())
+            .flatten()
     }
 
     pub fn broken(&self) -> Option<String> {
@@ -115,7 +120,10 @@ impl Instance {
             pid: view.pid,
             admin: view.admin,
             restarts: view.restarts,
-            in_flight: view.backend.as_ref().map_or(0, |backend| backend.in_flight()),
+            in_flight: view
+                .backend
+                .as_ref()
+                .map_or(0, |backend| backend.in_flight()),
         }
     }
 }
@@ -194,8 +202,10 @@ impl Shared {
                 let tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
                 let lines: Vec<String> = tail.iter().map(|line| format!("\n    {line}")).collect();
                 let times = view.crashes;
-                view.broken =
-                    Some(format!("{why}, {times} times in a row; its last lines:{}", lines.concat()));
+                view.broken = Some(format!(
+                    "{why}, {times} times in a row; its last lines:{}",
+                    lines.concat()
+                ));
             }
             view.crashes
         };
@@ -216,8 +226,14 @@ async fn launch(
     let admin = operators.local_addr().context("asking for the port")?;
     let extra = vec![("INSTANCE".to_owned(), setup.name.clone())];
     let sockets = [service, operators];
-    let child =
-        process::start(&setup.run, extra, sockets, setup.log.clone(), Arc::clone(tail)).await?;
+    let child = process::start(
+        &setup.run,
+        extra,
+        sockets,
+        setup.log.clone(),
+        Arc::clone(tail),
+    )
+    .await?;
     let backend = Backend::new(address, Arc::clone(&setup.counters), setup.workers);
     {
         let mut view = shared.view();
@@ -276,7 +292,11 @@ async fn live(
                 }
             },
         }
-        let pause = if ready_since.is_some() { ASK_READY } else { ASK_STARTING };
+        let pause = if ready_since.is_some() {
+            ASK_READY
+        } else {
+            ASK_STARTING
+        };
         next = tokio::time::Instant::now() + pause;
     }
     stop(setup, child, backend, shared).await;
@@ -289,7 +309,10 @@ async fn ask(client: &reqwest::Client, url: &str) -> Result<(), String> {
         Ok(answer) => {
             let status = answer.status();
             let text = answer.text().await.unwrap_or_default();
-            Err(format!("{status} {}", text.chars().take(300).collect::<String>()))
+            Err(format!(
+                "{status} {}",
+                text.chars().take(300).collect::<String>()
+            ))
         }
         Err(error) => Err(error.to_string()),
     }
@@ -310,7 +333,10 @@ async fn stop(setup: &Setup, child: Child, backend: &Backend, shared: &Shared) {
     backend.close_idle();
     process::terminate(child.pid);
     let pid = child.pid;
-    if tokio::time::timeout(limit + GRACE, child.ended).await.is_err() {
+    if tokio::time::timeout(limit + GRACE, child.ended)
+        .await
+        .is_err()
+    {
         process::kill(pid);
     }
 }

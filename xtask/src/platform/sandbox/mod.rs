@@ -62,7 +62,10 @@ impl Sandbox {
     }
 
     async fn open_port(&self) -> Result<()> {
-        let request = Request::Open { environment: self.environment.clone(), port: self.port };
+        let request = Request::Open {
+            environment: self.environment.clone(),
+            port: self.port,
+        };
         self.done(&request).await
     }
 
@@ -87,7 +90,10 @@ impl Sandbox {
 
     fn run(&self, release: &ReleaseId) -> Result<&Run> {
         self.runs.get(release).with_context(|| {
-            format!("release {} was not prepared for the sandbox", release.short())
+            format!(
+                "release {} was not prepared for the sandbox",
+                release.short()
+            )
         })
     }
 }
@@ -95,7 +101,9 @@ impl Sandbox {
 #[async_trait]
 impl Platform for Sandbox {
     async fn status(&self) -> Result<Status> {
-        let request = Request::Environment { environment: self.environment.clone() };
+        let request = Request::Environment {
+            environment: self.environment.clone(),
+        };
         match self.ask_alive(&request).await? {
             Reply::Environment(status) => Ok(status),
             other => bail!("the sandbox does not tell its status: {other:?}"),
@@ -110,10 +118,13 @@ impl Platform for Sandbox {
 
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()> {
         let change = match action {
-            Action::Scale { release, replicas } => {
-                Change::Scale { run: self.run(release)?.clone(), replicas: *replicas }
-            }
-            Action::Route { weights } => Change::Route { weights: weights.clone() },
+            Action::Scale { release, replicas } => Change::Scale {
+                run: self.run(release)?.clone(),
+                replicas: *replicas,
+            },
+            Action::Route { weights } => Change::Route {
+                weights: weights.clone(),
+            },
             Action::Record { mark } => Change::Record {
                 rollout: plan.rollout.clone(),
                 candidate: plan.candidate.clone(),
@@ -125,11 +136,18 @@ impl Platform for Sandbox {
             },
         };
         let environment = self.environment.clone();
-        self.done(&Request::Change { environment, token, change }).await
+        self.done(&Request::Change {
+            environment,
+            token,
+            change,
+        })
+        .await
     }
 
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {
-        let request = Request::Counts { environment: self.environment.clone() };
+        let request = Request::Counts {
+            environment: self.environment.clone(),
+        };
         match self.ask_alive(&request).await? {
             Reply::Counts { counts } => Ok(counts),
             other => bail!("the sandbox does not tell its counts: {other:?}"),
@@ -180,9 +198,17 @@ fn prepare(
         .filter_map(|pair| pair.split_once('='))
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-    variables.extend(pipeline.service.variables.iter().map(|(name, value)| (name.clone(), fill(value))));
-    let (program, arguments) =
-        runnable.entrypoint.split_first().context("the image has no entry point")?;
+    variables.extend(
+        pipeline
+            .service
+            .variables
+            .iter()
+            .map(|(name, value)| (name.clone(), fill(value))),
+    );
+    let (program, arguments) = runnable
+        .entrypoint
+        .split_first()
+        .context("the image has no entry point")?;
     Ok(Run {
         release: recorded.id.clone(),
         version: release.version.to_string(),
@@ -224,17 +250,25 @@ async fn start(places: &Places) -> Result<()> {
         if let Some(status) = child.try_wait().context("watching the sandbox start")?
             && status.code() != Some(i32::from(daemon::ALREADY_RUNNING))
         {
-            bail!("the sandbox did not start ({status}):\n{}", last_lines(&places.log()));
+            bail!(
+                "the sandbox did not start ({status}):\n{}",
+                last_lines(&places.log())
+            );
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    bail!("the sandbox did not answer within 10 s:\n{}", last_lines(&places.log()))
+    bail!(
+        "the sandbox did not answer within 10 s:\n{}",
+        last_lines(&places.log())
+    )
 }
 
 /// Whether a sandbox of this version answers.
 async fn is_alive(places: &Places) -> Result<bool> {
     match ask(places, &Request::Hello).await {
-        Ok(Reply::Hello { version: VERSION, .. }) => Ok(true),
+        Ok(Reply::Hello {
+            version: VERSION, ..
+        }) => Ok(true),
         Ok(_) => bail!(
             "the sandbox that is running is of another version; `cargo xtask sandbox stop` ends it"
         ),

@@ -97,7 +97,10 @@ fn hand_over(command: &mut Command, sockets: [TcpListener; 2]) -> Result<()> {
         }
         die_with(parent)
     };
-    #[expect(unsafe_code, reason = "between fork and exec only system calls are made")]
+    #[expect(
+        unsafe_code,
+        reason = "between fork and exec only system calls are made"
+    )]
     // SAFETY: `prepare` allocates nothing and takes no lock; it only calls dup2, prctl, getppid.
     unsafe {
         command.pre_exec(prepare);
@@ -109,7 +112,10 @@ fn copy_descriptor(from: &OwnedFd, to: i32) -> std::io::Result<()> {
     if from.as_raw_fd() == to {
         return Ok(());
     }
-    #[expect(unsafe_code, reason = "dup2 wants an owner for the number it writes to")]
+    #[expect(
+        unsafe_code,
+        reason = "dup2 wants an owner for the number it writes to"
+    )]
     // SAFETY: the child has one thread; the sandbox holds 3 and 4 open from its start (lock and
     // event queue), so nothing that exec still needs can be there. The owner is never dropped.
     let mut target = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(to) });
@@ -186,7 +192,11 @@ fn copy_output(reader: impl std::io::Read, path: &Path, tail: &Tail) {
 }
 
 fn open_log(path: &Path) -> Option<(File, u64)> {
-    let file = OpenOptions::new().create(true).append(true).open(path).ok()?;
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .ok()?;
     let length = file.metadata().ok()?.len();
     Some((file, length))
 }

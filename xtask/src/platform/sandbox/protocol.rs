@@ -22,10 +22,21 @@ pub enum Request {
     /// Everything there is.
     Status,
     /// Serve an environment on its port.
-    Open { environment: String, port: u16 },
-    Environment { environment: String },
-    Counts { environment: String },
-    Change { environment: String, token: u64, change: Change },
+    Open {
+        environment: String,
+        port: u16,
+    },
+    Environment {
+        environment: String,
+    },
+    Counts {
+        environment: String,
+    },
+    Change {
+        environment: String,
+        token: u64,
+        change: Change,
+    },
     Stop,
 }
 
@@ -33,9 +44,19 @@ pub enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum Change {
-    Scale { run: Run, replicas: u32 },
-    Route { weights: Vec<(ReleaseId, u8)> },
-    Record { rollout: String, candidate: ReleaseId, mark: Mark, replaced: Option<ReleaseId> },
+    Scale {
+        run: Run,
+        replicas: u32,
+    },
+    Route {
+        weights: Vec<(ReleaseId, u8)>,
+    },
+    Record {
+        rollout: String,
+        candidate: ReleaseId,
+        mark: Mark,
+        replaced: Option<ReleaseId>,
+    },
 }
 
 /// How to run a release's processes.
@@ -150,7 +171,9 @@ mod time {
         time.millis().serialize(serializer)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Time, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Time, D::Error> {
         u64::deserialize(deserializer).map(|millis| Time(Duration::from_millis(millis)))
     }
 }

@@ -57,7 +57,9 @@ pub struct Front {
 
 impl Workers {
     pub fn start() -> Result<Self> {
-        let count = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+        let count = std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(4);
         let mut handles = Vec::new();
         for number in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build();
@@ -86,9 +88,17 @@ impl Workers {
                 let _runtime = handle.enter();
                 TcpListener::from_std(listener.try_clone()?)?
             };
-            handle.spawn(accept(listener, Arc::clone(router), worker, stopped.clone()));
+            handle.spawn(accept(
+                listener,
+                Arc::clone(router),
+                worker,
+                stopped.clone(),
+            ));
         }
-        Ok(Front { address, _stop: stop })
+        Ok(Front {
+            address,
+            _stop: stop,
+        })
     }
 }
 
@@ -107,7 +117,13 @@ async fn accept(
             Ok((stream, peer)) => {
                 // Without it small answers wait for the client's acknowledgement.
                 let _ = stream.set_nodelay(true);
-                tokio::spawn(connection(stream, peer, Arc::clone(&router), worker, stopped.clone()));
+                tokio::spawn(connection(
+                    stream,
+                    peer,
+                    Arc::clone(&router),
+                    worker,
+                    stopped.clone(),
+                ));
             }
             // Out of file descriptors: connections that end will free some.
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
@@ -127,7 +143,10 @@ async fn connection(
         async move { Ok::<_, Infallible>(answer(&router, worker, peer.ip(), request).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_secs(60));
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -163,7 +182,9 @@ async fn answer(
     let mut refused: Vec<SocketAddr> = Vec::new();
 
     for _ in 0..ATTEMPTS {
-        let Some(mut flight) = router.pick(&refused, started) else { break };
+        let Some(mut flight) = router.pick(&refused, started) else {
+            break;
+        };
         let copy = repeatable.then(|| parts.clone());
         let request = Request::from_parts(parts, body.take().unwrap_or(RequestBody::Empty));
         let sent = tokio::time::timeout(ANSWER_TIMEOUT, send(&flight, worker, request)).await;
@@ -189,11 +210,19 @@ async fn answer(
             Err(_) => {
                 flight.backend.counters.lost();
                 flight.end();
-                return own_answer(StatusCode::GATEWAY_TIMEOUT, "the process took too long", grpc);
+                return own_answer(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    "the process took too long",
+                    grpc,
+                );
             }
         }
     }
-    let text = if refused.is_empty() { "no process is ready" } else { "no process could be reached" };
+    let text = if refused.is_empty() {
+        "no process is ready"
+    } else {
+        "no process could be reached"
+    };
     own_answer(StatusCode::SERVICE_UNAVAILABLE, text, grpc)
 }
 
@@ -252,9 +281,18 @@ async fn send_http2(
 ) -> Result<(Response<Incoming>, Link), Failure> {
     let pool = flight.backend.pool(worker);
     if request.uri().authority().is_none() {
-        let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-        let uri = Uri::builder().scheme("http").authority(host.unwrap_or("localhost"));
-        let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
+        let host = request
+            .headers()
+            .get(header::HOST)
+            .and_then(|host| host.to_str().ok());
+        let uri = Uri::builder()
+            .scheme("http")
+            .authority(host.unwrap_or("localhost"));
+        let path = request
+            .uri()
+            .path_and_query()
+            .map_or("/", |path| path.as_str())
+            .to_owned();
         if let Ok(uri) = uri.path_and_query(path).build() {
             *request.uri_mut() = uri;
         }
@@ -319,7 +357,9 @@ fn deliver(
 ) -> Response<ResponseBody> {
     let error = response.status().is_server_error() || grpc && grpc_failed(response.headers());
     flight.backend.counters.answered(flight.elapsed(), error);
-    response.headers_mut().insert(X_RELEASE, flight.header.clone());
+    response
+        .headers_mut()
+        .insert(X_RELEASE, flight.header.clone());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(client) = upgrade {
             let server = hyper::upgrade::on(&mut response);
@@ -327,12 +367,21 @@ fn deliver(
             return response.map(|_| ResponseBody::empty());
         }
         flight.end();
-        return own_answer(StatusCode::BAD_GATEWAY, "the process changed protocols unasked", false);
+        return own_answer(
+            StatusCode::BAD_GATEWAY,
+            "the process changed protocols unasked",
+            false,
+        );
     }
     strip_hop_by_hop(response.headers_mut(), false);
     let watch_trailers = grpc && !error;
     response.map(|body| {
-        let end = End { flight, link: Some(link), counted: error, watch_trailers };
+        let end = End {
+            flight,
+            link: Some(link),
+            counted: error,
+            watch_trailers,
+        };
         ResponseBody::from_process(body, end)
     })
 }
@@ -356,7 +405,10 @@ fn own_answer(status: StatusCode, text: &'static str, grpc: bool) -> Response<Re
     let mut response = Response::new(ResponseBody::text(if grpc { "" } else { text }));
     let headers = response.headers_mut();
     if grpc {
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/grpc"),
+        );
         headers.insert("grpc-status", HeaderValue::from_static(GRPC_UNAVAILABLE));
         headers.insert("grpc-message", HeaderValue::from_static(text));
     } else {
@@ -388,7 +440,11 @@ fn is_upgrade(request: &Request<Incoming>) -> bool {
 /// Makes a client's request one of the proxy's own.
 fn prepare(parts: &mut Parts, client: IpAddr, upgrade: bool) {
     strip_hop_by_hop(&mut parts.headers, upgrade);
-    let client = match parts.headers.get(X_FORWARDED_FOR).and_then(|before| before.to_str().ok()) {
+    let client = match parts
+        .headers
+        .get(X_FORWARDED_FOR)
+        .and_then(|before| before.to_str().ok())
+    {
         Some(before) => HeaderValue::from_str(&format!("{before}, {client}")),
         None => HeaderValue::from_str(&client.to_string()),
     };
@@ -399,7 +455,9 @@ fn prepare(parts: &mut Parts, client: IpAddr, upgrade: bool) {
         parts.version = Version::HTTP_11;
         if !parts.headers.contains_key(header::HOST) {
             // HTTP/1.0 needs none; whoever is behind may.
-            parts.headers.insert(header::HOST, HeaderValue::from_static("localhost"));
+            parts
+                .headers
+                .insert(header::HOST, HeaderValue::from_static("localhost"));
         }
         // Whoever sent an absolute address meant it for a proxy like this.
         if parts.uri.authority().is_some()
@@ -491,20 +549,32 @@ struct End {
 
 impl ResponseBody {
     fn empty() -> Self {
-        Self { content: Content::Text(None), end: None }
+        Self {
+            content: Content::Text(None),
+            end: None,
+        }
     }
 
     fn text(text: &'static str) -> Self {
         let text = (!text.is_empty()).then(|| Bytes::from_static(text.as_bytes()));
-        Self { content: Content::Text(text), end: None }
+        Self {
+            content: Content::Text(text),
+            end: None,
+        }
     }
 
     fn from_process(body: Incoming, end: End) -> Self {
         if body.is_end_stream() {
             end.complete();
-            return Self { content: Content::Process(body), end: None };
+            return Self {
+                content: Content::Process(body),
+                end: None,
+            };
         }
-        Self { content: Content::Process(body), end: Some(end) }
+        Self {
+            content: Content::Process(body),
+            end: Some(end),
+        }
     }
 }
 
@@ -536,7 +606,9 @@ impl Body for ResponseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = self.get_mut();
         let body = match &mut this.content {
-            Content::Text(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            Content::Text(text) => {
+                return Poll::Ready(text.take().map(|text| Ok(Frame::data(text))));
+            }
             Content::Process(body) => body,
         };
         let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
@@ -579,7 +651,9 @@ impl Body for ResponseBody {
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Process(body) => body.size_hint(),
-            Content::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
+            Content::Text(text) => {
+                SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64))
+            }
         }
     }
 }

@@ -94,13 +94,23 @@ impl Target {
     pub fn new(release: &ReleaseId, weight: u8, backends: Vec<Arc<Backend>>) -> Self {
         let header = HeaderValue::from_str(release.short())
             .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        Self { header, weight, backends, turn: AtomicUsize::new(0) }
+        Self {
+            header,
+            weight,
+            backends,
+            turn: AtomicUsize::new(0),
+        }
     }
 
     /// A target that belongs to no release.
     pub fn for_benchmark(weight: u8, backend: Arc<Backend>) -> Self {
         let header = HeaderValue::from_static("benchmark");
-        Self { header, weight, backends: vec![backend], turn: AtomicUsize::new(0) }
+        Self {
+            header,
+            weight,
+            backends: vec![backend],
+            turn: AtomicUsize::new(0),
+        }
     }
 
     fn take(&self, refused: &[SocketAddr], started: Instant) -> Option<Flight> {
@@ -168,7 +178,12 @@ impl Pool {
 impl Flight {
     fn begin(backend: &Arc<Backend>, header: HeaderValue, started: Instant) -> Self {
         backend.in_flight.fetch_add(1, Ordering::SeqCst);
-        Self { backend: Arc::clone(backend), header, started, ended: false }
+        Self {
+            backend: Arc::clone(backend),
+            header,
+            started,
+            ended: false,
+        }
     }
 
     pub fn elapsed(&self) -> Duration {
@@ -204,9 +219,15 @@ mod tests {
 
     fn table(weights: &[(u8, &[u16])]) -> Table {
         let target = |(weight, ports): &(u8, &[u16])| {
-            Target::new(&"r".into(), *weight, ports.iter().map(|port| backend(*port)).collect())
+            Target::new(
+                &"r".into(),
+                *weight,
+                ports.iter().map(|port| backend(*port)).collect(),
+            )
         };
-        Table { targets: weights.iter().map(target).collect() }
+        Table {
+            targets: weights.iter().map(target).collect(),
+        }
     }
 
     /// Requests to the second target, in percent of 100,000.
@@ -214,7 +235,15 @@ mod tests {
         let router = Router::default();
         router.set(table(&[(100 - weight, &[1, 2]), (weight, &[3])]));
         let hits = (0..100_000)
-            .filter(|_| router.pick(&[], Instant::now()).unwrap().backend.address.port() == 3)
+            .filter(|_| {
+                router
+                    .pick(&[], Instant::now())
+                    .unwrap()
+                    .backend
+                    .address
+                    .port()
+                    == 3
+            })
             .count();
         hits as f64 / 1000.0
     }
@@ -223,7 +252,10 @@ mod tests {
     fn weights_are_exact() {
         for weight in [1, 10, 50, 99] {
             let share = share(weight);
-            assert!((share - f64::from(weight)).abs() < 0.02, "{weight}: {share}");
+            assert!(
+                (share - f64::from(weight)).abs() < 0.02,
+                "{weight}: {share}"
+            );
         }
     }
 
@@ -237,10 +269,17 @@ mod tests {
             .map(|flight| flight.backend.address.port())
             .collect();
         seen.dedup();
-        assert_eq!(seen, [2], "the weight of a release without a process goes to the others");
+        assert_eq!(
+            seen,
+            [2],
+            "the weight of a release without a process goes to the others"
+        );
         router.table().targets[0].backends[1].drain();
         router.table().targets[1].backends[0].drain();
-        assert!(router.pick(&[], Instant::now()).is_none(), "weight 0 is never used");
+        assert!(
+            router.pick(&[], Instant::now()).is_none(),
+            "weight 0 is never used"
+        );
         assert_eq!(router.table().targets[0].backends[0].in_flight(), 0);
     }
 }

@@ -1,0 +1,161 @@
+//! The demo's steps: this program again, each time as a process of its own.
+
+use std::io::{BufRead, BufReader, Lines};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::output::Output;
+
+pub const PRODUCTION: &str = "production";
+
+pub struct Steps<'a> {
+    program: PathBuf,
+    settings: PathBuf,
+    output: &'a Output,
+}
+
+/// The last line of a command, for programs.
+#[derive(Debug)]
+pub struct Ended {
+    pub finished: Value,
+}
+
+impl Ended {
+    pub fn outcome(&self) -> &str {
+        self.finished["outcome"].as_str().unwrap_or_default()
+    }
+}
+
+impl<'a> Steps<'a> {
+    pub fn new(settings: PathBuf, output: &'a Output) -> Result<Self> {
+        let program = std::env::current_exe().context("finding this program")?;
+        Ok(Self {
+            program,
+            settings,
+            output,
+        })
+    }
+
+    /// Stops and removes what an earlier demo left.
+    pub fn clear(&self, dir: &Path) -> Result<()> {
+        let state = dir.join("state");
+        if state.exists() {
+            self.quiet(&["sandbox", "stop"])?;
+            std::fs::remove_dir_all(&state)
+                .with_context(|| format!("removing {}", state.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a release and returns its id.
+    pub fn release(&self, version: &str, config: &Path) -> Result<String> {
+        let config = config.to_string_lossy();
+        let ended = self.expect(
+            &["image", "--version", version, "--config", &config],
+            "passed",
+        )?;
+        let id = ended.finished["release"]
+            .as_str()
+            .context("`image` names no release")?;
+        Ok(id.to_owned())
+    }
+
+    /// Runs a command that must end like this.
+    pub fn expect(&self, arguments: &[&str], outcome: &str) -> Result<Ended> {
+        let ended = self.run(arguments)?;
+        if ended.outcome() != outcome {
+            bail!(
+                "`cargo xtask {}` ended as {:?}, not as {outcome:?}: {}",
+                arguments.join(" "),
+                ended.outcome(),
+                ended.finished
+            );
+        }
+        Ok(ended)
+    }
+
+    /// Runs a command to its end.
+    pub fn run(&self, arguments: &[&str]) -> Result<Ended> {
+        self.output
+            .command(format_args!("cargo xtask {}", arguments.join(" ")));
+        let (mut child, lines) = self.start(arguments)?;
+        let mut last = Value::Null;
+        for line in lines {
+            last = self.relay(&line.context("reading the command's output")?)?;
+        }
+        let status = child.wait().context("waiting for the command")?;
+        if last["event"] != "finished" {
+            bail!("`cargo xtask {}` broke off ({status})", arguments.join(" "));
+        }
+        Ok(Ended { finished: last })
+    }
+
+    /// Runs a command and says nothing of it.
+    pub fn quiet(&self, arguments: &[&str]) -> Result<()> {
+        let status = self
+            .command(arguments)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .status();
+        check(status.context("running a command")?, arguments)
+    }
+
+    /// Starts a rollout and kills its command in its second stage, after an action was announced
+    /// and before anybody knows whether it was done.
+    pub fn kill_in_the_middle(&self, arguments: &[&str]) -> Result<()> {
+        self.output
+            .command(format_args!("cargo xtask {}", arguments.join(" ")));
+        let (mut child, lines) = self.start(arguments)?;
+        let mut second_stage = false;
+        for line in lines {
+            let event = self.relay(&line.context("reading the command's output")?)?;
+            second_stage |= event["event"] == "state" && event["stage"].as_u64() >= Some(1);
+            if second_stage && event["event"] == "action" {
+                child.kill().context("killing the command")?;
+                child.wait().context("waiting for the command")?;
+                return Ok(());
+            }
+        }
+        bail!("the rollout ended before its command could be killed")
+    }
+
+    fn start(&self, arguments: &[&str]) -> Result<(Child, Lines<BufReader<ChildStdout>>)> {
+        let mut child = self
+            .command(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        let stdout = child.stdout.take().context("the command has no output")?;
+        Ok((child, BufReader::new(stdout).lines()))
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .args(["--message-format", "json", "--pipeline"])
+            .arg(&self.settings);
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// Passes a command's event on; what it says at its end is not the end of the demo.
+    fn relay(&self, line: &str) -> Result<Value> {
+        let event: Value =
+            serde_json::from_str(line).with_context(|| format!("reading {line:?}"))?;
+        match event["event"].as_str() {
+            Some("finished") | None => {}
+            Some(name) => self.output.event(name, &event),
+        }
+        Ok(event)
+    }
+}
+
+fn check(status: ExitStatus, arguments: &[&str]) -> Result<()> {
+    if status.success() {
+        return Ok(());
+    }
+    bail!("`cargo xtask {}` failed ({status})", arguments.join(" "))
+}
