@@ -124,7 +124,12 @@ impl Output {
     }
 
     pub fn bad(&self, text: impl Display) {
-        self.people(&format!("{} {text}", self.paint(RED, "failed")));
+        self.ended("failed", text);
+    }
+
+    /// The end of something that did not go well, and how it ended.
+    pub fn ended(&self, how: &str, text: impl Display) {
+        self.people(&format!("{} {text}", self.paint(RED, how)));
     }
 
     pub fn warn(&self, text: impl Display) {

@@ -24,8 +24,11 @@ pub trait Platform: Send + Sync {
     /// prepared before `apply` can name it.
     async fn prepare(&mut self, release: &Recorded) -> Result<()>;
 
-    /// Makes it so. Done twice it is the same as done once. `token` is the writer's fencing
-    /// token: one that is older than the newest the platform has seen is refused.
+    /// From now on only writers with this fencing token or a newer one are heard: what an older
+    /// one still had on its way is refused.
+    async fn claim(&self, token: u64) -> Result<()>;
+
+    /// Makes it so. Done twice it is the same as done once.
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()>;
 
     /// What the platform's own proxy counted since it started, for each instance.

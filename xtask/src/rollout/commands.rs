@@ -297,10 +297,10 @@ impl<'a> Session<'a> {
                 (Exit::Yes, "healthy")
             }
             End::Outcome(Outcome::RolledBack) => {
-                self.output.bad(format_args!(
-                    "{candidate} was rolled back in {name}: {}",
-                    summary.why
-                ));
+                self.output.ended(
+                    "rolled back",
+                    format_args!("{candidate} in {name}: {}", summary.why),
+                );
                 (Exit::No, "rolled-back")
             }
             End::Outcome(Outcome::Aborted) => {

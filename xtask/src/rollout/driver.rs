@@ -104,16 +104,16 @@ impl Driver<'_> {
     /// Drives the rollout in `journal` to its end, or to a hold that outlasts its deadline.
     pub async fn run(&self, journal: &mut Journal) -> Result<End> {
         let plan = journal.plan().clone();
-        let mut state = journal.state();
-        let mut counting = self.replay(journal);
-        if state.hold.take().is_some() {
-            // Whoever resumes gives a hold its whole time again.
+        let mut state = journal.state().resumed();
+        if state != journal.state() {
             journal.append([Entry::State {
                 state: state.clone(),
             }])?;
         }
+        let mut counting = self.replay(journal);
+        let mut claimed = false;
         loop {
-            let status = self.platform.status().await;
+            let status = self.status(&mut claimed).await;
             let platform = match &status {
                 Ok(status) => Some(view(&plan, status)),
                 Err(error) => {
@@ -159,6 +159,15 @@ impl Driver<'_> {
                 None => self.clock.sleep(TICK).await,
             }
         }
+    }
+
+    /// The platform's status, once it has agreed to hear no older writer any more.
+    async fn status(&self, claimed: &mut bool) -> Result<Status> {
+        if !*claimed {
+            self.platform.claim(self.writer.token).await?;
+            *claimed = true;
+        }
+        self.platform.status().await
     }
 
     async fn act(&self, plan: &Plan, action: Action, journal: &mut Journal) -> Result<()> {

@@ -4,6 +4,8 @@
 //! says how things should be afterwards, so repeating one changes nothing; whoever crashed
 //! anywhere goes on by calling `decide` again with the journalled state.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::Stage;
@@ -57,6 +59,9 @@ pub struct State {
     /// When the phase began.
     pub since: Millis,
     pub hold: Option<Hold>,
+    /// Since when the candidate has been seen without the capacity for its stage.
+    #[serde(default)]
+    pub unready_since: Option<Millis>,
     /// Whether the candidate has ever had traffic.
     pub exposed: bool,
     /// The newest request that was taken into account.
@@ -197,7 +202,8 @@ pub enum Action {
     Scale { release: ReleaseId, replicas: u32 },
     /// Split the traffic: percents that sum to 100, or nothing at all.
     Route { weights: Vec<(ReleaseId, u8)> },
-    /// Keep on record how this rollout ended, and with it the environment's stable release.
+    /// Keep on record how this rollout ended, in place of what it had on record before, and with
+    /// it the environment's stable release.
     Record { mark: Mark },
 }
 
@@ -219,8 +225,19 @@ impl State {
             stage: 0,
             since: now,
             hold: None,
+            unready_since: None,
             exposed: false,
             request: 0,
+        }
+    }
+
+    /// The same state for a command that goes on with it: what waits gets its whole time again.
+    #[must_use]
+    pub fn resumed(self) -> Self {
+        Self {
+            hold: None,
+            unready_since: None,
+            ..self
         }
     }
 
@@ -235,6 +252,7 @@ impl State {
         self.phase = phase;
         self.since = now;
         self.hold = None;
+        self.unready_since = None;
     }
 
     fn hold(&mut self, reason: HoldReason, plan: &Plan, now: Millis) {
@@ -286,18 +304,21 @@ pub fn decide(
     let request = seen
         .request
         .filter(|request| request.number > state.request);
-    let recorded = seen.platform.as_ref().and_then(|view| view.recorded);
 
-    // Abort wins over everything but an end that is already on record.
+    // Abort wins over everything but an end: from the moment that stable's processes go, the way
+    // back is a rollback. Whether they have gone must be known before an abort is heard.
     if let Some(Request {
         number,
         kind: RequestKind::Abort,
     }) = request
+        && (next.phase != Phase::Finish || seen.platform.is_some())
     {
         next.request = number;
-        let too_late = recorded == Some(Mark::Healthy)
-            || matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. });
-        if !too_late {
+        let replaced = seen.platform.as_ref().is_some_and(|view| {
+            view.recorded == Some(Mark::Healthy)
+                && (plan.stable.is_none() || view.stable.desired < plan.replicas)
+        });
+        if !replaced && !matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. }) {
             next.enter(
                 Phase::Back {
                     reason: Reason::Aborted,
@@ -360,7 +381,8 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
         return Plan::scale(&plan.candidate, needed);
     }
     if view.candidate.ready < needed {
-        if now.saturating_sub(next.since) >= plan.limits.ready_within {
+        let since = *next.unready_since.get_or_insert(now);
+        if now.saturating_sub(since) >= plan.limits.ready_within {
             next.enter(
                 Phase::Back {
                     reason: Reason::NotReady,
@@ -370,6 +392,7 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
         }
         return None;
     }
+    next.unready_since = None;
     if view.candidate.weight != weight {
         next.exposed = true;
         return Some(Action::Route {
@@ -460,7 +483,7 @@ fn advance(plan: &Plan, next: &mut State, now: Millis) {
     }
 }
 
-/// On record first: from then on the way back is a rollback of its own.
+/// On record first, then the old release goes; until it does, there is a way back.
 fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
     let carries_all = view.candidate.weight == 100 && view.candidate.ready >= plan.replicas;
     if view.recorded != Some(Mark::Healthy) {
@@ -475,6 +498,15 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
     if let Some(stable) = &plan.stable
         && view.stable.desired > 0
     {
+        if let Some(why) = view.candidate.broken.clone() {
+            next.enter(
+                Phase::Back {
+                    reason: Reason::Broken(why),
+                },
+                now,
+            );
+            return None;
+        }
         if !carries_all {
             next.hold(HoldReason::NoCapacity, plan, now);
             return None;
@@ -523,7 +555,7 @@ fn back(
         None => {}
     }
     next.hold = None;
-    if next.exposed && view.recorded.is_none() {
+    if next.exposed && view.recorded != Some(Mark::RolledBack) {
         return Some(Action::Record {
             mark: Mark::RolledBack,
         });
@@ -540,3 +572,15 @@ fn back(
     next.enter(Phase::Ended { outcome }, now);
     None
 }
+
+/// Names for people: those of the journal.
+macro_rules! display_as_journalled {
+    ($($name:ty),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                Serialize::serialize(self, f)
+            }
+        }
+    )*};
+}
+display_as_journalled!(Verdict, Mark, Outcome, Kind);

@@ -1,1 +1,680 @@
+//! Every interleaving of the engine with a world that fails, to a stated depth.
+//!
+//! The model is the real `decide` over an in-memory platform. What can happen at any moment: the
+//! command is killed before or after it wrote or acted, an action fails, its reply is lost, a
+//! stalled command wakes up and acts late, processes get ready, die or break, metrics give any
+//! verdict or none, the platform is away, time passes, a person promotes or aborts. Budgets make
+//! this finite; within them it is exhaustive. (Checker: stateright.)
 
+use std::hash::Hash;
+
+use stateright::{Checker, Model, Property};
+
+use super::engine::{
+    Action, Arm, Decide, Kind, Limits, Mark, Observation, Outcome, Phase, Plan, Reason, Request,
+    RequestKind, State, Verdict, View, decide,
+};
+use crate::config::Stage;
+
+/// Steps after which a rollout in a world that works again must have ended.
+const FAIR_STEPS: usize = 60;
+
+#[derive(Clone)]
+struct Rollout {
+    plan: Plan,
+    decide: Decide,
+    /// Whether the platform refuses a writer whose token is old.
+    fenced: bool,
+    budget: Budget,
+}
+
+/// How often each kind of trouble may happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Budget {
+    faults: u8,
+    elapses: u8,
+    aborts: u8,
+    promotes: u8,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct World {
+    /// The environment.
+    stable: Arm,
+    candidate: Arm,
+    recorded: Option<Mark>,
+    /// The journal.
+    state: State,
+    request: Option<Request>,
+    /// What a stalled command is still going to do.
+    stalled: Option<Action>,
+    now: u64,
+    left: Budget,
+    /// Whether anything happened that may end a rollout of a good release badly.
+    excused: bool,
+    violated: Option<&'static str>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Event {
+    /// The driver goes once around its loop; what became of the action it chose.
+    Step {
+        verdict: Option<Verdict>,
+        fate: Fate,
+    },
+    PlatformAway,
+    StalledActs,
+    Ready {
+        candidate: bool,
+    },
+    Dies {
+        candidate: bool,
+    },
+    Breaks,
+    Elapse,
+    Ask(RequestKind),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Done,
+    /// Killed before the state was written: nothing happened at all.
+    KilledBefore,
+    /// Killed after the state was written, or the action failed: the same to the world.
+    NotDone,
+    /// Done, and then killed, or the reply was lost: done again at the next turn if need be.
+    DoneUnheard,
+    /// The command stalls before the action; another one takes over.
+    Stalled,
+}
+
+const VERDICTS: [Option<Verdict>; 8] = [
+    None,
+    Some(Verdict::NonInferior),
+    Some(Verdict::Regressed),
+    Some(Verdict::Undecided),
+    Some(Verdict::NoData),
+    Some(Verdict::ProviderDown),
+    Some(Verdict::Outage),
+    Some(Verdict::ShareOff),
+];
+
+impl Rollout {
+    fn new(kind: Kind, stable: bool, stages: &[(u8, Option<&str>)]) -> Self {
+        let stage = |(weight, gate): &(u8, Option<&str>)| Stage {
+            weight: *weight,
+            gate: gate.map(str::to_owned),
+        };
+        Self {
+            plan: Plan {
+                rollout: "r1".to_owned(),
+                environment: "production".to_owned(),
+                kind,
+                stable: stable.then(|| "stable".into()),
+                candidate: "candidate".into(),
+                replicas: 2,
+                stages: stages.iter().map(stage).collect(),
+                limits: Limits {
+                    min_stage: 1,
+                    max_stage: 2,
+                    max_hold: 2,
+                    ready_within: 2,
+                },
+            },
+            decide,
+            fenced: true,
+            budget: Budget {
+                faults: 2,
+                elapses: 3,
+                aborts: 1,
+                promotes: 1,
+            },
+        }
+    }
+
+    fn canary() -> Self {
+        Self::new(
+            Kind::Canary,
+            true,
+            &[(10, None), (60, Some("sign-off")), (100, None)],
+        )
+    }
+
+    fn observe(&self, world: &World, platform: bool, verdict: Option<Verdict>) -> Observation {
+        Observation {
+            platform: platform.then(|| View {
+                stable: world.stable.clone(),
+                candidate: world.candidate.clone(),
+                recorded: world.recorded,
+            }),
+            verdict,
+            request: world.request,
+        }
+    }
+
+    /// Journals the next state and checks what the change may be founded on.
+    fn journal(&self, world: &mut World, next: State, verdict: Option<Verdict>) {
+        let before = &world.state;
+        let moved_on = next.stage > before.stage
+            || (next.phase == Phase::Finish && before.phase == Phase::Watch);
+        let promoted = next.request > before.request && next.request == 2;
+        let weight = self.plan.stages[before.stage].weight;
+        if moved_on {
+            let passed = verdict == Some(Verdict::NonInferior) || self.plan.kind == Kind::Rollback;
+            let gated = self.plan.stages[before.stage].gate.is_some();
+            if !promoted && (!passed || gated) {
+                world.violated = Some("3: only non-inferior or a promote moves a stage on");
+            }
+            if world.candidate.weight != weight {
+                world.violated = Some("10: a stage was passed at another weight than its own");
+            }
+            if world.candidate.ready < self.plan.capacity(weight) {
+                world.violated = Some("10: a stage was passed with too few processes");
+            }
+        }
+        let turned = |state: &State| matches!(state.phase, Phase::Back { .. });
+        if turned(&next) && !turned(before) {
+            let Phase::Back { reason } = &next.phase else {
+                return;
+            };
+            let founded = match reason {
+                Reason::Regressed => verdict == Some(Verdict::Regressed),
+                Reason::Aborted => next.request > before.request,
+                Reason::Broken(_) => world.candidate.broken.is_some(),
+                Reason::NotReady => {
+                    world.candidate.ready < self.plan.capacity(weight)
+                        && before
+                            .unready_since
+                            .is_some_and(|since| world.now - since >= self.plan.limits.ready_within)
+                }
+            };
+            if !founded {
+                world.violated = Some("3: turned back without a reason (no data, provider down?)");
+            }
+        }
+        if turned(before) && !turned(&next) && next.outcome().is_none() {
+            world.violated = Some("4: what turned back goes forward again");
+        }
+        world.state = next;
+    }
+
+    /// The platform carries out an action, and the invariants are checked on its effect.
+    fn apply(&self, world: &mut World, action: &Action) {
+        let candidate = &self.plan.candidate;
+        let turned = matches!(world.state.phase, Phase::Back { .. } | Phase::Ended { .. });
+        match action {
+            Action::Scale { release, replicas } => {
+                let is_candidate = release == candidate;
+                if !is_candidate && *replicas < self.plan.replicas {
+                    let replaced = world.recorded == Some(Mark::Healthy)
+                        && world.candidate.weight == 100
+                        && world.candidate.ready >= self.plan.replicas;
+                    if !replaced {
+                        world.violated = Some("2: stable lost capacity before it was replaced");
+                    }
+                }
+                let arm = if is_candidate {
+                    &mut world.candidate
+                } else {
+                    &mut world.stable
+                };
+                if *replicas < arm.desired && arm.weight > 0 && *replicas == 0 {
+                    world.violated = Some("1: a release with traffic was scaled to nothing");
+                }
+                arm.desired = *replicas;
+                arm.ready = arm.ready.min(*replicas);
+                if *replicas == 0 {
+                    arm.broken = None;
+                }
+            }
+            Action::Route { weights } => {
+                let of = |id| {
+                    weights
+                        .iter()
+                        .find(|(other, _)| other == id)
+                        .map_or(0, |w| w.1)
+                };
+                let sum: u32 = weights.iter().map(|(_, weight)| u32::from(*weight)).sum();
+                if sum != 100 && !(weights.is_empty() && self.plan.stable.is_none()) {
+                    world.violated = Some("1: the weights do not sum to 100");
+                }
+                let (new, stable) = (of(candidate), self.plan.stable.as_ref().map_or(0, &of));
+                if new > world.candidate.weight {
+                    if world.candidate.ready < self.plan.capacity(new) {
+                        world.violated = Some("1: weight without ready capacity");
+                    }
+                    if turned {
+                        world.violated = Some("4: the candidate's weight rose after turning back");
+                    }
+                }
+                if stable > world.stable.weight && world.stable.ready == 0 {
+                    world.violated = Some("1: traffic to a stable release that is not there");
+                }
+                (world.candidate.weight, world.stable.weight) = (new, stable);
+            }
+            Action::Record { mark } => {
+                if *mark == Mark::Healthy && world.state.phase != Phase::Finish {
+                    world.violated = Some("8: healthy without having passed");
+                }
+                world.recorded = Some(*mark);
+            }
+        }
+    }
+
+    fn step(&self, world: &mut World, verdict: Option<Verdict>, fate: Fate) {
+        if fate == Fate::KilledBefore {
+            return;
+        }
+        let seen = self.observe(world, true, verdict);
+        let (next, action) = (self.decide)(&self.plan, &world.state, &seen, world.now);
+        self.journal(world, next, verdict);
+        match (action, fate) {
+            (Some(action), Fate::Done | Fate::DoneUnheard) => self.apply(world, &action),
+            (Some(action), Fate::Stalled) => world.stalled = Some(action),
+            _ => {}
+        }
+    }
+
+    /// The rollout's end where everything works from now on, and nobody interferes.
+    fn fair_end(&self, world: &World) -> Option<World> {
+        let mut world = world.clone();
+        for _ in 0..FAIR_STEPS {
+            if world.state.outcome().is_some() {
+                return Some(world);
+            }
+            if matches!(&world.state.hold, Some(hold) if matches!(hold.reason, super::engine::HoldReason::Gate(_)))
+            {
+                world.request = Some(Request {
+                    number: 2,
+                    kind: RequestKind::Promote,
+                });
+                if world.state.request >= 2 {
+                    // The one promote of the model was used at another stage.
+                    world.state.request = 1;
+                }
+            }
+            world.stable.ready = world.stable.desired;
+            if world.candidate.broken.is_none() {
+                world.candidate.ready = world.candidate.desired;
+            }
+            world.now += 1;
+            let watching = world.state.phase == Phase::Watch;
+            self.step(
+                &mut world,
+                watching.then_some(Verdict::NonInferior),
+                Fate::Done,
+            );
+            if world.violated.is_some() {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Whether the environment is as an ended rollout must leave it.
+    fn is_settled(&self, world: &World) -> bool {
+        let (stable, candidate) = (&world.stable, &world.candidate);
+        let full = self.plan.stable.is_some();
+        match world.state.outcome() {
+            Some(Outcome::Healthy) => {
+                candidate.weight == 100
+                    && candidate.desired == self.plan.replicas
+                    && stable.desired == 0
+                    && world.recorded == Some(Mark::Healthy)
+            }
+            Some(_) => {
+                candidate.weight == 0
+                    && candidate.desired == 0
+                    && (!full || stable.weight == 100 && stable.desired == self.plan.replicas)
+                    && world.recorded == world.state.exposed.then_some(Mark::RolledBack)
+            }
+            None => false,
+        }
+    }
+}
+
+impl Model for Rollout {
+    type State = World;
+    type Action = Event;
+
+    fn init_states(&self) -> Vec<World> {
+        let full = Arm {
+            desired: 2,
+            ready: 2,
+            weight: 100,
+            broken: None,
+        };
+        vec![World {
+            stable: if self.plan.stable.is_some() {
+                full
+            } else {
+                Arm::default()
+            },
+            candidate: Arm::default(),
+            recorded: None,
+            state: State::start(0),
+            request: None,
+            stalled: None,
+            now: 0,
+            left: self.budget,
+            excused: false,
+            violated: None,
+        }]
+    }
+
+    fn actions(&self, world: &World, events: &mut Vec<Event>) {
+        if world.state.outcome().is_some() || world.violated.is_some() {
+            if world.stalled.is_some() {
+                events.push(Event::StalledActs);
+            }
+            return;
+        }
+        let watching = world.state.phase == Phase::Watch;
+        let verdicts = if watching {
+            &VERDICTS[..]
+        } else {
+            &VERDICTS[..1]
+        };
+        for verdict in verdicts {
+            events.push(Event::Step {
+                verdict: *verdict,
+                fate: Fate::Done,
+            });
+        }
+        if world.left.faults > 0 {
+            let fates = [
+                Fate::KilledBefore,
+                Fate::NotDone,
+                Fate::DoneUnheard,
+                Fate::Stalled,
+            ];
+            for fate in fates {
+                let verdict = watching.then_some(Verdict::NonInferior);
+                events.push(Event::Step { verdict, fate });
+            }
+            events.push(Event::PlatformAway);
+            for candidate in [false, true] {
+                let arm = if candidate {
+                    &world.candidate
+                } else {
+                    &world.stable
+                };
+                if arm.ready > 0 {
+                    events.push(Event::Dies { candidate });
+                }
+            }
+            if world.candidate.desired > 0 && world.candidate.broken.is_none() {
+                events.push(Event::Breaks);
+            }
+        }
+        for candidate in [false, true] {
+            let arm = if candidate {
+                &world.candidate
+            } else {
+                &world.stable
+            };
+            if arm.ready < arm.desired && arm.broken.is_none() {
+                events.push(Event::Ready { candidate });
+            }
+        }
+        if world.stalled.is_some() {
+            events.push(Event::StalledActs);
+        }
+        if world.left.elapses > 0 {
+            events.push(Event::Elapse);
+        }
+        if world.left.aborts > 0 {
+            events.push(Event::Ask(RequestKind::Abort));
+        }
+        if world.left.promotes > 0 && world.request.is_none() {
+            events.push(Event::Ask(RequestKind::Promote));
+        }
+    }
+
+    fn next_state(&self, world: &World, event: Event) -> Option<World> {
+        let mut world = world.clone();
+        match event {
+            Event::Step { verdict, fate } => {
+                if fate != Fate::Done {
+                    world.left.faults -= 1;
+                }
+                world.excused |= verdict == Some(Verdict::Regressed);
+                self.step(&mut world, verdict, fate);
+            }
+            Event::PlatformAway => {
+                world.left.faults -= 1;
+                let seen = self.observe(&world, false, None);
+                let (next, action) = (self.decide)(&self.plan, &world.state, &seen, world.now);
+                if action.is_some() {
+                    world.violated = Some("an action without knowing what is there");
+                }
+                self.journal(&mut world, next, None);
+            }
+            Event::StalledActs => {
+                let action = world.stalled.take()?;
+                // Whoever took over claimed the environment first.
+                if !self.fenced {
+                    self.apply(&mut world, &action);
+                }
+            }
+            Event::Ready { candidate } => {
+                let arm = if candidate {
+                    &mut world.candidate
+                } else {
+                    &mut world.stable
+                };
+                arm.ready += 1;
+            }
+            Event::Dies { candidate } => {
+                world.left.faults -= 1;
+                let arm = if candidate {
+                    &mut world.candidate
+                } else {
+                    &mut world.stable
+                };
+                arm.ready -= 1;
+            }
+            Event::Breaks => {
+                world.left.faults -= 1;
+                world.excused = true;
+                world.candidate.broken = Some("exit status: 1".to_owned());
+                world.candidate.ready = 0;
+            }
+            Event::Elapse => {
+                world.left.elapses -= 1;
+                // A candidate that is slow to get ready may be given up for it.
+                world.excused |= world.candidate.ready < self.plan.replicas
+                    || world.state.unready_since.is_some();
+                world.now += 1;
+            }
+            Event::Ask(kind) => {
+                let number = match kind {
+                    RequestKind::Promote => 2,
+                    RequestKind::Abort => 3,
+                };
+                match kind {
+                    RequestKind::Promote => world.left.promotes -= 1,
+                    RequestKind::Abort => {
+                        world.left.aborts -= 1;
+                        world.excused = true;
+                    }
+                }
+                world.request = Some(Request { number, kind });
+            }
+        }
+        Some(world)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("invariants", |_, world: &World| world.violated.is_none()),
+            Property::always(
+                "7: it ends when all works again",
+                |model: &Self, world: &World| {
+                    world.violated.is_some() || model.fair_end(world).is_some()
+                },
+            ),
+            Property::always(
+                "5: it ends as the undisturbed one does",
+                |model: &Self, world: &World| {
+                    let Some(end) = model.fair_end(world) else {
+                        return true;
+                    };
+                    let good = end.state.outcome() == Some(Outcome::Healthy);
+                    model.is_settled(&end) && (good || world.excused)
+                },
+            ),
+            Property::sometimes("healthy", |_, world: &World| {
+                world.state.outcome() == Some(Outcome::Healthy)
+            }),
+            Property::sometimes("back again", |_, world: &World| {
+                matches!(
+                    world.state.outcome(),
+                    Some(Outcome::Aborted | Outcome::Failed)
+                )
+            }),
+        ]
+    }
+}
+
+/// The number of states in which all properties hold, or what was broken and how.
+fn explore(model: Rollout) -> Result<usize, String> {
+    let checker = model.checker().threads(2).spawn_bfs().join();
+    let broken: Vec<String> = checker
+        .discoveries()
+        .into_iter()
+        .filter(|(name, _)| !matches!(*name, "healthy" | "back again"))
+        .map(|(name, path)| {
+            let end = path.last_state().clone();
+            format!(
+                "{name}: {:?}\n{:#?}\n{end:#?}",
+                end.violated,
+                path.into_actions()
+            )
+        })
+        .collect();
+    if !broken.is_empty() {
+        return Err(broken.join("\n"));
+    }
+    for name in ["healthy", "back again"] {
+        assert!(
+            checker.discovery(name).is_some(),
+            "the exploration never got {name}"
+        );
+    }
+    Ok(checker.unique_state_count())
+}
+
+/// Where the test's output is read by people.
+#[expect(
+    clippy::print_stderr,
+    reason = "the number of states belongs into the test's log"
+)]
+fn tell(what: &str, states: usize) {
+    eprintln!("{what}: {states} states, all invariants hold");
+}
+
+#[test]
+fn a_canary_keeps_every_invariant() {
+    tell("canary with a gate", explore(Rollout::canary()).unwrap());
+}
+
+#[test]
+fn deployments_and_rollbacks_keep_every_invariant() {
+    for (name, kind, stable) in [
+        ("first deployment", Kind::Deploy, false),
+        ("deployment", Kind::Deploy, true),
+        ("rollback", Kind::Rollback, true),
+    ] {
+        let mut model = Rollout::new(kind, stable, &[(100, None)]);
+        model.budget.faults = 3;
+        tell(name, explore(model).unwrap());
+    }
+}
+
+/// Engines and platforms with one defect each: the exploration must find it.
+#[test]
+fn defects_are_found() {
+    let no_readiness: Decide = |plan, state, seen, now| {
+        let mut seen = seen.clone();
+        if let Some(view) = &mut seen.platform {
+            view.candidate.ready = view.candidate.desired;
+        }
+        decide(plan, state, &seen, now)
+    };
+    let no_data_passes: Decide = |plan, state, seen, now| {
+        let mut seen = seen.clone();
+        if seen.verdict == Some(Verdict::NoData) {
+            seen.verdict = Some(Verdict::NonInferior);
+        }
+        decide(plan, state, &seen, now)
+    };
+    let provider_down_rolls_back: Decide = |plan, state, seen, now| {
+        let mut seen = seen.clone();
+        if seen.verdict == Some(Verdict::ProviderDown) {
+            seen.verdict = Some(Verdict::Regressed);
+        }
+        decide(plan, state, &seen, now)
+    };
+    let stable_goes_first: Decide = |plan, state, seen, now| {
+        let (next, action) = decide(plan, state, seen, now);
+        match (&plan.stable, action) {
+            (
+                Some(stable),
+                Some(Action::Record {
+                    mark: Mark::Healthy,
+                }),
+            ) => (
+                next,
+                Some(Action::Scale {
+                    release: stable.clone(),
+                    replicas: 0,
+                }),
+            ),
+            (_, action) => (next, action),
+        }
+    };
+    let forgets_the_abort: Decide = |plan, state, seen, now| {
+        let (mut next, action) = decide(plan, state, seen, now);
+        if matches!(
+            next.phase,
+            Phase::Back {
+                reason: Reason::Aborted
+            }
+        ) && action.is_none()
+        {
+            next.phase = Phase::Shift;
+        }
+        (next, action)
+    };
+    let gives_up_waiting: Decide = |plan, state, seen, now| match state.phase {
+        Phase::Watch if state.hold.is_some() => (state.clone(), None),
+        _ => decide(plan, state, seen, now),
+    };
+    for (name, decide) in [
+        ("does not wait for readiness", no_readiness),
+        ("takes no data for a pass", no_data_passes),
+        (
+            "rolls back when the metrics are away",
+            provider_down_rolls_back,
+        ),
+        ("removes stable before the record", stable_goes_first),
+        ("goes forward after an abort", forgets_the_abort),
+        ("never leaves a hold", gives_up_waiting),
+    ] {
+        let model = Rollout {
+            decide,
+            ..Rollout::canary()
+        };
+        assert!(
+            explore(model).is_err(),
+            "an engine that {name} was not found out"
+        );
+    }
+    let unfenced = Rollout {
+        fenced: false,
+        ..Rollout::canary()
+    };
+    let found = explore(unfenced).unwrap_err();
+    assert!(found.contains("4: the candidate's weight rose"), "{found}");
+}

@@ -335,15 +335,24 @@ pub fn requests_to_pass(settings: &Settings, tolerance: f64, rate: f64, w: f64) 
     })
 }
 
-/// The candidate requests after which a regression from `rate` to `rate * ratio` is likely seen.
+/// The candidate requests after which a regression from `rate` to `rate * ratio` is likely seen,
+/// at a candidate's share `w` of the requests; at 1 there is nothing beside it.
 pub fn requests_to_see(settings: &Settings, rate: f64, ratio: f64, w: f64) -> f64 {
     let needed = (1.0 / settings.alpha.0).ln();
+    let bad = (rate * ratio).min(1.0);
+    let usual = settings.tolerance.0.max(settings.margin.0 * rate).min(0.9);
+    let drift = |psi: f64| {
+        if w < 1.0 {
+            bad * psi.ln() - (bad + rate * (1.0 - w) / w) * (w * psi + 1.0 - w).ln()
+        } else {
+            let (if_good, if_bad) = tolerable_steps((psi * usual).min(0.99), usual);
+            bad * if_bad + (1.0 - bad) * if_good
+        }
+    };
     WORSE
         .iter()
-        .map(|(psi, prior)| {
-            let others = if w < 1.0 { rate * (1.0 - w) / w } else { 0.0 };
-            let drift =
-                rate * ratio * psi.ln() - (rate * ratio + others) * (w * psi + 1.0 - w).ln();
+        .map(|(psi, prior)| (drift(*psi), prior))
+        .map(|(drift, prior)| {
             if drift > 0.0 {
                 (needed - prior.ln()) / drift
             } else {

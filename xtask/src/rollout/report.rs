@@ -168,7 +168,7 @@ main{max-width:1080px;margin:2rem auto;padding:0 1rem}h1{font-size:1.6rem}h2{fon
 margin:2.2rem 0 .2rem;border-top:1px solid #e2e8f0;padding-top:1.2rem}p{margin:.2rem 0 .8rem;\
 color:#4a5568}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .8rem;\
 text-align:right;border-bottom:1px solid #e2e8f0}th{color:#4a5568;font-weight:600}\
-td:first-child,th:first-child,td.text,th.text{text-align:left}.plots{display:grid;\
+td:first-child{white-space:nowrap}td:first-child,th:first-child,td.text,th.text{text-align:left}.plots{display:grid;\
 grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:.6rem}svg{width:100%;height:auto}\
 .healthy{color:#276749;font-weight:600}.rolled-back,.aborted,.failed{color:#9b2c2c;font-weight:600}";
 
@@ -178,7 +178,7 @@ fn section(page: &mut String, journal: &Journal) {
     let outcome = outcome_name(summary.outcome);
     let _ = write!(
         page,
-        "<h2>{} in {}: <span class=\"{outcome}\">{outcome}</span></h2>\n<p>{:?} from {}; {:.1} s{}</p>\n",
+        "<h2>{} in {}: <span class=\"{outcome}\">{outcome}</span></h2>\n<p>{} from {}; {:.1} s{}</p>\n",
         escape(&started.candidate_name),
         escape(&started.plan.environment),
         started.plan.kind,
@@ -347,7 +347,7 @@ fn arms(
                 color: CANDIDATE,
                 points: candidate,
                 steps: false,
-                dashed: false,
+                dashed: true,
             },
         ],
         top,

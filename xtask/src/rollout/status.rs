@@ -65,7 +65,7 @@ pub fn judgement_line(
     format!(
         "{:3} %  {:12}  candidate {}, stable {}; against it {:.2} of {:.0}, for it {:.0} % ({})",
         plan.stages[state.stage].weight,
-        format!("{:?}", judgement.verdict).to_lowercase(),
+        judgement.verdict.to_string(),
         rate(&window.candidate),
         rate(&window.baseline),
         judgement.e_value,
@@ -90,7 +90,7 @@ pub fn action(action: &Action) -> String {
                 .collect();
             parts.join(", ")
         }
-        Action::Record { mark } => format!("record: {mark:?}").to_lowercase(),
+        Action::Record { mark } => format!("record: {mark}"),
     }
 }
 
@@ -155,14 +155,14 @@ fn phase(plan: &Plan, state: &State) -> String {
         Phase::Watch => format!("{stage}: watching {} %", plan.stages[state.stage].weight),
         Phase::Finish => "passed: removing the old release".to_owned(),
         Phase::Back { reason } => format!("going back ({reason:?})"),
-        Phase::Ended { outcome } => format!("ended: {outcome:?}").to_lowercase(),
+        Phase::Ended { outcome } => format!("ended: {outcome}"),
     }
 }
 
 /// Each metric against the threshold on either side.
 fn evidence(judgement: &Judgement, output: &Output) {
     output.line(format_args!(
-        "verdict    {:?} after window {}; against it {:.2} of {:.0}",
+        "verdict    {} after window {}; against it {:.2} of {:.0}",
         judgement.verdict, judgement.window, judgement.e_value, judgement.threshold
     ));
     let rows: Vec<Vec<String>> = judgement

@@ -321,6 +321,7 @@ impl Daemon {
         }
         saved.token = token;
         match change {
+            Change::Claim => {}
             Change::Scale { run, replicas } => saved.scale(run, replicas),
             Change::Route { weights } => {
                 world.check_weights(name, &weights)?;
@@ -328,12 +329,9 @@ impl Daemon {
             }
             Change::Record {
                 rollout,
-                candidate,
-                mark,
-                replaced,
-            } => {
-                saved.record(rollout, candidate, mark, replaced);
-            }
+                stable,
+                marks,
+            } => saved.record(&rollout, stable, marks),
         }
         self.save(world, name, saved)?;
         self.converge(world, name);
@@ -527,36 +525,17 @@ impl SavedEnvironment {
             .map_or(0, |(_, weight)| *weight)
     }
 
-    /// Once for each rollout.
-    fn record(
-        &mut self,
-        rollout: String,
-        candidate: ReleaseId,
-        mark: Mark,
-        replaced: Option<ReleaseId>,
-    ) {
-        if self.history.iter().any(|entry| entry.rollout == rollout) {
-            return;
-        }
+    fn record(&mut self, rollout: &str, stable: Option<ReleaseId>, marks: Vec<(ReleaseId, Mark)>) {
         let at = jiff::Timestamp::now();
-        if let Some(release) = replaced {
-            let rollout = rollout.clone();
-            self.history.push(HistoryEntry {
+        self.stable = stable;
+        self.history.retain(|entry| entry.rollout != rollout);
+        self.history
+            .extend(marks.into_iter().map(|(release, mark)| HistoryEntry {
                 release,
-                rollout,
-                mark: Mark::RolledBack,
+                rollout: rollout.to_owned(),
+                mark,
                 at,
-            });
-        }
-        if mark == Mark::Healthy {
-            self.stable = Some(candidate.clone());
-        }
-        self.history.push(HistoryEntry {
-            release: candidate,
-            rollout,
-            mark,
-            at,
-        });
+            }));
     }
 }
 

@@ -77,6 +77,16 @@ impl Sandbox {
         }
     }
 
+    async fn change(&self, token: u64, change: Change) -> Result<()> {
+        let environment = self.environment.clone();
+        self.done(&Request::Change {
+            environment,
+            token,
+            change,
+        })
+        .await
+    }
+
     /// A daemon that was killed is replaced, and finds the state it had.
     async fn ask_alive(&self, request: &Request) -> Result<Reply> {
         match ask(&self.places, request).await {
@@ -116,6 +126,10 @@ impl Platform for Sandbox {
         Ok(())
     }
 
+    async fn claim(&self, token: u64) -> Result<()> {
+        self.change(token, Change::Claim).await
+    }
+
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()> {
         let change = match action {
             Action::Scale { release, replicas } => Change::Scale {
@@ -125,23 +139,9 @@ impl Platform for Sandbox {
             Action::Route { weights } => Change::Route {
                 weights: weights.clone(),
             },
-            Action::Record { mark } => Change::Record {
-                rollout: plan.rollout.clone(),
-                candidate: plan.candidate.clone(),
-                mark: *mark,
-                replaced: plan
-                    .stable
-                    .clone()
-                    .filter(|_| plan.kind == Kind::Rollback && *mark == Mark::Healthy),
-            },
+            Action::Record { mark } => record(plan, *mark),
         };
-        let environment = self.environment.clone();
-        self.done(&Request::Change {
-            environment,
-            token,
-            change,
-        })
-        .await
+        self.change(token, change).await
     }
 
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {
@@ -156,6 +156,23 @@ impl Platform for Sandbox {
 
     fn address(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+}
+
+/// What a rollout's end leaves on record.
+fn record(plan: &Plan, mark: Mark) -> Change {
+    let mut marks = vec![(plan.candidate.clone(), mark)];
+    let stable = match mark {
+        Mark::Healthy => Some(plan.candidate.clone()),
+        Mark::RolledBack => plan.stable.clone(),
+    };
+    if let (Kind::Rollback, Mark::Healthy, Some(replaced)) = (plan.kind, mark, &plan.stable) {
+        marks.insert(0, (replaced.clone(), Mark::RolledBack));
+    }
+    Change::Record {
+        rollout: plan.rollout.clone(),
+        stable,
+        marks,
     }
 }
 

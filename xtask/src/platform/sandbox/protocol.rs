@@ -44,6 +44,8 @@ pub enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum Change {
+    /// Nothing but the writer is new.
+    Claim,
     Scale {
         run: Run,
         replicas: u32,
@@ -51,11 +53,12 @@ pub enum Change {
     Route {
         weights: Vec<(ReleaseId, u8)>,
     },
+    /// `stable` is in service from now on; the history gets these marks for the rollout, in
+    /// place of those it had.
     Record {
         rollout: String,
-        candidate: ReleaseId,
-        mark: Mark,
-        replaced: Option<ReleaseId>,
+        stable: Option<ReleaseId>,
+        marks: Vec<(ReleaseId, Mark)>,
     },
 }
 
