@@ -42,8 +42,6 @@ const ERRORS_PART: f64 = 0.5;
 /// Evidence for the candidate does not pile up beyond the square of what is needed, so that
 /// news is not drowned by a long good past. Less evidence is always on the safe side.
 const CEILING: f64 = 2.0;
-/// Degrees of freedom from which the spread between instances is believed.
-const MIN_FREEDOM: f64 = 5.0;
 /// Standard errors of the share that are no longer chance.
 const SHARE_LIMIT: f64 = 5.0;
 /// Requests from which the share can be checked.
@@ -513,13 +511,14 @@ impl Spread {
         self.freedom += (active.len() - 1) as f64;
     }
 
-    /// Variance over mean of the counts; 1 for independent requests, never less.
+    /// Variance over mean of the counts; 1 for independent requests, never less. An estimate
+    /// above 1 is raised by its standard error (chi-squared has variance `2 df`): early, with few
+    /// windows, it would otherwise be too low as often as not.
     fn phi(&self) -> f64 {
-        if self.freedom < MIN_FREEDOM {
-            1.0
-        } else {
-            (self.chi_squared / self.freedom).max(1.0)
+        if self.chi_squared <= self.freedom {
+            return 1.0;
         }
+        self.chi_squared / self.freedom * (1.0 + (2.0 / self.freedom).sqrt())
     }
 }
 
