@@ -10,9 +10,9 @@ mod instance;
 mod process;
 mod protocol;
 mod proxy;
-mod routing;
 #[cfg(test)]
-mod torture;
+mod proxy_tests;
+mod routing;
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;

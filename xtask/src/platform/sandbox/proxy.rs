@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -178,7 +179,8 @@ async fn answer(
     let (mut parts, body) = request.into_parts();
     prepare(&mut parts, client, upgrade.is_some());
     let repeatable = body.is_end_stream() && parts.method.is_safe();
-    let mut body = Some(RequestBody::Client(body));
+    let client_broke = Arc::new(AtomicBool::new(false));
+    let mut body = Some(RequestBody::new(body, &client_broke));
     let mut refused: Vec<SocketAddr> = Vec::new();
 
     for _ in 0..ATTEMPTS {
@@ -190,7 +192,7 @@ async fn answer(
         let sent = tokio::time::timeout(ANSWER_TIMEOUT, send(&flight, worker, request)).await;
         match sent {
             Ok(Ok((response, link))) => {
-                return deliver(flight, response, link, upgrade, grpc);
+                return deliver(flight, response, link, upgrade, grpc, client_broke);
             }
             Ok(Err(Failure::NotSent(request))) => {
                 flight.end();
@@ -199,8 +201,11 @@ async fn answer(
                 (parts, body) = (same, Some(unsent));
             }
             Ok(Err(Failure::Lost)) => {
-                flight.backend.counters.lost();
-                flight.end();
+                // A flight that is dropped before it ended counts as the client's doing.
+                if !client_broke.load(Ordering::Relaxed) {
+                    flight.backend.counters.lost();
+                    flight.end();
+                }
                 refused.push(flight.backend.address);
                 let Some(copy) = copy else {
                     return own_answer(StatusCode::BAD_GATEWAY, "the process gave no answer", grpc);
@@ -354,6 +359,7 @@ fn deliver(
     link: Link,
     upgrade: Option<hyper::upgrade::OnUpgrade>,
     grpc: bool,
+    client_broke: Arc<AtomicBool>,
 ) -> Response<ResponseBody> {
     let error = response.status().is_server_error() || grpc && grpc_failed(response.headers());
     flight.backend.counters.answered(flight.elapsed(), error);
@@ -380,6 +386,7 @@ fn deliver(
             flight,
             link: Some(link),
             counted: error,
+            client_broke,
             watch_trailers,
         };
         ResponseBody::from_process(body, end)
@@ -494,8 +501,24 @@ fn strip_hop_by_hop(headers: &mut HeaderMap, keep_upgrade: bool) {
 
 /// What is sent to a process.
 pub enum RequestBody {
-    Client(Incoming),
+    Client {
+        body: Incoming,
+        /// Set when the client broke off: what then goes wrong is not the process's fault.
+        broken: Arc<AtomicBool>,
+    },
     Empty,
+}
+
+impl RequestBody {
+    fn new(body: Incoming, broken: &Arc<AtomicBool>) -> Self {
+        if body.is_end_stream() {
+            return Self::Empty;
+        }
+        Self::Client {
+            body,
+            broken: Arc::clone(broken),
+        }
+    }
 }
 
 impl Body for RequestBody {
@@ -507,21 +530,27 @@ impl Body for RequestBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match self.get_mut() {
-            Self::Client(body) => Pin::new(body).poll_frame(context),
+            Self::Client { body, broken } => {
+                let frame = std::task::ready!(Pin::new(body).poll_frame(context));
+                if matches!(frame, Some(Err(_))) {
+                    broken.store(true, Ordering::Relaxed);
+                }
+                Poll::Ready(frame)
+            }
             Self::Empty => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Self::Client(body) => body.is_end_stream(),
+            Self::Client { body, .. } => body.is_end_stream(),
             Self::Empty => true,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::Client(body) => body.size_hint(),
+            Self::Client { body, .. } => body.size_hint(),
             Self::Empty => SizeHint::with_exact(0),
         }
     }
@@ -544,6 +573,7 @@ struct End {
     link: Option<Link>,
     /// Whether the request was counted as an error already.
     counted: bool,
+    client_broke: Arc<AtomicBool>,
     watch_trailers: bool,
 }
 
@@ -589,6 +619,9 @@ impl End {
 
     /// The answer broke off.
     fn broken(mut self) {
+        if self.client_broke.load(Ordering::Relaxed) {
+            return;
+        }
         if !self.counted {
             self.flight.backend.counters.failed();
         }
