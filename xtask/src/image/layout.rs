@@ -139,7 +139,12 @@ impl Layout {
                 renamed => renamed,
             }
         };
-        unpack().with_context(|| format!("unpacking image {digest} to {}", into.display()))?;
+        let unpacked = unpack();
+        if unpacked.is_err() {
+            // What was unpacked so far is of no use; the first error is the one to report.
+            let _ = fs::remove_dir_all(&temporary);
+        }
+        unpacked.with_context(|| format!("unpacking image {digest} to {}", into.display()))?;
         Ok(runnable)
     }
 

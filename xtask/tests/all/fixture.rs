@@ -1,0 +1,386 @@
+//! A pipeline with its own state and ports, and a load on it.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub const PRODUCTION: &str = "production";
+/// No condition takes longer than this, however busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// A load ends by itself after this time.
+const LONGEST_LOAD: Duration = Duration::from_secs(120);
+
+pub struct Fixture {
+    dir: TempDir,
+    pub port: u16,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub events: Vec<Value>,
+    /// What it told people.
+    pub said: String,
+}
+
+impl Ended {
+    pub fn finished(&self) -> &Value {
+        self.events.last().unwrap_or(&Value::Null)
+    }
+
+    #[track_caller]
+    pub fn expect(self, code: i32, outcome: &str) -> Self {
+        let got = (
+            self.code,
+            self.finished()["outcome"].as_str().unwrap_or_default(),
+        );
+        assert_eq!(got, (code, outcome), "{}", self.said);
+        self
+    }
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        Self::with(&[])
+    }
+
+    /// The settings that ship, quicker and smaller, with these changes on top.
+    pub fn with(changes: &[(&str, toml::Value)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let [production, staging] = free_ports();
+        let mut fixture = Self {
+            dir,
+            port: production,
+        };
+        let stages: Vec<toml::Value> = vec![25.into(), 100.into()];
+        let mut settings: Vec<(&str, toml::Value)> = vec![
+            ("state_dir", fixture.state().display().to_string().into()),
+            ("environments.production.port", i64::from(production).into()),
+            ("environments.staging.port", i64::from(staging).into()),
+            ("rollout.stages", stages.into()),
+            ("rollout.min_stage", "300ms".into()),
+            ("rollout.window", "200ms".into()),
+            ("rollout.warm_up", "200ms".into()),
+            ("rollout.ready_within", "20s".into()),
+            ("rollout.max_stage", "60s".into()),
+            ("judge.tolerance", 0.02.into()),
+            ("judge.latency_floor", "500ms".into()),
+        ];
+        settings.extend(changes.iter().cloned());
+        fixture.rewrite(&settings);
+        fixture
+    }
+
+    fn rewrite(&mut self, changes: &[(&str, toml::Value)]) {
+        let shipped = root().join("config/pipeline.toml");
+        let mut table: toml::Table = std::fs::read_to_string(shipped).unwrap().parse().unwrap();
+        for (path, value) in changes {
+            let (sections, key) = path.rsplit_once('.').unwrap_or(("", path));
+            let mut section = &mut table;
+            for name in sections.split('.').filter(|name| !name.is_empty()) {
+                section = section[name].as_table_mut().unwrap();
+            }
+            section.insert(key.to_owned(), value.clone());
+        }
+        std::fs::write(self.settings(), table.to_string()).unwrap();
+    }
+
+    pub fn settings(&self) -> PathBuf {
+        self.dir.path().join("pipeline.toml")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    pub fn address(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command
+            .current_dir(root())
+            .args(["--message-format", "json", "--pipeline"])
+            .arg(self.settings())
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Ended {
+        ended(self.command(arguments).output().unwrap())
+    }
+
+    /// A release of this version, with the configuration that ships.
+    pub fn release(&self, version: &str) -> String {
+        self.release_with(version, &[])
+    }
+
+    /// A release whose `production.toml` has these lines too.
+    pub fn release_with(&self, version: &str, lines: &[&str]) -> String {
+        let config = self.dir.path().join(format!("config-{version}"));
+        std::fs::create_dir_all(&config).unwrap();
+        for entry in std::fs::read_dir(root().join("config/service")).unwrap() {
+            let path = entry.unwrap().path();
+            let mut text = std::fs::read_to_string(&path).unwrap();
+            if path.ends_with("production.toml") {
+                text = format!("{text}\n{}\n", lines.join("\n"));
+            }
+            std::fs::write(config.join(path.file_name().unwrap()), text).unwrap();
+        }
+        let config = config.display().to_string();
+        let ended = self.run(&["image", "--version", version, "--config", &config]);
+        let ended = ended.expect(0, "passed");
+        ended.finished()["release"].as_str().unwrap().to_owned()
+    }
+
+    /// Puts a release into production without staging and without a judge.
+    pub fn in_production(&self, version: &str) -> String {
+        let release = self.release(version);
+        self.run(&[
+            "deploy-staging",
+            "--environment",
+            PRODUCTION,
+            "--release",
+            &release,
+        ])
+        .expect(0, "healthy");
+        release
+    }
+
+    /// What runs in production: release and weight, processes wanted and ready.
+    pub fn production(&self) -> Vec<(String, u64, u64, u64)> {
+        let ended = self.run(&["sandbox", "status"]).expect(0, "running");
+        let sandbox = ended
+            .events
+            .iter()
+            .find(|event| event["event"] == "sandbox")
+            .unwrap();
+        let releases = &sandbox["environments"][PRODUCTION]["status"]["releases"];
+        let mut running: Vec<_> = releases
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|release| release["desired"] != 0)
+            .map(|release| {
+                let instances = release["instances"].as_array().unwrap();
+                let ready = instances
+                    .iter()
+                    .filter(|instance| instance["ready"] == true)
+                    .count();
+                (
+                    release["release"].as_str().unwrap().to_owned(),
+                    release["weight"].as_u64().unwrap(),
+                    release["desired"].as_u64().unwrap(),
+                    ready as u64,
+                )
+            })
+            .collect();
+        running.sort();
+        running
+    }
+
+    /// The process ids of production's processes.
+    pub fn pids(&self) -> Vec<u32> {
+        let ended = self.run(&["sandbox", "status"]).expect(0, "running");
+        let sandbox = ended
+            .events
+            .iter()
+            .find(|event| event["event"] == "sandbox")
+            .unwrap();
+        let releases = sandbox["environments"][PRODUCTION]["status"]["releases"]
+            .as_array()
+            .unwrap();
+        releases
+            .iter()
+            .flat_map(|release| release["instances"].as_array().unwrap())
+            .filter_map(|instance| instance["pid"].as_u64())
+            .map(|pid| u32::try_from(pid).unwrap())
+            .collect()
+    }
+
+    pub fn daemon_pid(&self) -> u32 {
+        let ended = self.run(&["sandbox", "status"]).expect(0, "running");
+        let sandbox = ended
+            .events
+            .iter()
+            .find(|event| event["event"] == "sandbox")
+            .unwrap();
+        u32::try_from(sandbox["pid"].as_u64().unwrap()).unwrap()
+    }
+
+    /// Starts a command and returns it when `wanted` came in its events; it goes on.
+    pub fn start_until(
+        &self,
+        arguments: &[&str],
+        mut wanted: impl FnMut(&Value) -> bool,
+    ) -> Running {
+        let mut child = self
+            .command(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut events = Vec::new();
+        for line in lines.by_ref() {
+            let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            let found = wanted(&event);
+            events.push(event);
+            if found {
+                break;
+            }
+        }
+        Running {
+            child,
+            lines: Box::new(lines),
+            events,
+        }
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        // A test that failed must not leave processes behind either.
+        let _ = self.command(&["sandbox", "stop"]).output();
+    }
+}
+
+/// A command that is still at work.
+pub struct Running {
+    child: Child,
+    lines: Box<dyn Iterator<Item = std::io::Result<String>>>,
+    pub events: Vec<Value>,
+}
+
+impl Running {
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn wait(mut self) -> Ended {
+        for line in self.lines {
+            self.events
+                .push(serde_json::from_str(&line.unwrap()).unwrap());
+        }
+        let output = self.child.wait_with_output().unwrap();
+        Ended {
+            code: output.status.code().unwrap(),
+            events: self.events,
+            said: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+fn ended(output: Output) -> Ended {
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    Ended {
+        code: output.status.code().unwrap(),
+        events: stdout
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+            .collect(),
+        said: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+pub fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+fn free_ports<const N: usize>() -> [u16; N] {
+    let sockets: [TcpListener; N] =
+        std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    sockets.map(|socket| socket.local_addr().unwrap().port())
+}
+
+/// Waits until `condition` holds.
+#[track_caller]
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not come about");
+        std::thread::yield_now();
+    }
+}
+
+/// Requests to an environment at a steady rate, on a thread of their own.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<BTreeMap<String, u64>>,
+}
+
+impl Load {
+    /// Two reads for each write, 300 requests a second.
+    pub fn start(address: String) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime.unwrap().block_on(send(address, stopped))
+        });
+        Self { stop, thread }
+    }
+
+    /// The failed requests by release; "none" where no answer came.
+    pub fn stop(self) -> BTreeMap<String, u64> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap()
+    }
+}
+
+async fn send(address: String, stop: Arc<AtomicBool>) -> BTreeMap<String, u64> {
+    let client = reqwest::Client::new();
+    let began = Instant::now();
+    let mut ticks = tokio::time::interval(Duration::from_micros(3333));
+    let mut requests = tokio::task::JoinSet::new();
+    let mut failed = BTreeMap::new();
+    let mut number = 0;
+    while !stop.load(Ordering::SeqCst) && began.elapsed() < LONGEST_LOAD {
+        ticks.tick().await;
+        number += 1;
+        let url = format!("{address}/v1/orders");
+        let body = r#"{"customer":"test","currency":"EUR","items":[{"sku":"a","quantity":1,"unit_price_cents":5}]}"#;
+        let request = if number % 3 == 0 {
+            client
+                .post(url)
+                .header("content-type", "application/json")
+                .body(body)
+        } else {
+            client.get(url).query(&[("limit", "2")])
+        };
+        requests.spawn(request.timeout(Duration::from_secs(10)).send());
+        while let Some(answer) = requests.try_join_next() {
+            note(&mut failed, answer.unwrap());
+        }
+    }
+    while let Some(answer) = requests.join_next().await {
+        note(&mut failed, answer.unwrap());
+    }
+    failed
+}
+
+fn note(failed: &mut BTreeMap<String, u64>, answer: reqwest::Result<reqwest::Response>) {
+    let release = match answer {
+        Ok(answer) if !answer.status().is_server_error() => return,
+        Ok(answer) => answer.headers().get("x-release").map_or_else(
+            || "none".to_owned(),
+            |release| release.to_str().unwrap().to_owned(),
+        ),
+        Err(_) => "none".to_owned(),
+    };
+    *failed.entry(release).or_default() += 1;
+}

@@ -1,0 +1,170 @@
+//! Commands, processes and the sandbox itself, killed with SIGKILL under load.
+
+use std::process::Command;
+
+use crate::fixture::{Fixture, Load, eventually};
+
+fn kill(pid: u32) {
+    let status = Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+/// The command of a canary is killed after its n-th action was announced; `resume` must end as
+/// the undisturbed run does, and no request may fail.
+#[test]
+fn a_killed_canary_resumes_to_the_same_end() {
+    let fixture = Fixture::new();
+    fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let mut undisturbed = 0;
+    for (minor, point) in (1..).zip([usize::MAX, 1, 2, 3, 4, 5, 6]) {
+        let release = fixture.release(&format!("1.{minor}.0"));
+        let mut actions = 0;
+        let running = fixture.start_until(&["canary", "start", "--release", &release], |event| {
+            actions += usize::from(event["event"] == "action");
+            actions == point
+        });
+        if actions < point {
+            running.wait().expect(0, "healthy");
+            undisturbed = undisturbed.max(actions);
+        } else {
+            running.kill();
+            let resumed = fixture.run(&["canary", "resume"]).expect(0, "healthy");
+            assert_eq!(resumed.finished()["failed"]["candidate"], 0);
+        }
+        assert_eq!(
+            fixture.production(),
+            [(release, 100, 2, 2)],
+            "killed at action {point}"
+        );
+    }
+    assert_eq!(undisturbed, 6, "every action was a point to be killed at");
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
+/// The same for an abort and for a rollback.
+#[test]
+fn killed_aborts_and_rollbacks_resume_too() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let bad = fixture.release_with("1.1.0", &["read_only = true"]);
+    for point in 1..=3 {
+        let mut actions = 0;
+        let mut turned = false;
+        let running = fixture.start_until(&["canary", "start", "--release", &bad], |event| {
+            turned |= event["event"] == "state" && event["phase"]["name"] == "back";
+            actions += usize::from(turned && event["event"] == "action");
+            actions == point
+        });
+        running.kill();
+        fixture.run(&["canary", "resume"]).expect(1, "rolled-back");
+        assert_eq!(
+            fixture.production(),
+            [(first.clone(), 100, 2, 2)],
+            "killed at {point}"
+        );
+    }
+    assert_eq!(load.stop().keys().collect::<Vec<_>>(), [&bad[..12]]);
+
+    let load = Load::start(fixture.address());
+    let second = fixture.release("1.2.0");
+    fixture
+        .run(&["canary", "start", "--release", &second])
+        .expect(0, "healthy");
+    for (point, target) in [(1, &first), (2, &second), (3, &first), (4, &second)] {
+        // What was rolled back must earn its place again before it can be gone back to.
+        let arguments = if target == &second {
+            vec!["canary", "start", "--release", target]
+        } else {
+            vec!["rollback", "--to", target]
+        };
+        let mut actions = 0;
+        let running = fixture.start_until(&arguments, |event| {
+            actions += usize::from(event["event"] == "action");
+            actions == point
+        });
+        running.kill();
+        fixture.run(&["canary", "resume"]).expect(0, "healthy");
+        assert_eq!(
+            fixture.production(),
+            [(target.clone(), 100, 2, 2)],
+            "killed at {point}"
+        );
+    }
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
+#[test]
+fn a_killed_process_is_restarted() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let before = fixture.pids();
+    kill(before[0]);
+    eventually("another process", || {
+        let now = fixture.pids();
+        now.len() == 2
+            && !now.contains(&before[0])
+            && fixture.production() == [(first.clone(), 100, 2, 2)]
+    });
+    assert!(
+        fixture.pids().contains(&before[1]),
+        "the other one was left alone"
+    );
+    // What it was answering when it was killed is lost; nothing else is.
+    let failed: u64 = load.stop().values().sum();
+    assert!(failed <= 20, "{failed}");
+}
+
+#[test]
+fn a_killed_sandbox_takes_its_processes_along_and_is_replaced() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let (daemon, processes) = (fixture.daemon_pid(), fixture.pids());
+    kill(daemon);
+    for pid in &processes {
+        eventually("the process is gone", || is_gone(*pid));
+    }
+    // Any command that needs the sandbox brings it back, with all that it had.
+    eventually("the release is back", || {
+        fixture.production() == [(first.clone(), 100, 2, 2)]
+    });
+    assert_ne!(fixture.daemon_pid(), daemon);
+    let load = Load::start(fixture.address());
+    fixture.release("1.1.0");
+    fixture
+        .run(&["canary", "start", "--release", "1.1.0"])
+        .expect(0, "healthy");
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
+/// In the middle of a rollout: the command starts another sandbox and goes on.
+#[test]
+fn a_rollout_survives_its_sandbox() {
+    let fixture = Fixture::new();
+    fixture.in_production("1.0.0");
+    let second = fixture.release("1.1.0");
+    let daemon = fixture.daemon_pid();
+    let load = Load::start(fixture.address());
+    let running = fixture.start_until(&["canary", "start", "--release", &second], |event| {
+        event["event"] == "judgement"
+    });
+    kill(daemon);
+    running.wait().expect(0, "healthy");
+    drop(load.stop());
+    assert_eq!(fixture.production(), [(second, 100, 2, 2)]);
+}
+
+/// Gone, or a zombie that nobody has buried yet.
+fn is_gone(pid: u32) -> bool {
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Err(_) => true,
+        Ok(stat) => stat
+            .rsplit_once(')')
+            .is_some_and(|(_, rest)| rest.trim().starts_with('Z')),
+    }
+}

@@ -1,0 +1,10 @@
+//! xtask as its users run it: real commands, real processes, a sandbox and ports of each test's
+//! own. What is started is stopped; nothing else is touched.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod bad_input;
+mod fixture;
+mod judge;
+mod killed;
+mod reproducible;
+mod rollouts;

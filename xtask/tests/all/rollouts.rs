@@ -1,0 +1,199 @@
+//! Rollouts on the real sandbox, under load.
+
+use serde_json::Value;
+
+use crate::fixture::{Fixture, Load, eventually};
+
+#[test]
+fn a_good_release_replaces_stable_and_a_rollback_brings_it_back() {
+    let fixture = Fixture::new();
+    let first = fixture.release("1.0.0");
+    fixture.run(&["deploy-staging"]).expect(0, "healthy");
+    let start = fixture.run(&["canary", "start"]).expect(0, "healthy");
+    assert!(
+        start.said.contains("deployed without a judge"),
+        "{}",
+        start.said
+    );
+    assert_eq!(fixture.production(), [(first.clone(), 100, 2, 2)]);
+
+    let load = Load::start(fixture.address());
+    let second = fixture.release("1.1.0");
+    let ended = fixture
+        .run(&["canary", "start", "--release", "1.1.0"])
+        .expect(0, "healthy");
+    let finished = ended.finished();
+    assert_eq!(finished["failed"]["stable"], 0, "{finished}");
+    assert_eq!(finished["failed"]["candidate"], 0, "{finished}");
+    assert_eq!(fixture.production(), [(second, 100, 2, 2)]);
+
+    let again = fixture
+        .run(&["canary", "start", "--release", "1.1.0"])
+        .expect(0, "healthy");
+    assert!(
+        again.said.contains("in service in production already"),
+        "{}",
+        again.said
+    );
+
+    fixture.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
+    let refused = fixture
+        .run(&["rollback", "--to", "1.1.0"])
+        .expect(2, "failed");
+    assert!(
+        refused.said.contains("was rolled back here itself"),
+        "{}",
+        refused.said
+    );
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
+#[test]
+fn a_bad_release_is_caught_and_costs_only_its_own_requests() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let bad = fixture.release_with("1.1.0", &["read_only = true"]);
+    let ended = fixture
+        .run(&["canary", "start", "--release", &bad])
+        .expect(1, "rolled-back");
+    let failed = load.stop();
+    let finished = ended.finished();
+    assert_eq!(finished["failed"]["stable"], 0, "{finished}");
+    assert!(
+        finished["failed"]["candidate"].as_u64() > Some(0),
+        "{finished}"
+    );
+    assert_eq!(finished["weight"], 25, "{finished}");
+    assert!(finished["detection_seconds"].is_number(), "{finished}");
+    assert_eq!(
+        failed.keys().collect::<Vec<_>>(),
+        [&bad[..12]],
+        "only the candidate's requests"
+    );
+    assert_eq!(fixture.production(), [(first.clone(), 100, 2, 2)]);
+    // One that was rolled back is no release to go back to.
+    fixture.run(&["rollback"]).expect(2, "failed");
+
+    let status = fixture.run(&["canary", "status"]).expect(0, "rolled-back");
+    assert!(
+        status.said.contains("ended: rolled-back"),
+        "{}",
+        status.said
+    );
+}
+
+/// The processes' own metrics instead of the proxy's.
+#[test]
+fn scraped_metrics_judge_as_well() {
+    let fixture = Fixture::with(&[("environments.production.metrics", "scrape".into())]);
+    fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let good = fixture.release("1.1.0");
+    fixture
+        .run(&["canary", "start", "--release", &good])
+        .expect(0, "healthy");
+    let bad = fixture.release_with("1.2.0", &["read_only = true"]);
+    fixture
+        .run(&["canary", "start", "--release", &bad])
+        .expect(1, "rolled-back");
+    let failed = load.stop();
+    assert_eq!(failed.keys().collect::<Vec<_>>(), [&bad[..12]]);
+}
+
+#[test]
+fn gates_promotions_and_aborts() {
+    let gated: toml::Value =
+        toml::from_str::<toml::Table>("stages = [{ weight = 25, gate = \"sign-off\" }, 100]")
+            .unwrap()["stages"]
+            .clone();
+    let fixture = Fixture::with(&[("rollout.stages", gated)]);
+    let first = fixture.in_production("1.0.0");
+
+    // Nothing is under way.
+    let idle = fixture.run(&["canary", "abort"]).expect(0, "idle");
+    assert!(idle.said.contains("nothing to abort"), "{}", idle.said);
+    for verb in ["resume", "promote"] {
+        let refused = fixture.run(&["canary", verb]).expect(2, "failed");
+        assert!(
+            refused.said.contains(&format!("nothing to {verb}")),
+            "{}",
+            refused.said
+        );
+    }
+
+    let load = Load::start(fixture.address());
+    let at_gate = |event: &Value| event["hold"]["reason"]["name"] == "gate";
+    let second = fixture.release("1.1.0");
+    let start = ["canary", "start", "--release", &second];
+    let running = fixture.start_until(&start, at_gate);
+    let status = fixture.run(&["canary", "status"]).expect(0, "held");
+    for wanted in ["asked 25 %, routed 25 %", "sign-off", "AGAINST IT"] {
+        assert!(status.said.contains(wanted), "{wanted}: {}", status.said);
+    }
+    let second_at_once = fixture
+        .run(&["canary", "start", "--release", "1.0.0"])
+        .expect(2, "failed");
+    assert!(
+        second_at_once.said.contains("another command is at work"),
+        "{}",
+        second_at_once.said
+    );
+    fixture.run(&["canary", "abort"]).expect(0, "aborted");
+    running.wait().expect(1, "aborted");
+    assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
+
+    let running = fixture.start_until(&start, at_gate);
+    fixture.run(&["canary", "promote"]).expect(0, "passed");
+    running.wait().expect(0, "healthy");
+    assert_eq!(fixture.production(), [(second, 100, 2, 2)]);
+
+    // A rollout whose command is gone is aborted by the command that asks for it.
+    let third = fixture.release("1.2.0");
+    fixture
+        .start_until(&["canary", "start", "--release", &third], at_gate)
+        .kill();
+    fixture.run(&["canary", "status"]).expect(0, "held");
+    let refused = fixture.run(&["rollback"]).expect(2, "failed");
+    assert!(refused.said.contains("canary resume"), "{}", refused.said);
+    fixture.run(&["canary", "abort"]).expect(0, "aborted");
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
+#[test]
+fn without_traffic_a_rollout_is_refused_before_anything_changes() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    fixture.release("1.1.0");
+    let refused = fixture
+        .run(&["canary", "start", "--release", "1.1.0"])
+        .expect(2, "failed");
+    assert!(
+        refused.said.contains("gets no requests"),
+        "{}",
+        refused.said
+    );
+    assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
+}
+
+#[test]
+fn stopping_keeps_everything_for_the_next_start() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    fixture.run(&["sandbox", "stop"]).expect(0, "stopped");
+    fixture.run(&["sandbox", "status"]).expect(0, "stopped");
+    assert!(reqwest_fails(&fixture), "nothing listens any more");
+    fixture.run(&["canary", "status"]).expect(0, "healthy");
+    eventually("the release is back", || {
+        fixture.production() == [(first.clone(), 100, 2, 2)]
+    });
+    let logs = fixture
+        .run(&["sandbox", "logs", "--environment", "production"])
+        .expect(0, "passed");
+    assert!(logs.said.contains("serving"), "{}", logs.said);
+}
+
+fn reqwest_fails(fixture: &Fixture) -> bool {
+    std::net::TcpStream::connect(("127.0.0.1", fixture.port)).is_err()
+}
