@@ -71,7 +71,8 @@ async fn wrong_requests_are_explained_in_one_shape() {
     let nobody = "/v1/orders/0190163d-8694-739b-aea5-966c26f8ad90";
     let mut unknown_field = order();
     unknown_field["colour"] = json!("red");
-    let cases: [(Method, &str, Option<Value>, u16, &str, &[&str]); 13] = [
+    type Case<'a> = (Method, &'a str, Option<Value>, u16, &'a str, &'a [&'a str]);
+    let cases: [Case<'_>; 13] = [
         (
             Method::POST,
             "/v1/orders",

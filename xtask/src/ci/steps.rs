@@ -124,6 +124,22 @@ pub const STEPS: &[Step] = &[
         variables: &[],
         tool: None,
     },
+    Step {
+        name: "demo",
+        proves: "the whole path works under load, a bad release and a kill included",
+        argv: &[
+            "cargo",
+            "run",
+            "--locked",
+            "--package",
+            "xtask",
+            "--all-features",
+            "--",
+            "demo",
+        ],
+        variables: &[],
+        tool: None,
+    },
 ];
 
 impl Step {

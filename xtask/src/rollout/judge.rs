@@ -571,7 +571,10 @@ mod tests {
         }
     }
 
-    fn verdicts(windows: &[((u64, u64), (u64, u64))]) -> Vec<Verdict> {
+    /// Requests and errors.
+    type Pair = (u64, u64);
+
+    fn verdicts(windows: &[(Pair, Pair)]) -> Vec<Verdict> {
         let mut judge = Judge::new(&settings(), Some(&[]));
         (1..)
             .zip(windows)

@@ -189,12 +189,7 @@ impl Forecast {
                  end; send it traffic and start again"
             );
         }
-        // A NaN or an infinity is no time that could be enough either.
-        if let Some(stage) = self
-            .stages
-            .iter()
-            .find(|stage| !(stage.to_pass <= max_stage))
-        {
+        if let Some(stage) = self.stages.iter().find(|stage| stage.to_pass > max_stage) {
             let needs = if stage.to_pass.is_finite() {
                 format!("{:.0} s", stage.to_pass)
             } else {

@@ -434,7 +434,7 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
         let _ = write!(
             svg,
             "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#e2e8f0\"/>\
-             <text x=\"{2}\" y=\"{3:.1}\" text-anchor=\"end\">{4}</text>\n",
+             <text x=\"{2}\" y=\"{3:.1}\" text-anchor=\"end\">{4}</text>",
             WIDTH - RIGHT,
             y(value),
             LEFT - 6.0,
@@ -444,7 +444,7 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
         let seconds = end * f64::from(i) / 4.0;
         let _ = write!(
             svg,
-            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{} s</text>\n",
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{} s</text>",
             x(seconds),
             HEIGHT - 8.0,
             tick(seconds)
@@ -477,7 +477,7 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
             svg,
             "<polyline points=\"{path}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\"{dash}/>\
              <line x1=\"{legend}\" x2=\"{}\" y1=\"30\" y2=\"30\" stroke=\"{color}\" stroke-width=\"3\"{dash}/>\
-             <text x=\"{}\" y=\"34\">{}</text>\n",
+             <text x=\"{}\" y=\"34\">{}</text>",
             legend + 16.0,
             legend + 20.0,
             escape(name)

@@ -233,7 +233,7 @@ async fn answer(
 
 enum Failure {
     /// Nothing reached the wire: here it is again, whole.
-    NotSent(Request<RequestBody>),
+    NotSent(Box<Request<RequestBody>>),
     /// It was sent, at least in part.
     Lost,
 }
@@ -261,7 +261,7 @@ async fn send(
             Some(sender) => sender,
             None => match connect_http1(flight.backend.address).await {
                 Ok(sender) => sender,
-                Err(_) => return Err(Failure::NotSent(request)),
+                Err(_) => return Err(Failure::NotSent(Box::new(request))),
             },
         };
         if sender.ready().await.is_err() && !fresh {
@@ -272,7 +272,7 @@ async fn send(
             // An idle connection may have been closed meanwhile: the next one may do.
             Err(mut error) => match error.take_message() {
                 Some(unsent) if !fresh => request = unsent,
-                Some(unsent) => return Err(Failure::NotSent(unsent)),
+                Some(unsent) => return Err(Failure::NotSent(Box::new(unsent))),
                 None => return Err(Failure::Lost),
             },
         }
@@ -319,12 +319,14 @@ async fn send_http2(
                 pool.http2().push(sender.clone());
                 sender
             }
-            Err(_) => return Err(Failure::NotSent(request)),
+            Err(_) => return Err(Failure::NotSent(Box::new(request))),
         },
     };
     match sender.try_send_request(request).await {
         Ok(response) => Ok((response, Link::Http2)),
-        Err(mut error) => Err(error.take_message().map_or(Failure::Lost, Failure::NotSent)),
+        Err(mut error) => Err(error
+            .take_message()
+            .map_or(Failure::Lost, |unsent| Failure::NotSent(Box::new(unsent)))),
     }
 }
 
