@@ -1,31 +1,28 @@
 //! `deploy-staging`, `canary …` and `rollback`: preflight, plan, then drive.
 
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::checks::SmokeChecks;
-use super::driver::{Driver, End, Notice, Pace, WallClock, view};
-use super::engine::{self, Kind, Outcome, Phase, Reason, Request, RequestKind, State, Verdict};
+use super::driver::{Driver, End, Pace, WallClock, view};
+use super::engine::{self, Kind, Outcome, Request, RequestKind, State};
 use super::journal::{Desk, Entry, Journal, Started, Writer, millis};
-use super::judge::{Judge, Judgement};
+use super::judge_file;
 use super::metrics::{self, Metrics};
+use super::narrator::Narrator;
 use super::plan::{self, Forecast};
 use super::report::Summary;
 use super::status;
-use super::windows::{Counts, Window, WindowLine};
-use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, JudgeArgs, RollbackArgs};
+use super::windows::Counts;
+use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, RollbackArgs};
 use crate::config::{Environment, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
 use crate::release::{Recorded, Store};
 
-/// How often a judgement is repeated in a log that nobody watches.
-const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How long `promote` waits to be heard.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
@@ -68,7 +65,7 @@ pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Fin
         }
         CanaryCommand::Abort(args) => block_on(async { open(&args.environment)?.abort().await }),
         CanaryCommand::Status(args) => block_on(async { open(&args.environment)?.status().await }),
-        CanaryCommand::Judge(args) => judge(args, cli, output),
+        CanaryCommand::Judge(args) => judge_file::run(args, cli, output),
     }
 }
 
@@ -249,10 +246,7 @@ impl<'a> Session<'a> {
     ) -> Result<Finished> {
         let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
         let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke);
-        let narrator = Narrator {
-            output: self.output,
-            said: Mutex::new(None),
-        };
+        let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
         let driver = Driver {
             platform,
@@ -474,156 +468,4 @@ async fn measure(metrics: &dyn Metrics, plan: &engine::Plan, time: Duration) -> 
     Ok(Counts::sum(
         &metrics::window(plan, 0, time.as_secs_f64(), &before, &after).baseline,
     ))
-}
-
-/// Tells people and programs what the driver does.
-struct Narrator<'a> {
-    output: &'a Output,
-    /// The last judgement that was printed, and when.
-    said: Mutex<Option<(Instant, Verdict)>>,
-}
-
-impl Narrator<'_> {
-    fn tell(&self, notice: Notice<'_>) {
-        match notice {
-            Notice::Entered { plan, state } => {
-                self.output.event("state", state);
-                match (&state.hold, &state.phase) {
-                    (Some(hold), _) => self.output.warn(format_args!(
-                        "holding: {}",
-                        status::hold_reason(&hold.reason)
-                    )),
-                    (None, Phase::Shift) if plan.kind == Kind::Canary => {
-                        let stage = &plan.stages[state.stage];
-                        self.output.line(format_args!(
-                            "stage {} of {}: {} %",
-                            state.stage + 1,
-                            plan.stages.len(),
-                            stage.weight
-                        ));
-                    }
-                    (None, Phase::Back { reason }) => {
-                        self.output
-                            .bad(format_args!("going back: {}", back_reason(reason)));
-                    }
-                    _ => {}
-                }
-            }
-            Notice::Acting(action) => {
-                self.output.event("action", action);
-                self.output.detail(status::action(action));
-            }
-            Notice::Judged {
-                plan,
-                state,
-                judgement,
-                counts,
-            } => {
-                self.output.event("judgement", judgement);
-                self.judged(plan, state, judgement, counts);
-            }
-            Notice::Trouble(what) => {
-                self.output.event("trouble", json!({ "message": what }));
-                self.output.warn(what);
-            }
-        }
-    }
-
-    fn judged(&self, plan: &engine::Plan, state: &State, judgement: &Judgement, window: &Window) {
-        let line = status::judgement_line(plan, state, judgement, window);
-        let mut said = self
-            .said
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let due = said.is_none_or(|(when, verdict)| {
-            verdict != judgement.verdict || self.output.is_log() && when.elapsed() >= LOG_INTERVAL
-        });
-        if due {
-            *said = Some((Instant::now(), judgement.verdict));
-            self.output.detail(line);
-        } else {
-            self.output.progress(line);
-        }
-    }
-}
-
-fn back_reason(reason: &Reason) -> String {
-    match reason {
-        Reason::Aborted => "aborted".to_owned(),
-        Reason::Regressed => "the candidate is worse than stable".to_owned(),
-        Reason::NotReady => "the candidate did not get ready in time".to_owned(),
-        Reason::Broken(why) => why.clone(),
-    }
-}
-
-/// `cargo xtask canary judge`: the judge of live rollouts on windows from a file.
-fn judge(args: &JudgeArgs, cli: &Cli, output: &Output) -> Result<Finished> {
-    let text = if args.file == Path::new("-") {
-        std::io::read_to_string(std::io::stdin()).context("reading standard input")?
-    } else {
-        std::fs::read_to_string(&args.file)
-            .with_context(|| format!("reading {}", args.file.display()))?
-    };
-    let (mut judge, windows) = read_windows(&text, &cli.pipeline)
-        .with_context(|| format!("in {}", args.file.display()))?;
-    let mut last = None;
-    for window in &windows {
-        let judgement = judge.window(window);
-        let said = json!({
-            "window": judgement.window,
-            "verdict": judgement.verdict,
-            "metric": judgement.metric,
-            "e_value": judgement.e_value,
-        });
-        if output.is_json() {
-            output.event("judgement", said);
-        } else {
-            output.line(said);
-        }
-        last = Some(judgement.verdict);
-    }
-    Ok(match last {
-        Some(Verdict::NonInferior) => Finished::new(Exit::Yes, "non-inferior"),
-        Some(Verdict::Regressed) => Finished::new(Exit::No, "regressed"),
-        Some(_) => Finished::new(Exit::Unknown, "undecided"),
-        None => bail!("{} holds no window", args.file.display()),
-    }
-    .with("windows", windows.len()))
-}
-
-/// The windows of a file, and the judge for them: a journal's own, else the pipeline's.
-fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
-    let mut lines: Vec<WindowLine> = Vec::new();
-    let mut started: Option<Started> = None;
-    for (number, text) in (1..).zip(text.lines()) {
-        if text.trim().is_empty() {
-            continue;
-        }
-        let context = || format!("line {number}");
-        let value: serde_json::Value = serde_json::from_str(text).with_context(context)?;
-        match value["event"].as_str() {
-            Some("started") => started = serde_json::from_value(value).ok(),
-            Some(event) if event != "window" => {}
-            _ => {
-                let line: WindowLine = serde_json::from_value(value).with_context(context)?;
-                if let Some(problem) = line.problem() {
-                    bail!("line {number}: {problem}");
-                }
-                lines.push(line);
-            }
-        }
-    }
-    lines.sort_by_key(|line| line.window);
-    let windows = lines
-        .chunk_by(|a, b| a.window == b.window)
-        .map(Window::from_lines)
-        .collect::<Vec<_>>();
-    let judge = match started {
-        Some(started) => Judge::new(
-            &started.judge,
-            Some(started.bounds.as_deref().unwrap_or(&[])),
-        ),
-        None => Judge::new(&Pipeline::load(settings)?.judge, None),
-    };
-    Ok((judge, windows))
 }

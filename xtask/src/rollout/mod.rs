@@ -7,11 +7,14 @@ pub mod checks;
 pub mod commands;
 pub mod driver;
 pub mod engine;
+mod evidence;
 #[cfg(test)]
 mod explore;
 pub mod journal;
 pub mod judge;
+mod judge_file;
 pub mod metrics;
+mod narrator;
 pub mod plan;
 pub mod report;
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use anyhow::{Result, bail};
 
 use super::engine::{Kind, Limits, Mark, Plan};
-use super::judge::{latency_bounds, requests_to_pass, requests_to_see};
+use super::evidence::{requests_to_pass, requests_to_see};
+use super::judge::latency_bounds;
 use super::windows::{Counts, Histogram};
 use crate::config::{Environment, Judge, Rollout, Stage};
 use crate::platform::{HistoryEntry, Status};

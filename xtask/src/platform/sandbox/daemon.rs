@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,44 +17,16 @@ use tokio::sync::Notify;
 use super::counters::Counters;
 use super::instance::{Instance, Setup};
 use super::process;
-use super::protocol::{
-    Change, EnvironmentStatus, Places, Reply, Request, Run, SandboxStatus, VERSION,
-};
+use super::protocol::{Change, EnvironmentStatus, Places, Reply, Request, SandboxStatus, VERSION};
 use super::proxy::{Front, Workers};
 use super::routing::{Router, Table, Target};
+use super::saved::{Saved, SavedEnvironment, SavedRelease};
 use crate::files;
-use crate::platform::{HistoryEntry, InstanceCounts, ReleaseStatus, Status};
+use crate::platform::{InstanceCounts, ReleaseStatus, Status};
 use crate::release::ReleaseId;
-use crate::rollout::engine::Mark;
 
 /// Another sandbox has the lock (`EX_TEMPFAIL` of sysexits.h).
 pub const ALREADY_RUNNING: u8 = 75;
-
-/// What survives the sandbox.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Saved {
-    environments: BTreeMap<String, SavedEnvironment>,
-}
-
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SavedEnvironment {
-    port: u16,
-    /// The highest fencing token seen.
-    token: u64,
-    releases: Vec<SavedRelease>,
-    weights: Vec<(ReleaseId, u8)>,
-    stable: Option<ReleaseId>,
-    history: Vec<HistoryEntry>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SavedRelease {
-    run: Run,
-    replicas: u32,
-}
 
 /// What lives only as long as the sandbox.
 struct Environment {
@@ -495,47 +466,6 @@ impl World {
                 history: saved.history.clone(),
             },
         }
-    }
-}
-
-impl SavedEnvironment {
-    fn scale(&mut self, run: Run, replicas: u32) {
-        match self
-            .releases
-            .iter_mut()
-            .find(|saved| saved.run.release == run.release)
-        {
-            Some(saved) => *saved = SavedRelease { run, replicas },
-            None => self.releases.push(SavedRelease { run, replicas }),
-        }
-    }
-
-    fn replicas(&self, release: &ReleaseId) -> u32 {
-        let saved = self
-            .releases
-            .iter()
-            .find(|saved| saved.run.release == *release);
-        saved.map_or(0, |saved| saved.replicas)
-    }
-
-    fn weight(&self, release: &ReleaseId) -> u8 {
-        self.weights
-            .iter()
-            .find(|(other, _)| other == release)
-            .map_or(0, |(_, weight)| *weight)
-    }
-
-    fn record(&mut self, rollout: &str, stable: Option<ReleaseId>, marks: Vec<(ReleaseId, Mark)>) {
-        let at = jiff::Timestamp::now();
-        self.stable = stable;
-        self.history.retain(|entry| entry.rollout != rollout);
-        self.history
-            .extend(marks.into_iter().map(|(release, mark)| HistoryEntry {
-                release,
-                rollout: rollout.to_owned(),
-                mark,
-                at,
-            }));
     }
 }
 

@@ -3,6 +3,7 @@
 //! A daemon runs each release's processes from the image's own layer, supervises them, and
 //! fronts each environment with a weighted proxy. This file is the commands' side of it.
 
+mod bodies;
 pub mod commands;
 mod counters;
 mod daemon;
@@ -13,6 +14,7 @@ mod proxy;
 #[cfg(test)]
 mod proxy_tests;
 mod routing;
+mod saved;
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use hyper::client::conn::{http1, http2};
 use hyper::header::HeaderValue;
 
+use super::bodies::RequestBody;
 use super::counters::Counters;
-use super::proxy::RequestBody;
 use crate::release::ReleaseId;
 
 /// 2^64 divided by the golden ratio: multiples of it, modulo 2^64, are spread evenly however

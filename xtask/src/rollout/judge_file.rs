@@ -1,0 +1,85 @@
+//! `cargo xtask canary judge`: the judge of live rollouts on windows from a file.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use super::engine::Verdict;
+use super::journal::Started;
+use super::judge::Judge;
+use super::windows::{Window, WindowLine};
+use crate::cli::{Cli, JudgeArgs};
+use crate::config::Pipeline;
+use crate::output::{Exit, Finished, Output};
+
+pub fn run(args: &JudgeArgs, cli: &Cli, output: &Output) -> Result<Finished> {
+    let text = if args.file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin()).context("reading standard input")?
+    } else {
+        std::fs::read_to_string(&args.file)
+            .with_context(|| format!("reading {}", args.file.display()))?
+    };
+    let (mut judge, windows) = read_windows(&text, &cli.pipeline)
+        .with_context(|| format!("in {}", args.file.display()))?;
+    let mut last = None;
+    for window in &windows {
+        let judgement = judge.window(window);
+        let said = json!({
+            "window": judgement.window,
+            "verdict": judgement.verdict,
+            "metric": judgement.metric,
+            "e_value": judgement.e_value,
+        });
+        if output.is_json() {
+            output.event("judgement", said);
+        } else {
+            output.line(said);
+        }
+        last = Some(judgement.verdict);
+    }
+    Ok(match last {
+        Some(Verdict::NonInferior) => Finished::new(Exit::Yes, "non-inferior"),
+        Some(Verdict::Regressed) => Finished::new(Exit::No, "regressed"),
+        Some(_) => Finished::new(Exit::Unknown, "undecided"),
+        None => bail!("{} holds no window", args.file.display()),
+    }
+    .with("windows", windows.len()))
+}
+
+/// The windows of a file, and the judge for them: a journal's own, else the pipeline's.
+fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
+    let mut lines: Vec<WindowLine> = Vec::new();
+    let mut started: Option<Started> = None;
+    for (number, text) in (1..).zip(text.lines()) {
+        if text.trim().is_empty() {
+            continue;
+        }
+        let context = || format!("line {number}");
+        let value: serde_json::Value = serde_json::from_str(text).with_context(context)?;
+        match value["event"].as_str() {
+            Some("started") => started = serde_json::from_value(value).ok(),
+            Some(event) if event != "window" => {}
+            _ => {
+                let line: WindowLine = serde_json::from_value(value).with_context(context)?;
+                if let Some(problem) = line.problem() {
+                    bail!("line {number}: {problem}");
+                }
+                lines.push(line);
+            }
+        }
+    }
+    lines.sort_by_key(|line| line.window);
+    let windows = lines
+        .chunk_by(|a, b| a.window == b.window)
+        .map(Window::from_lines)
+        .collect::<Vec<_>>();
+    let judge = match started {
+        Some(started) => Judge::new(
+            &started.judge,
+            Some(started.bounds.as_deref().unwrap_or(&[])),
+        ),
+        None => Judge::new(&Pipeline::load(settings)?.judge, None),
+    };
+    Ok((judge, windows))
+}

@@ -1,0 +1,99 @@
+//! Tells people and programs what the driver does, as it does it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::driver::Notice;
+use super::engine::{Kind, Phase, Plan, Reason, State, Verdict};
+use super::judge::Judgement;
+use super::status;
+use super::windows::Window;
+use crate::output::Output;
+
+/// How often a judgement is repeated in a log that nobody watches.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+pub struct Narrator<'a> {
+    output: &'a Output,
+    /// The last judgement that was printed, and when.
+    said: Mutex<Option<(Instant, Verdict)>>,
+}
+
+impl<'a> Narrator<'a> {
+    pub fn new(output: &'a Output) -> Self {
+        Self {
+            output,
+            said: Mutex::new(None),
+        }
+    }
+
+    pub fn tell(&self, notice: Notice<'_>) {
+        match notice {
+            Notice::Entered { plan, state } => {
+                self.output.event("state", state);
+                match (&state.hold, &state.phase) {
+                    (Some(hold), _) => self.output.warn(format_args!(
+                        "holding: {}",
+                        status::hold_reason(&hold.reason)
+                    )),
+                    (None, Phase::Shift) if plan.kind == Kind::Canary => {
+                        let stage = &plan.stages[state.stage];
+                        self.output.line(format_args!(
+                            "stage {} of {}: {} %",
+                            state.stage + 1,
+                            plan.stages.len(),
+                            stage.weight
+                        ));
+                    }
+                    (None, Phase::Back { reason }) => {
+                        self.output
+                            .bad(format_args!("going back: {}", back_reason(reason)));
+                    }
+                    _ => {}
+                }
+            }
+            Notice::Acting(action) => {
+                self.output.event("action", action);
+                self.output.detail(status::action(action));
+            }
+            Notice::Judged {
+                plan,
+                state,
+                judgement,
+                counts,
+            } => {
+                self.output.event("judgement", judgement);
+                self.judged(plan, state, judgement, counts);
+            }
+            Notice::Trouble(what) => {
+                self.output.event("trouble", json!({ "message": what }));
+                self.output.warn(what);
+            }
+        }
+    }
+
+    fn judged(&self, plan: &Plan, state: &State, judgement: &Judgement, window: &Window) {
+        let line = status::judgement_line(plan, state, judgement, window);
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = said.is_none_or(|(when, verdict)| {
+            verdict != judgement.verdict || self.output.is_log() && when.elapsed() >= LOG_INTERVAL
+        });
+        if due {
+            *said = Some((Instant::now(), judgement.verdict));
+            self.output.detail(line);
+        } else {
+            self.output.progress(line);
+        }
+    }
+}
+
+fn back_reason(reason: &Reason) -> String {
+    match reason {
+        Reason::Aborted => "aborted".to_owned(),
+        Reason::Regressed => "the candidate is worse than stable".to_owned(),
+        Reason::NotReady => "the candidate did not get ready in time".to_owned(),
+        Reason::Broken(why) => why.clone(),
+    }
+}
