@@ -299,7 +299,7 @@ impl<'a> Session<'a> {
             }
             End::Outcome(Outcome::Aborted) => {
                 self.output
-                    .bad(format_args!("{candidate} was given up in {name}"));
+                    .ended("aborted", format_args!("{candidate} in {name}"));
                 (Exit::No, "aborted")
             }
             End::Outcome(Outcome::Failed) => {

@@ -49,7 +49,7 @@ impl<'a> Narrator<'a> {
                     }
                     (None, Phase::Back { reason }) => {
                         self.output
-                            .bad(format_args!("going back: {}", back_reason(reason)));
+                            .warn(format_args!("going back: {}", back_reason(reason)));
                     }
                     _ => {}
                 }
