@@ -54,9 +54,9 @@ async fn observe(request: Request, next: Next) -> Response {
         method,
         path = request.uri().path(),
     );
-    metrics::gauge!("http_requests_in_flight").increment(1.0);
+    let in_flight = InFlight::begin();
     let mut response = next.run(request).instrument(span.clone()).await;
-    metrics::gauge!("http_requests_in_flight").decrement(1.0);
+    drop(in_flight);
 
     let seconds = started.elapsed().as_secs_f64();
     let status = response.status();
@@ -72,6 +72,22 @@ async fn observe(request: Request, next: Next) -> Response {
     });
     response.headers_mut().insert(REQUEST_ID.clone(), id);
     response
+}
+
+/// Counted down however the request ends, by its client's going away too.
+struct InFlight;
+
+impl InFlight {
+    fn begin() -> Self {
+        metrics::gauge!("http_requests_in_flight").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        metrics::gauge!("http_requests_in_flight").decrement(1.0);
+    }
 }
 
 /// The method as a metric's label: clients may invent methods, series must not follow.

@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,6 +11,8 @@ use tokio::sync::watch;
 use crate::app::App;
 use crate::config::Server;
 use crate::router;
+
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// The listening sockets of the service and of its operators.
 pub struct Sockets {
@@ -68,6 +71,15 @@ pub async fn serve(
                 .await
         });
     }
+    // Samples are kept until they are folded into buckets, and perhaps nobody scrapes.
+    let metrics = app.metrics.clone();
+    let upkeep = tokio::spawn(async move {
+        let mut interval = tokio::time::interval(METRICS_UPKEEP);
+        loop {
+            interval.tick().await;
+            metrics.run_upkeep();
+        }
+    });
     tracing::info!(%public, %admin, config_hash = app.config.hash(), "serving");
 
     stop.await?;
@@ -77,6 +89,7 @@ pub async fn serve(
     let drained = async { while servers.join_next().await.is_some() {} };
     let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
     app.close().await;
+    upkeep.abort();
     drained.context("requests were still running at server.drain_timeout")?;
     tracing::info!("stopped");
     Ok(())

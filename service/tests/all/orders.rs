@@ -215,3 +215,21 @@ async fn processes_share_a_database_and_a_read_only_one_refuses_writes() {
     let (status, problem) = reader.post("/v1/orders", order()).await;
     assert_eq!((status, &problem["type"]), (503, &json!("read-only")));
 }
+
+/// After a rollback an older program finds a newer schema, and must start on it.
+#[tokio::test]
+async fn a_newer_schema_is_fine() {
+    let app = TestApp::start().await;
+    let (status, created) = app.post("/v1/orders", order()).await;
+    assert_eq!(status, 201);
+    app.execute(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES (9999, 'from the future', TRUE, x'00', 0)",
+    )
+    .await;
+    let older = app.beside(|_| {}).await;
+    assert_eq!(older.get("/health/ready").await.0, 200);
+    assert_eq!(older.get("/info").await.1["schema_version"], 9999);
+    let path = format!("/v1/orders/{}", created["id"].as_str().unwrap());
+    assert_eq!(older.get(&path).await.0, 200);
+}

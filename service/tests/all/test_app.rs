@@ -104,6 +104,15 @@ impl TestApp {
             .unwrap()
     }
 
+    /// Changes the database behind the service's back.
+    pub async fn execute(&self, sql: &str) {
+        let pool = sqlx::SqlitePool::connect(&self.app.config.database.url.0)
+            .await
+            .unwrap();
+        sqlx::query(sql).execute(&pool).await.unwrap();
+        pool.close().await;
+    }
+
     pub fn begin_stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
