@@ -1,6 +1,5 @@
 //! Calls of cargo from within cargo.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -65,11 +64,19 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
     .quiet()
     .run()
     .with_context(|| format!("building xtask with feature {feature}"))?;
-    let program = target_dir()?.join("debug").join("xtask");
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let mut command = std::process::Command::new(&program);
-    command.args(arguments);
-    Err(replace(command)).with_context(|| format!("running {}", program.display()))
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = std::process::Command::new(cargo);
+    command.args([
+        "run",
+        "--quiet",
+        "--package",
+        "xtask",
+        "--features",
+        feature,
+        "--",
+    ]);
+    command.args(std::env::args_os().skip(1));
+    Err(replace(command)).context("running cargo")
 }
 
 /// Becomes `command`; returns only when that fails.

@@ -15,6 +15,8 @@ mod config;
 #[cfg(feature = "rollout")]
 mod demo;
 mod files;
+#[cfg(feature = "rollout")]
+mod http;
 mod image;
 mod output;
 #[cfg(feature = "rollout")]
@@ -33,7 +35,10 @@ use cli::{Cli, Command};
 use output::{Finished, Output};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return output::usage(&error),
+    };
     let output = Output::new(&cli);
     let finished = match cli.command.missing_feature() {
         Some(feature) => cargo::run_again_with(feature, &output),

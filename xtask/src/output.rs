@@ -272,6 +272,31 @@ impl Output {
     }
 }
 
+/// What clap says of arguments that cannot be, or that ask for help. Programs get their last line
+/// even then.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    // A terminal that is gone is no reason to end differently.
+    let _ = error.print();
+    let code = u8::try_from(error.exit_code()).unwrap_or(Exit::Unknown as u8);
+    let arguments: Vec<String> = std::env::args_os()
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    let asked = |pair: &[String]| pair[0] == "--message-format" && pair[1] == "json";
+    let json = arguments.windows(2).any(asked)
+        || arguments
+            .iter()
+            .any(|argument| argument == "--message-format=json");
+    if json && code != 0 {
+        let at = jiff::Timestamp::now().to_string();
+        let last = json!({
+            "event": "finished", "at": at, "command": arguments.get(1), "outcome": "failed",
+            "exit_code": code, "error": error.to_string(),
+        });
+        let _ = writeln!(std::io::stdout(), "{last}");
+    }
+    ExitCode::from(code)
+}
+
 pub struct Group<'a> {
     output: &'a Output,
     started: Instant,

@@ -1,6 +1,6 @@
 //! The service's executable: statically linked, and the same bytes from any directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::MetadataCommand;
@@ -18,6 +18,8 @@ pub struct Source {
     /// Seconds since the Unix epoch: `SOURCE_DATE_EPOCH`, else the commit's date, else 0.
     /// <https://reproducible-builds.org/specs/source-date-epoch/>
     pub date: i64,
+    /// Where cargo puts what it builds.
+    target_dir: PathBuf,
 }
 
 impl Source {
@@ -69,20 +71,24 @@ impl Source {
             version: found.version.clone(),
             revision,
             date,
+            target_dir: metadata.target_directory.clone().into(),
         })
     }
 }
 
 /// Builds the service in release mode and returns its executable.
-pub fn binary(service: &Service, output: &Output) -> Result<PathBuf> {
+pub fn binary(service: &Service, source: &Source, output: &Output) -> Result<PathBuf> {
     let triple = host_triple()?;
     let (package, binary) = (&service.package, &service.binary);
-    let target_dir = cargo::target_dir()?;
+    let target_dir = &source.target_dir;
     let shell = cargo::shell()?;
     // An explicit target keeps these flags away from build scripts and macros.
-    shell.set_var("CARGO_ENCODED_RUSTFLAGS", flags(&triple)?.join("\x1f"));
+    shell.set_var(
+        "CARGO_ENCODED_RUSTFLAGS",
+        flags(&triple, target_dir)?.join("\x1f"),
+    );
     shell.set_var("CARGO_INCREMENTAL", "0");
-    let prefix_maps: Vec<String> = prefix_maps()?
+    let prefix_maps: Vec<String> = prefix_maps(target_dir)?
         .iter()
         .map(|(from, to)| format!("-ffile-prefix-map={from}={to}"))
         .collect();
@@ -98,8 +104,8 @@ pub fn binary(service: &Service, output: &Output) -> Result<PathBuf> {
     Ok(target_dir.join(triple).join("release").join(binary))
 }
 
-fn flags(triple: &str) -> Result<Vec<String>> {
-    let mut flags: Vec<String> = prefix_maps()?
+fn flags(triple: &str, target_dir: &Path) -> Result<Vec<String>> {
+    let mut flags: Vec<String> = prefix_maps(target_dir)?
         .iter()
         .map(|(from, to)| format!("--remap-path-prefix={from}={to}"))
         .collect();
@@ -111,10 +117,10 @@ fn flags(triple: &str) -> Result<Vec<String>> {
 }
 
 /// Directories of this machine and what stands for them in the executable.
-fn prefix_maps() -> Result<Vec<(String, &'static str)>> {
+fn prefix_maps(target_dir: &Path) -> Result<Vec<(String, &'static str)>> {
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let mut maps = vec![
-        (text(cargo::target_dir()?), "/target"),
+        (text(target_dir.to_owned()), "/target"),
         (text(cargo::root()?), "/source"),
     ];
     let home = std::env::var_os("CARGO_HOME")

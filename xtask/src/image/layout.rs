@@ -132,7 +132,15 @@ impl Layout {
             fs::create_dir_all(&temporary)?;
             let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(layer.as_slice()));
             archive.set_preserve_mtime(false);
-            archive.unpack(&temporary)?;
+            for entry in archive.entries()? {
+                let mut entry = entry?;
+                let path = temporary.join(entry.path()?);
+                if entry.unpack_in(&temporary)? && path.is_file() {
+                    // What is there is trusted from now on, so it must survive a power failure.
+                    File::open(path)?.sync_all()?;
+                }
+            }
+            File::open(&temporary)?.sync_all()?;
             match fs::rename(&temporary, into) {
                 // Another command was faster with the same content.
                 Err(_) if into.exists() => fs::remove_dir_all(&temporary),

@@ -47,7 +47,7 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
         .unwrap_or_else(|| source.version.clone());
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
-        None => build::binary(service, output)?,
+        None => build::binary(service, &source, output)?,
     };
 
     let started = Instant::now();
