@@ -15,6 +15,20 @@ use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Mark, Plan};
 use crate::rollout::windows::Counts;
 
+/// Another command has taken over the environment: this one must not go on.
+#[derive(Debug)]
+pub struct StaleWriter;
+
+impl std::fmt::Display for StaleWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(
+            "another command has taken over this environment; see `cargo xtask canary status`",
+        )
+    }
+}
+
+impl std::error::Error for StaleWriter {}
+
 /// One environment on its platform.
 #[async_trait]
 pub trait Platform: Send + Sync {
@@ -25,7 +39,7 @@ pub trait Platform: Send + Sync {
     async fn prepare(&mut self, release: &Recorded) -> Result<()>;
 
     /// From now on only writers with this fencing token or a newer one are heard: what an older
-    /// one still had on its way is refused.
+    /// one still had on its way is refused with [`StaleWriter`].
     async fn claim(&self, token: u64) -> Result<()>;
 
     /// Makes it so. Done twice it is the same as done once.

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -90,10 +91,9 @@ enum Content {
 pub struct End {
     pub flight: Flight,
     pub link: Option<Link>,
-    /// Whether the request was counted as an error already.
-    pub counted: bool,
+    /// The time to the answer's head, where the request is to be counted only at its end.
+    pub uncounted: Option<Duration>,
     pub client_broke: Arc<AtomicBool>,
-    pub watch_trailers: bool,
 }
 
 impl ResponseBody {
@@ -133,7 +133,17 @@ impl End {
         if let Some(Link::Http1(sender, worker)) = self.link.take() {
             self.flight.backend.pool(worker).http1().push(sender);
         }
+        if let Some(time) = self.uncounted {
+            self.flight.backend.counters.answered(time, false);
+        }
         self.flight.end();
+    }
+
+    /// The trailers said that the call has failed.
+    fn failed(&mut self) {
+        if let Some(time) = self.uncounted.take() {
+            self.flight.backend.counters.answered(time, true);
+        }
     }
 
     /// The answer broke off.
@@ -141,8 +151,9 @@ impl End {
         if self.client_broke.load(Ordering::Relaxed) {
             return;
         }
-        if !self.counted {
-            self.flight.backend.counters.failed();
+        match self.uncounted {
+            Some(time) => self.flight.backend.counters.answered(time, true),
+            None => self.flight.backend.counters.lost(),
         }
         self.flight.end();
     }
@@ -167,11 +178,9 @@ impl Body for ResponseBody {
         match &frame {
             Some(Ok(frame)) => {
                 if let (Some(end), Some(trailers)) = (&mut this.end, frame.trailers_ref())
-                    && end.watch_trailers
                     && grpc_failed(trailers)
                 {
-                    end.flight.backend.counters.failed();
-                    end.counted = true;
+                    end.failed();
                 }
                 if body.is_end_stream()
                     && let Some(end) = this.end.take()

@@ -51,19 +51,21 @@ impl Counters {
         self.latency[bucket].fetch_add(1, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
         if error {
-            self.failed();
+            self.errors.fetch_add(1, Ordering::Release);
         }
     }
 
-    /// A request that was answered turned out to have failed, e.g. in its trailers.
-    pub fn failed(&self) {
-        self.errors.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The process took a request and gave no answer.
+    /// The process took a request and gave no answer, or broke off one that was counted already.
     pub fn lost(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        self.failed();
+        self.errors.fetch_add(1, Ordering::Release);
+    }
+
+    /// The client went away after this time, before there was an answer: no error of the
+    /// process's, but it took at least so long.
+    pub fn abandoned(&self, time: Duration) {
+        self.aborted();
+        self.answered(time, false);
     }
 
     pub fn aborted(&self) {

@@ -22,6 +22,7 @@ use super::proxy::{Front, Workers};
 use super::routing::{Router, Table, Target};
 use super::saved::{Saved, SavedEnvironment, SavedRelease};
 use crate::files;
+use crate::http;
 use crate::platform::{InstanceCounts, ReleaseStatus, Status};
 use crate::release::ReleaseId;
 
@@ -40,6 +41,7 @@ struct Environment {
 struct Daemon {
     places: Places,
     workers: Workers,
+    client: reqwest::Client,
     /// Rung when a process got ready, crashed or ended.
     changed: Arc<Notify>,
     stop: Notify,
@@ -55,6 +57,7 @@ struct World {
 /// Runs the sandbox until it is told to stop. `Ok(false)`: another one has the lock.
 pub fn run(places: &Places) -> Result<bool> {
     process::detach();
+    process::allow_many_files();
     let Some(_lock) = lock(places)? else {
         return Ok(false);
     };
@@ -73,6 +76,7 @@ pub fn run(places: &Places) -> Result<bool> {
             let daemon = Arc::new(Daemon {
                 places: places.clone(),
                 workers,
+                client: http::client()?,
                 changed: Arc::new(Notify::new()),
                 stop: Notify::new(),
                 world: Mutex::new(World {
@@ -125,7 +129,9 @@ impl Daemon {
             };
             saved.releases.retain(|release| release.replicas > 0);
             let saved = saved.clone();
-            let environment = self.open_environment(saved.port);
+            let router = Arc::<Router>::default();
+            let front = self.front(saved.port, &router);
+            let environment = Environment::new(router, front);
             world.environments.insert(name.clone(), environment);
             self.converge(&mut world, &name);
         }
@@ -136,9 +142,13 @@ impl Daemon {
         loop {
             tokio::select! {
                 accepted = listener.accept() => {
-                    if let Ok((stream, _)) = accepted {
-                        let daemon = Arc::clone(self);
-                        tokio::spawn(async move { daemon.converse(stream).await });
+                    match accepted {
+                        Ok((stream, _)) => {
+                            let daemon = Arc::clone(self);
+                            tokio::spawn(async move { daemon.converse(stream).await });
+                        }
+                        // Out of file descriptors: connections that end will free some.
+                        Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
                     }
                 }
                 () = self.changed.notified() => self.follow(),
@@ -215,10 +225,7 @@ impl Daemon {
                 environment,
                 token,
                 change,
-            } => {
-                self.change(&mut world, &environment, token, change)?;
-                Ok(Reply::Done)
-            }
+            } => self.change(&mut world, &environment, token, change),
             Request::Stop => {
                 self.stop.notify_one();
                 Ok(Reply::Done)
@@ -236,10 +243,13 @@ impl Daemon {
         if served {
             return Ok(());
         }
-        let opened = self.open_environment(port);
-        if let Err(why) = &opened.front {
-            bail!("{why}");
-        }
+        // An environment that is there already keeps its processes; only the port is a new one.
+        let router = world
+            .environments
+            .get(name)
+            .map(|environment| Arc::clone(&environment.router));
+        let router = router.unwrap_or_default();
+        let front = self.front(port, &router).map_err(anyhow::Error::msg)?;
         let mut saved = world
             .saved
             .environments
@@ -249,27 +259,14 @@ impl Daemon {
         saved.port = port;
         self.save(world, name, saved)?;
         match world.environments.get_mut(name) {
-            Some(environment) => {
-                // The processes go on; only the port is a new one.
-                environment.front = self.front(port, &environment.router);
-            }
+            Some(environment) => environment.front = Ok(front),
             None => {
-                world.environments.insert(name.to_owned(), opened);
+                let environment = Environment::new(router, Ok(front));
+                world.environments.insert(name.to_owned(), environment);
             }
         }
         self.converge(world, name);
         Ok(())
-    }
-
-    fn open_environment(&self, port: u16) -> Environment {
-        let router = Arc::new(Router::default());
-        let front = self.front(port, &router);
-        Environment {
-            router,
-            front,
-            instances: Vec::new(),
-            counters: BTreeMap::new(),
-        }
     }
 
     fn front(&self, port: u16, router: &Arc<Router>) -> Result<Front, String> {
@@ -282,13 +279,12 @@ impl Daemon {
         })
     }
 
-    fn change(&self, world: &mut World, name: &str, token: u64, change: Change) -> Result<()> {
+    fn change(&self, world: &mut World, name: &str, token: u64, change: Change) -> Result<Reply> {
         let mut saved = world.saved(name)?.clone();
         if token < saved.token {
-            bail!(
-                "another command has taken over this environment (its token is {}, this one's {token})",
-                saved.token
-            );
+            return Ok(Reply::Stale {
+                newest: saved.token,
+            });
         }
         saved.token = token;
         match change {
@@ -306,7 +302,7 @@ impl Daemon {
         }
         self.save(world, name, saved)?;
         self.converge(world, name);
-        Ok(())
+        Ok(Reply::Done)
     }
 
     /// On disk first: what a command was told is done survives the sandbox.
@@ -356,6 +352,7 @@ impl Daemon {
                     log: logs.join(&instance).with_extension("log"),
                     counters,
                     workers: self.workers.count(),
+                    client: self.client.clone(),
                 };
                 let instance = Instance::start(setup, Arc::clone(&self.changed));
                 environment.instances.push((run.release.clone(), instance));
@@ -470,6 +467,15 @@ impl World {
 }
 
 impl Environment {
+    fn new(router: Arc<Router>, front: Result<Front, String>) -> Self {
+        Self {
+            router,
+            front,
+            instances: Vec::new(),
+            counters: BTreeMap::new(),
+        }
+    }
+
     fn route(&self, saved: &SavedEnvironment) {
         let targets = saved
             .weights

@@ -72,6 +72,8 @@ pub struct Setup {
     pub log: PathBuf,
     pub counters: Arc<Counters>,
     pub workers: usize,
+    /// For readiness checks.
+    pub client: reqwest::Client,
 }
 
 impl Instance {
@@ -259,7 +261,6 @@ async fn live(
     shared: &Shared,
     stopping: &mut watch::Receiver<bool>,
 ) -> Life {
-    let client = reqwest::Client::new();
     let url = format!("http://{admin}{}", setup.run.ready_path);
     let mut ready_since: Option<Instant> = None;
     let mut misses = 0;
@@ -267,7 +268,7 @@ async fn live(
     loop {
         let answer = async {
             tokio::time::sleep_until(next).await;
-            ask(&client, &url).await
+            ask(&setup.client, &url).await
         };
         tokio::select! {
             status = &mut child.ended => {

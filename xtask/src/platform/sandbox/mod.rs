@@ -19,7 +19,7 @@ mod saved;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ use async_trait::async_trait;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::{InstanceCounts, Platform, Status};
+use super::{InstanceCounts, Platform, StaleWriter, Status};
 use crate::config::Pipeline;
 use crate::files;
 use crate::image::layout::Layout;
@@ -36,7 +36,8 @@ use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Kind, Mark, Plan};
 use protocol::{Change, Places, Reply, Request, Run, VERSION};
 
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than processes usually take to drain.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One environment in the sandbox.
@@ -74,6 +75,7 @@ impl Sandbox {
     async fn done(&self, request: &Request) -> Result<()> {
         match ask(&self.places, request).await? {
             Reply::Done => Ok(()),
+            Reply::Stale { .. } => Err(StaleWriter.into()),
             Reply::Refused { why } => bail!("{why}"),
             other => bail!("the sandbox gave an answer to something else: {other:?}"),
         }
@@ -247,12 +249,37 @@ async fn start(places: &Places) -> Result<()> {
     }
     std::fs::create_dir_all(&places.dir)
         .with_context(|| format!("creating {}", places.dir.display()))?;
+    let mut child = spawn(places)?;
+    let deadline = Instant::now() + START_TIMEOUT;
+    while Instant::now() < deadline {
+        if is_alive(places).await? {
+            return Ok(());
+        }
+        if let Some(status) = child.try_wait().context("watching the sandbox start")? {
+            if status.code() != Some(i32::from(daemon::ALREADY_RUNNING)) {
+                bail!(
+                    "the sandbox did not start ({status}):\n{}",
+                    last_lines(&places.log())
+                );
+            }
+            // The one before is still draining its processes, or another command was faster.
+            child = spawn(places)?;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bail!(
+        "the sandbox did not answer within 30 s:\n{}",
+        last_lines(&places.log())
+    )
+}
+
+fn spawn(places: &Places) -> Result<Child> {
     let log = OpenOptions::new()
         .create(true)
         .append(true)
         .open(places.log())
         .with_context(|| format!("opening {}", places.log().display()))?;
-    let mut child = Command::new(this_program()?)
+    Command::new(this_program()?)
         .args(["sandbox", "daemon", "--dir"])
         .arg(&places.dir)
         .current_dir("/")
@@ -260,26 +287,7 @@ async fn start(places: &Places) -> Result<()> {
         .stdout(log.try_clone().context("sharing the sandbox's log")?)
         .stderr(log)
         .spawn()
-        .context("starting the sandbox")?;
-    let deadline = Instant::now() + START_TIMEOUT;
-    while Instant::now() < deadline {
-        if is_alive(places).await? {
-            return Ok(());
-        }
-        if let Some(status) = child.try_wait().context("watching the sandbox start")?
-            && status.code() != Some(i32::from(daemon::ALREADY_RUNNING))
-        {
-            bail!(
-                "the sandbox did not start ({status}):\n{}",
-                last_lines(&places.log())
-            );
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    bail!(
-        "the sandbox did not answer within 10 s:\n{}",
-        last_lines(&places.log())
-    )
+        .context("starting the sandbox")
 }
 
 /// Whether a sandbox of this version answers.

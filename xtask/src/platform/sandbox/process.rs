@@ -12,7 +12,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process_group, setrlimit};
 use tokio::sync::oneshot;
 
 use super::protocol::Run;
@@ -159,6 +159,14 @@ fn signal(pid: u32, signal: Signal) {
 pub fn detach() {
     // It fails where the process leads a group already, which is as good.
     let _ = rustix::process::setsid();
+}
+
+/// Each client and each process behind the proxy takes a descriptor.
+pub fn allow_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // With the usual limit it works as well, for fewer clients.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 fn copy_output(reader: impl std::io::Read, path: &Path, tail: &Tail) {

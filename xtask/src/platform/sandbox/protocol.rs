@@ -79,12 +79,23 @@ pub struct Run {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum Reply {
-    Hello { version: u32, pid: u32 },
+    Hello {
+        version: u32,
+        pid: u32,
+    },
     Sandbox(SandboxStatus),
     Environment(Status),
-    Counts { counts: Vec<InstanceCounts> },
+    Counts {
+        counts: Vec<InstanceCounts>,
+    },
     Done,
-    Refused { why: String },
+    /// The writer was replaced by one with this token.
+    Stale {
+        newest: u64,
+    },
+    Refused {
+        why: String,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]

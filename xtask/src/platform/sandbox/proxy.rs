@@ -34,6 +34,8 @@ const ATTEMPTS: usize = 3;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a process may take to begin its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same for a request with a body, which must first be sent.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(600);
 /// hyper's servers allow 200 streams a connection; beyond this many another one is opened.
 const STREAMS_PER_CONNECTION: u64 = 100;
 /// Bytes of a stream that may be on their way unread.
@@ -187,7 +189,12 @@ async fn answer(
         };
         let copy = repeatable.then(|| parts.clone());
         let request = Request::from_parts(parts, body.take().unwrap_or(RequestBody::Empty));
-        let sent = tokio::time::timeout(ANSWER_TIMEOUT, send(&flight, worker, request)).await;
+        let limit = if request.body().is_end_stream() {
+            ANSWER_TIMEOUT
+        } else {
+            UPLOAD_TIMEOUT
+        };
+        let sent = tokio::time::timeout(limit, send(&flight, worker, request)).await;
         match sent {
             Ok(Ok((response, link))) => {
                 return deliver(flight, response, link, upgrade, grpc, client_broke);
@@ -199,12 +206,14 @@ async fn answer(
                 (parts, body) = (same, Some(unsent));
             }
             Ok(Err(Failure::Lost)) => {
-                // A flight that is dropped before it ended counts as the client's doing.
-                if !client_broke.load(Ordering::Relaxed) {
+                let address = flight.backend.address;
+                if client_broke.load(Ordering::Relaxed) {
+                    flight.broken_by_client();
+                } else {
                     flight.backend.counters.lost();
                     flight.end();
                 }
-                refused.push(flight.backend.address);
+                refused.push(address);
                 let Some(copy) = copy else {
                     return own_answer(StatusCode::BAD_GATEWAY, "the process gave no answer", grpc);
                 };
@@ -247,7 +256,7 @@ async fn send(
     let pool = flight.backend.pool(worker);
     let mut request = request;
     loop {
-        let idle = pool.http1().pop();
+        let idle = pool.take_http1();
         let fresh = idle.is_none();
         let mut sender = match idle {
             Some(sender) => sender,
@@ -355,8 +364,13 @@ fn deliver(
     grpc: bool,
     client_broke: Arc<AtomicBool>,
 ) -> Response<ResponseBody> {
+    let time = flight.answered();
     let error = response.status().is_server_error() || grpc && grpc_failed(response.headers());
-    flight.backend.counters.answered(flight.elapsed(), error);
+    // A gRPC call's outcome may stand in its trailers: it is counted when they are there.
+    let uncounted = (grpc && !error).then_some(time);
+    if uncounted.is_none() {
+        flight.backend.counters.answered(time, error);
+    }
     response
         .headers_mut()
         .insert(X_RELEASE, flight.header.clone());
@@ -374,14 +388,12 @@ fn deliver(
         );
     }
     strip_hop_by_hop(response.headers_mut(), false);
-    let watch_trailers = grpc && !error;
     response.map(|body| {
         let end = End {
             flight,
             link: Some(link),
-            counted: error,
+            uncounted,
             client_broke,
-            watch_trailers,
         };
         ResponseBody::from_process(body, end)
     })

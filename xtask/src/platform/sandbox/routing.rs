@@ -59,6 +59,7 @@ pub struct Flight {
     pub backend: Arc<Backend>,
     pub header: HeaderValue,
     pub started: Instant,
+    answered: bool,
     ended: bool,
 }
 
@@ -166,6 +167,15 @@ impl Backend {
 }
 
 impl Pool {
+    /// An idle connection that can carry a request at once. One whose last request is still
+    /// being uploaded, though it was answered, is left alone.
+    pub fn take_http1(&self) -> Option<http1::SendRequest<RequestBody>> {
+        let mut pool = self.http1();
+        pool.retain(|sender| !sender.is_closed());
+        let ready = pool.iter().rposition(http1::SendRequest::is_ready)?;
+        Some(pool.swap_remove(ready))
+    }
+
     pub fn http1(&self) -> MutexGuard<'_, Vec<http1::SendRequest<RequestBody>>> {
         self.http1.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -182,12 +192,21 @@ impl Flight {
             backend: Arc::clone(backend),
             header,
             started,
+            answered: false,
             ended: false,
         }
     }
 
-    pub fn elapsed(&self) -> Duration {
+    /// There is an answer; from now on a client that goes away cuts only that short.
+    pub fn answered(&mut self) -> Duration {
+        self.answered = true;
         self.started.elapsed()
+    }
+
+    /// The client broke off its own request.
+    pub fn broken_by_client(mut self) {
+        self.backend.counters.aborted();
+        self.ended = true;
     }
 
     /// The request came to an end that is counted elsewhere, or never began.
@@ -202,8 +221,10 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        if !self.ended {
-            self.backend.counters.aborted();
+        match (self.ended, self.answered) {
+            (true, _) => {}
+            (false, true) => self.backend.counters.aborted(),
+            (false, false) => self.backend.counters.abandoned(self.started.elapsed()),
         }
         self.backend.in_flight.fetch_sub(1, Ordering::SeqCst);
     }
