@@ -14,6 +14,7 @@ use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use crate::config::LoadRequest;
+use crate::http;
 use crate::rollout::checks::request;
 
 /// Requests under way at once; more wait, and their waiting counts.
@@ -83,9 +84,7 @@ impl Generator {
             failed: BTreeMap::new(),
         };
         Ok(Arc::new(Self {
-            client: reqwest::Client::builder()
-                .build()
-                .context("making an HTTP client")?,
+            client: http::client()?,
             address,
             schedule: spread(requests),
             captured: Mutex::default(),

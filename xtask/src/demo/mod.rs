@@ -38,6 +38,7 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let stage = Stage::set(&pipeline, cli, &demo)?;
     let steps = Steps::new(stage.settings.clone(), output)?;
     steps.clear(&stage.dir)?;
+    steps.stop_on_interrupt()?;
 
     // The build takes as long as it takes; the show begins after it.
     output.step("building the service into an image");

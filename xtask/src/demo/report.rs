@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::load::Measured;
@@ -29,9 +29,12 @@ pub struct Rollout {
 impl Rollout {
     /// Reads the journal of the rollout that just ended.
     pub fn read(dir: &Path, ended: Ended, expected: Expected) -> Result<Self> {
-        let journal = Desk::new(&dir.join("state"), PRODUCTION)
-            .newest()?
-            .with_context(|| format!("there is no journal of {}", ended.finished))?;
+        let journal = Desk::new(&dir.join("state"), PRODUCTION).newest()?;
+        let Some(journal) =
+            journal.filter(|j| ended.finished["rollout"] == j.plan().rollout.as_str())
+        else {
+            bail!("a rollout that was to happen did not: {}", ended.finished);
+        };
         Ok(Self {
             summary: Summary::of(&journal),
             journal,

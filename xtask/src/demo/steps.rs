@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::output::Output;
 
+/// What a shell reports of a program that Ctrl-C ended.
+const INTERRUPTED: i32 = 130;
+
 pub const PRODUCTION: &str = "production";
 
 pub struct Steps<'a> {
@@ -37,6 +40,23 @@ impl<'a> Steps<'a> {
             settings,
             output,
         })
+    }
+
+    /// On Ctrl-C the sandbox, which is no child of the terminal's, is stopped as well.
+    pub fn stop_on_interrupt(&self) -> Result<()> {
+        let mut stop = self.command(&["sandbox", "stop"]);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let runtime = runtime.context("starting a runtime")?;
+        std::thread::spawn(move || {
+            if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+                // The exit code says what happened either way.
+                let _ = stop.stdout(Stdio::null()).stderr(Stdio::null()).status();
+                std::process::exit(INTERRUPTED);
+            }
+        });
+        Ok(())
     }
 
     /// Stops and removes what an earlier demo left.

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use anyhow::Result;
 use async_trait::async_trait;
 use reqwest::header;
 
 use super::driver::Checks;
 use crate::config::{Method, Smoke};
+use crate::http;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -17,12 +19,12 @@ pub struct SmokeChecks {
 }
 
 impl SmokeChecks {
-    pub fn new(address: String, checks: &[Smoke]) -> Self {
-        Self {
-            client: reqwest::Client::new(),
+    pub fn new(address: String, checks: &[Smoke]) -> Result<Self> {
+        Ok(Self {
+            client: http::client()?,
             address,
             checks: checks.to_vec(),
-        }
+        })
     }
 
     async fn failure(&self, check: &Smoke) -> Option<String> {

@@ -1,5 +1,6 @@
 //! `deploy-staging`, `canary …` and `rollback`: preflight, plan, then drive.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,8 @@ use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
 use crate::release::{Recorded, Store};
 
+/// How often a journal that another command writes is read.
+const POLL: Duration = Duration::from_millis(200);
 /// How long `promote` waits to be heard.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
@@ -31,6 +34,20 @@ pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished>
     block_on(async {
         let session = Session::open(cli, &args.environment, output)?;
         let release = session.store.resolve(&args.release)?;
+        if session.settings.promotes_from.is_some() {
+            let status = platform::open(&session.pipeline, &session.name)
+                .await?
+                .status()
+                .await?;
+            if status.stable.is_some_and(|stable| stable != release.id) {
+                bail!(
+                    "{0} is moved in judged stages: `cargo xtask canary start --environment {0} \
+                     --release {1}`",
+                    session.name,
+                    release.id.short()
+                );
+            }
+        }
         session.begin(Kind::Deploy, release).await
     })
 }
@@ -189,7 +206,9 @@ impl<'a> Session<'a> {
             Kind::Canary => self.forecast(&*platform, &plan).await?.bounds,
             Kind::Deploy | Kind::Rollback => None,
         };
-        let mut journal = self.desk.create(Started {
+        // A request of a time before this rollout is none for this one.
+        let request = self.desk.request()?.map_or(0, |request| request.number);
+        let started = Started {
             judge: self.pipeline.judge.clone(),
             bounds,
             counts: platform.counts().await?,
@@ -197,14 +216,12 @@ impl<'a> Session<'a> {
             candidate_name: candidate.to_string(),
             token: writer.token,
             plan,
-        })?;
-        // A request of a time before this rollout is none for this one.
-        let request = self.desk.request()?.map_or(0, |request| request.number);
+        };
         let state = State {
             request,
             ..State::start(millis(jiff::Timestamp::now()))
         };
-        journal.append([Entry::State { state }])?;
+        let mut journal = self.desk.create(&writer, started, state)?;
         self.drive(&*platform, &writer, &mut journal).await
     }
 
@@ -222,7 +239,7 @@ impl<'a> Session<'a> {
 
     /// Measures stable, prints what is to be expected, and refuses what cannot be decided.
     async fn forecast(&self, platform: &dyn Platform, plan: &engine::Plan) -> Result<Forecast> {
-        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
+        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform)?;
         let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
         self.output.progress("measuring stable's traffic");
         let counts = measure(&*metrics, plan, time).await?;
@@ -244,8 +261,8 @@ impl<'a> Session<'a> {
         writer: &Writer,
         journal: &mut Journal,
     ) -> Result<Finished> {
-        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform);
-        let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke);
+        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform)?;
+        let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke)?;
         let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
         let driver = Driver {
@@ -324,7 +341,7 @@ impl<'a> Session<'a> {
 
     async fn resume(&self) -> Result<Finished> {
         let writer = self.become_writer()?;
-        let Some(mut journal) = self.desk.unfinished()? else {
+        let Some(mut journal) = self.desk.unfinished_to_write(&writer)? else {
             bail!(
                 "there is nothing to resume in {}: no rollout is unfinished",
                 self.name
@@ -357,17 +374,26 @@ impl<'a> Session<'a> {
                 self.name
             );
         };
-        let number = self.ask(RequestKind::Promote)?;
+        let asked = self
+            .desk
+            .request()?
+            .filter(|asked| asked.number > journal.state().request);
+        if asked.is_some_and(|asked| asked.kind == RequestKind::Abort) {
+            bail!("the rollout is being given up: abort was asked for, and wins");
+        }
+        let number = self.ask(RequestKind::Promote {
+            stage: journal.state().stage,
+        })?;
         if let Some(writer) = self.desk.lock()? {
-            let mut journal = Journal::open(journal.path())?;
+            let mut journal = journal.for_writing(&writer)?;
             return self.take_over(&writer, &mut journal).await;
         }
         let deadline = Instant::now() + HEARD_WITHIN;
-        while Journal::open(journal.path())?.state().request < number {
+        while self.read(journal.path())?.state().request < number {
             if Instant::now() > deadline {
                 bail!("asked for, but not yet heard: the candidate is not ready for its weight");
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(POLL).await;
         }
         self.output
             .good(format_args!("{} moves on", journal.plan().rollout));
@@ -384,19 +410,19 @@ impl<'a> Session<'a> {
         let path = journal.path().to_owned();
         let ended = loop {
             if let Some(writer) = self.desk.lock()? {
-                let mut journal = Journal::open(&path)?;
+                let mut journal = self.read(&path)?.for_writing(&writer)?;
                 if journal.state().outcome().is_none() {
                     self.take_over(&writer, &mut journal).await?;
                 }
                 break journal;
             }
-            let journal = Journal::open(&path)?;
+            let journal = self.read(&path)?;
             if journal.state().outcome().is_some() {
                 break journal;
             }
             self.output
                 .progress("waiting for the command that drives the rollout");
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(POLL).await;
         };
         let outcome = match ended.state().outcome() {
             Some(Outcome::Healthy) => {
@@ -410,9 +436,15 @@ impl<'a> Session<'a> {
             Some(Outcome::Failed) => "failed",
             None => bail!("the rollout is held; see `cargo xtask canary status`"),
         };
-        self.output
-            .good(format_args!("all traffic of {} is on stable", self.name));
+        self.output.good(match &ended.started().stable_name {
+            Some(stable) => format!("all traffic of {} is on {stable}", self.name),
+            None => format!("nothing is in service in {}", self.name),
+        });
         Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
+    }
+
+    fn read(&self, path: &Path) -> Result<Journal> {
+        Journal::read(path)?.with_context(|| format!("the journal {} is gone", path.display()))
     }
 
     fn ask(&self, kind: RequestKind) -> Result<u64> {
@@ -429,7 +461,7 @@ impl<'a> Session<'a> {
         };
         let platform = platform::open(&self.pipeline, &self.name).await?;
         let now = platform.status().await?;
-        let driven = self.desk.lock()?.is_none();
+        let driven = self.desk.is_busy();
         status::rollout(&journal, &view(journal.plan(), &now), driven, self.output);
         status::running(&now, &platform.address(), self.output);
         let state = journal.state();

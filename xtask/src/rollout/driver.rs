@@ -6,14 +6,15 @@ use anyhow::Result;
 use async_trait::async_trait;
 
 use super::engine::{
-    Action, Arm, Decide, Hold, Kind, Millis, Observation, Outcome, Phase, Plan, State, Verdict,
-    View,
+    Action, Arm, Decide, Hold, HoldReason, Kind, Millis, Observation, Outcome, Phase, Plan, State,
+    Verdict, View,
 };
 use super::journal::{ArmTotals, Desk, Entry, Journal, Totals, Writer, millis};
 use super::judge::{Judge, Judgement};
 use super::metrics::{self, Metrics};
-use super::windows::{Counts, Window, WindowLine};
-use crate::platform::{InstanceCounts, Platform, Status};
+use super::windows::{Window, WindowLine};
+use crate::platform::{InstanceCounts, Platform, StaleWriter, Status};
+use crate::release::ReleaseId;
 
 /// How often the world is looked at while there is nothing to do.
 const TICK: Duration = Duration::from_millis(50);
@@ -88,6 +89,26 @@ pub struct Driver<'a> {
     pub audience: &'a (dyn Fn(Notice<'_>) + Send + Sync),
 }
 
+/// An action that the platform has refused, and since when.
+struct Refused {
+    action: Action,
+    why: String,
+    since: Millis,
+}
+
+impl Refused {
+    /// The hold that this has become, once it has lasted as long as a hold may.
+    fn hold(&self, plan: &Plan, now: Millis) -> Option<Hold> {
+        let deadline = self.since + plan.limits.max_hold;
+        let reason = HoldReason::Refused(self.why.clone());
+        (now >= deadline).then_some(Hold {
+            reason,
+            since: self.since,
+            deadline,
+        })
+    }
+}
+
 /// The counting of the stage that is being watched.
 struct Counting {
     judge: Judge,
@@ -112,10 +133,12 @@ impl Driver<'_> {
         }
         let mut counting = self.replay(journal);
         let mut claimed = false;
+        let mut refused: Option<Refused> = None;
         loop {
             let status = self.status(&mut claimed).await;
             let platform = match &status {
                 Ok(status) => Some(view(&plan, status)),
+                Err(error) if error.is::<StaleWriter>() => return Err(StaleWriter.into()),
                 Err(error) => {
                     (self.audience)(Notice::Trouble(format!("the platform: {error:#}")));
                     None
@@ -154,7 +177,12 @@ impl Driver<'_> {
                 return Ok(End::Held(hold.clone()));
             }
             match action {
-                Some(action) => self.act(&plan, action, journal).await?,
+                Some(action) => {
+                    refused = self.act(&plan, action, refused, journal).await?;
+                    if let Some(hold) = refused.as_ref().and_then(|r| r.hold(&plan, now)) {
+                        return Ok(End::Held(hold));
+                    }
+                }
                 None if status.is_err() => self.clock.sleep(PAUSE).await,
                 None => self.clock.sleep(TICK).await,
             }
@@ -170,19 +198,47 @@ impl Driver<'_> {
         self.platform.status().await
     }
 
-    async fn act(&self, plan: &Plan, action: Action, journal: &mut Journal) -> Result<()> {
-        (self.audience)(Notice::Acting(&action));
-        journal.append([Entry::Intent {
-            action: action.clone(),
-        }])?;
+    /// Does an action. What is refused is tried again, and written down once.
+    async fn act(
+        &self,
+        plan: &Plan,
+        action: Action,
+        refused: Option<Refused>,
+        journal: &mut Journal,
+    ) -> Result<Option<Refused>> {
+        let again = refused.filter(|refused| refused.action == action);
+        if again.is_none() {
+            (self.audience)(Notice::Acting(&action));
+            journal.append([Entry::Intent {
+                action: action.clone(),
+            }])?;
+        }
         match self.platform.apply(plan, &action, self.writer.token).await {
-            Ok(()) => journal.append([Entry::Done { action }]),
+            Ok(()) => {
+                journal.append([Entry::Done { action }])?;
+                Ok(None)
+            }
+            Err(error) if error.is::<StaleWriter>() => Err(error),
             Err(error) => {
-                let error = format!("{error:#}");
-                (self.audience)(Notice::Trouble(error.clone()));
-                journal.append([Entry::Failed { action, error }])?;
+                let why = format!("{error:#}");
+                let refused = match again {
+                    Some(again) => Refused { why, ..again },
+                    None => {
+                        (self.audience)(Notice::Trouble(why.clone()));
+                        let error = why.clone();
+                        journal.append([Entry::Failed {
+                            action: action.clone(),
+                            error,
+                        }])?;
+                        Refused {
+                            action,
+                            why,
+                            since: self.clock.now(),
+                        }
+                    }
+                };
                 self.clock.sleep(PAUSE).await;
-                Ok(())
+                Ok(Some(refused))
             }
         }
     }
@@ -269,17 +325,23 @@ impl Driver<'_> {
         let Ok(counts) = self.platform.counts().await else {
             return Totals::default();
         };
-        let window = metrics::window(plan, 0, 0.0, &journal.started().counts, &counts);
-        let arm = |parts: &[Counts]| {
-            let sum = Counts::sum(parts);
-            ArmTotals {
-                requests: sum.requests,
-                failed: sum.errors,
+        let before = &journal.started().counts;
+        let arm = |release: Option<&ReleaseId>| {
+            let mut totals = ArmTotals::default();
+            for now in counts.iter().filter(|now| Some(&now.release) == release) {
+                let then = before
+                    .iter()
+                    .find(|then| then.release == now.release && then.instance == now.instance);
+                let counts =
+                    then.map_or_else(|| now.counts.clone(), |then| now.counts.since(&then.counts));
+                totals.requests += counts.requests;
+                totals.failed += counts.errors;
             }
+            totals
         };
         Totals {
-            stable: arm(&window.baseline),
-            candidate: arm(&window.candidate),
+            stable: arm(plan.stable.as_ref()),
+            candidate: arm(Some(&plan.candidate)),
         }
     }
 }

@@ -132,6 +132,8 @@ pub enum HoldReason {
     Undecided,
     /// Processes that were ready are not.
     NoCapacity,
+    /// The platform refuses what is asked of it: its words.
+    Refused(String),
 }
 
 /// What is known at the moment of a decision.
@@ -190,7 +192,10 @@ pub struct Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RequestKind {
-    Promote,
+    /// Move on from this stage; heard at another one it means nothing.
+    Promote {
+        stage: usize,
+    },
     Abort,
 }
 
@@ -255,13 +260,19 @@ impl State {
         self.unready_since = None;
     }
 
+    /// One trouble that follows another is one hold, with one deadline. A gate has its own.
     fn hold(&mut self, reason: HoldReason, plan: &Plan, now: Millis) {
-        if self.hold.as_ref().is_none_or(|hold| hold.reason != reason) {
-            self.hold = Some(Hold {
-                reason,
-                since: now,
-                deadline: now + plan.limits.max_hold,
-            });
+        let gate = |reason: &HoldReason| matches!(reason, HoldReason::Gate(_));
+        match &mut self.hold {
+            Some(hold) if gate(&hold.reason) == gate(&reason) => hold.reason = reason,
+            _ => {
+                let deadline = now + plan.limits.max_hold;
+                self.hold = Some(Hold {
+                    reason,
+                    since: now,
+                    deadline,
+                });
+            }
         }
     }
 }
@@ -342,7 +353,8 @@ pub fn decide(
     ) {
         next.hold = None;
     }
-    let promote = request.filter(|request| request.kind == RequestKind::Promote);
+    let promote =
+        request.filter(|request| request.kind == RequestKind::Promote { stage: state.stage });
 
     let action = match next.phase.clone() {
         Phase::Shift => shift(plan, &mut next, view, now),

@@ -162,7 +162,7 @@ impl Metric {
             return;
         }
         let (good, bad) = (
-            (candidate.requests - candidate.bad) as f64,
+            candidate.requests.saturating_sub(candidate.bad) as f64,
             candidate.bad as f64,
         );
         if baseline.requests > 0 {

@@ -286,7 +286,9 @@ impl Rollout {
             {
                 world.request = Some(Request {
                     number: 2,
-                    kind: RequestKind::Promote,
+                    kind: RequestKind::Promote {
+                        stage: world.state.stage,
+                    },
                 });
                 if world.state.request >= 2 {
                     // The one promote of the model was used at another stage.
@@ -427,7 +429,9 @@ impl Model for Rollout {
             events.push(Event::Ask(RequestKind::Abort));
         }
         if world.left.promotes > 0 && world.request.is_none() {
-            events.push(Event::Ask(RequestKind::Promote));
+            events.push(Event::Ask(RequestKind::Promote {
+                stage: world.state.stage,
+            }));
         }
     }
 
@@ -489,11 +493,11 @@ impl Model for Rollout {
             }
             Event::Ask(kind) => {
                 let number = match kind {
-                    RequestKind::Promote => 2,
+                    RequestKind::Promote { .. } => 2,
                     RequestKind::Abort => 3,
                 };
                 match kind {
-                    RequestKind::Promote => world.left.promotes -= 1,
+                    RequestKind::Promote { .. } => world.left.promotes -= 1,
                     RequestKind::Abort => {
                         world.left.aborts -= 1;
                         world.excused = true;

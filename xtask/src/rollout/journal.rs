@@ -83,7 +83,8 @@ pub struct Line {
 
 pub struct Journal {
     path: PathBuf,
-    file: File,
+    /// Only the environment's writer has it open for more.
+    file: Option<File>,
     lines: Vec<Line>,
 }
 
@@ -137,8 +138,14 @@ impl Desk {
         }))
     }
 
-    /// Starts a rollout's journal.
-    pub fn create(&self, started: Started) -> Result<Journal> {
+    /// Whether another command is the environment's writer at the moment.
+    pub fn is_busy(&self) -> bool {
+        let lock = File::open(self.dir.join("lock"));
+        lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
+    }
+
+    /// Starts a rollout's journal, with the state that it begins in.
+    pub fn create(&self, _writer: &Writer, started: Started, state: State) -> Result<Journal> {
         let path = self.dir.join(format!("{}.jsonl", started.plan.rollout));
         let file = OpenOptions::new()
             .create_new(true)
@@ -147,24 +154,39 @@ impl Desk {
             .with_context(|| format!("creating the journal {}", path.display()))?;
         let mut journal = Journal {
             path,
-            file,
+            file: Some(file),
             lines: Vec::new(),
         };
-        journal.append([Entry::Started(Box::new(started))])?;
+        journal.append([Entry::Started(Box::new(started)), Entry::State { state }])?;
+        // The file itself is durable only when the directory is.
+        File::open(&self.dir)
+            .and_then(|dir| dir.sync_all())
+            .with_context(|| format!("writing {}", self.dir.display()))?;
         Ok(journal)
     }
 
-    /// The journal of the newest rollout, ended or not.
+    /// The journal of the newest rollout, ended or not, to be read.
     pub fn newest(&self) -> Result<Option<Journal>> {
-        let mut journals = self.journals()?;
-        journals.pop().map(|path| Journal::open(&path)).transpose()
+        for path in self.journals()?.iter().rev() {
+            if let Some(journal) = Journal::read(path)? {
+                return Ok(Some(journal));
+            }
+        }
+        Ok(None)
     }
 
-    /// The journal of the rollout that has not ended, where there is one.
+    /// The journal of the rollout that has not ended, to be read, where there is one.
     pub fn unfinished(&self) -> Result<Option<Journal>> {
         Ok(self
             .newest()?
             .filter(|journal| journal.state().outcome().is_none()))
+    }
+
+    /// The same, to be written.
+    pub fn unfinished_to_write(&self, writer: &Writer) -> Result<Option<Journal>> {
+        self.unfinished()?
+            .map(|journal| journal.for_writing(writer))
+            .transpose()
     }
 
     /// The files of all rollouts, oldest first.
@@ -210,13 +232,17 @@ impl Desk {
 }
 
 impl Journal {
-    /// Reads a journal and makes it ready for more.
-    pub fn open(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("reading the journal {}", path.display()))?;
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    /// Reads a journal as far as it has whole lines: its writer may be adding one at this moment.
+    /// `None` where not even the first line is whole, so that nothing can have been done.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        let text =
+            fs::read(path).with_context(|| format!("reading the journal {}", path.display()))?;
+        let whole = text
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |end| end + 1);
         let mut lines: Vec<Line> = Vec::new();
-        for (number, line) in (1u64..).zip(text[..whole].lines()) {
+        for (number, line) in (1u64..).zip(text[..whole].split_inclusive(|byte| *byte == b'\n')) {
             let damaged = || {
                 format!(
                     "the journal is damaged: {} line {number}; restore the file, or move it away \
@@ -224,37 +250,48 @@ impl Journal {
                     path.display()
                 )
             };
-            let line: Line = serde_json::from_str(line).with_context(damaged)?;
+            let line: Line = serde_json::from_slice(line).with_context(damaged)?;
             if line.seq != number {
                 bail!("{} (it has the number {})", damaged(), line.seq);
             }
             lines.push(line);
         }
-        if !matches!(
-            lines.first(),
+        match lines.first() {
+            None => Ok(None),
             Some(Line {
                 entry: Entry::Started(_),
                 ..
-            })
-        ) {
-            bail!(
+            }) => Ok(Some(Self {
+                path: path.to_owned(),
+                file: None,
+                lines,
+            })),
+            Some(_) => bail!(
                 "the journal {} does not begin with the start of a rollout; move it away",
                 path.display()
-            );
+            ),
         }
+    }
+
+    /// Makes the journal ready for more. It is read once more: nobody else writes it now.
+    pub fn for_writing(self, _writer: &Writer) -> Result<Self> {
+        let context = || format!("opening the journal {}", self.path.display());
+        let mut journal = Self::read(&self.path)?.with_context(context)?;
         let file = OpenOptions::new()
             .append(true)
-            .open(path)
-            .with_context(|| format!("opening the journal {}", path.display()))?;
+            .open(&self.path)
+            .with_context(context)?;
+        let text = fs::read(&self.path).with_context(context)?;
+        let whole = text
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |end| end + 1);
         if whole < text.len() {
             file.set_len(whole as u64)
                 .context("dropping a line that was cut short")?;
         }
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            lines,
-        })
+        journal.file = Some(file);
+        Ok(journal)
     }
 
     /// Appends entries; they are on disk when this returns.
@@ -268,14 +305,19 @@ impl Journal {
             text.push('\n');
             lines.push(line);
         }
-        let length = self.file.metadata().map(|file| file.len());
-        let written = self
-            .file
+        let Some(file) = &mut self.file else {
+            bail!(
+                "the journal {} was opened to be read only",
+                self.path.display()
+            );
+        };
+        let length = file.metadata().map(|file| file.len());
+        let written = file
             .write_all(text.as_bytes())
-            .and_then(|()| self.file.sync_data());
+            .and_then(|()| file.sync_data());
         if let (Err(_), Ok(length)) = (&written, length) {
             // A full disk may have taken half a line; the next one must not be glued to it.
-            let _ = self.file.set_len(length);
+            let _ = file.set_len(length);
         }
         written.with_context(|| format!("writing the journal {}", self.path.display()))?;
         self.lines.extend(lines);
@@ -339,29 +381,38 @@ mod tests {
     fn a_line_cut_short_is_dropped_and_other_damage_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let desk = Desk::new(dir.path(), "production");
-        let _writer = desk.lock().unwrap().unwrap();
-        let mut journal = desk.create(started()).unwrap();
+        let writer = desk.lock().unwrap().unwrap();
         let state = State::start(7);
-        journal
-            .append([Entry::State {
-                state: state.clone(),
-            }])
-            .unwrap();
+        let journal = desk.create(&writer, started(), state.clone()).unwrap();
         let path = journal.path().to_owned();
         let whole = fs::read_to_string(&path).unwrap();
+        let read = || Journal::read(&path).map(|journal| journal.unwrap());
 
-        fs::write(&path, format!("{whole}{{\"seq\":3,\"at\"")).unwrap();
-        let mut journal = Journal::open(&path).unwrap();
-        assert_eq!(journal.state(), state);
+        // Whoever only reads leaves a line that is being written alone.
+        let cut = format!("{whole}{{\"seq\":3,\"at\"");
+        fs::write(&path, &cut).unwrap();
+        assert_eq!(read().unwrap().state(), state);
+        assert_eq!(fs::read_to_string(&path).unwrap(), cut);
+        assert!(
+            read()
+                .unwrap()
+                .append([Entry::Resumed { token: 2 }])
+                .is_err()
+        );
+        let mut journal = read().unwrap().for_writing(&writer).unwrap();
         journal.append([Entry::Resumed { token: 2 }]).unwrap();
-        assert_eq!(Journal::open(&path).unwrap().lines().len(), 3);
+        assert_eq!(read().unwrap().lines().len(), 3);
 
         fs::write(&path, whole.replacen("\"since\":7", "\"since\":x", 1)).unwrap();
-        let error = Journal::open(&path).map(|_| ()).unwrap_err();
+        let error = read().map(|_| ()).unwrap_err();
         assert!(format!("{error:#}").contains("line 2"), "{error:#}");
         let second = whole.lines().nth(1).unwrap();
         fs::write(&path, format!("{whole}{second}\n")).unwrap();
-        assert!(Journal::open(&path).is_err(), "a line twice");
+        assert!(read().is_err(), "a line twice");
+
+        // A start that was cut short is none.
+        fs::write(&path, &whole[..100]).unwrap();
+        assert!(desk.unfinished().unwrap().is_none());
     }
 
     #[test]
@@ -370,8 +421,10 @@ mod tests {
         let desk = Desk::new(dir.path(), "production");
         let first = desk.lock().unwrap().unwrap();
         assert!(desk.lock().unwrap().is_none());
+        assert!(desk.is_busy());
         let token = first.token;
         drop(first);
+        assert!(!desk.is_busy());
         assert!(desk.lock().unwrap().unwrap().token > token);
     }
 }

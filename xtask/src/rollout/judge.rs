@@ -142,7 +142,12 @@ impl Judge {
             return self.word(window.number, Verdict::Outage);
         }
         let first_latency = !self.fixed;
-        if first_latency && let Some(latency) = &baseline.latency {
+        if first_latency
+            && let Some(latency) = baseline
+                .latency
+                .as_ref()
+                .filter(|latency| latency.total() > 0)
+        {
             self.fix(&latency_bounds(
                 latency,
                 self.settings.latency_floor.0.as_secs_f64(),

@@ -1,12 +1,13 @@
 //! `cargo xtask canary judge`: the judge of live rollouts on windows from a file.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::engine::Verdict;
-use super::journal::Started;
+use super::engine::{Phase, Verdict};
+use super::journal::{Entry, Line, Started};
 use super::judge::Judge;
 use super::windows::{Window, WindowLine};
 use crate::cli::{Cli, JudgeArgs};
@@ -23,7 +24,10 @@ pub fn run(args: &JudgeArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let (mut judge, windows) = read_windows(&text, &cli.pipeline)
         .with_context(|| format!("in {}", args.file.display()))?;
     let mut last = None;
-    for window in &windows {
+    for (weight, window) in &windows {
+        if let Some(weight) = weight {
+            judge.stage(*weight);
+        }
         let judgement = judge.window(window);
         let said = json!({
             "window": judgement.window,
@@ -47,24 +51,47 @@ pub fn run(args: &JudgeArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     .with("windows", windows.len()))
 }
 
+/// A window, with the weight of the stage that begins with it if one does.
+type StagedWindow = (Option<u8>, Window);
+
 /// The windows of a file, and the judge for them: a journal's own, else the pipeline's.
-fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
+fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<StagedWindow>)> {
     let mut lines: Vec<WindowLine> = Vec::new();
     let mut started: Option<Started> = None;
-    for (number, text) in (1..).zip(text.lines()) {
+    let mut begun: Option<u8> = None;
+    let mut stages: BTreeMap<u64, u8> = BTreeMap::new();
+    for (number, text) in (1..).zip(text.split_inclusive('\n')) {
         if text.trim().is_empty() {
             continue;
         }
         let context = || format!("line {number}");
-        let value: serde_json::Value = serde_json::from_str(text).with_context(context)?;
+        let value: serde_json::Value = match serde_json::from_str(text) {
+            // A journal's last line may still be being written.
+            Err(_) if started.is_some() && !text.ends_with('\n') => break,
+            value => value.with_context(context)?,
+        };
         match value["event"].as_str() {
-            Some("started") => started = serde_json::from_value(value).ok(),
+            Some("started") => started = Some(serde_json::from_value(value).with_context(context)?),
+            Some("state") => {
+                let line: Line = serde_json::from_value(value).with_context(context)?;
+                if let (Entry::State { state }, Some(started)) = (line.entry, &started)
+                    && state.phase == Phase::Watch
+                    && state.hold.is_none()
+                {
+                    begun = started
+                        .plan
+                        .stages
+                        .get(state.stage)
+                        .map(|stage| stage.weight);
+                }
+            }
             Some(event) if event != "window" => {}
             _ => {
                 let line: WindowLine = serde_json::from_value(value).with_context(context)?;
                 if let Some(problem) = line.problem() {
                     bail!("line {number}: {problem}");
                 }
+                stages.extend(begun.take().map(|weight| (line.window, weight)));
                 lines.push(line);
             }
         }
@@ -73,7 +100,8 @@ fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<Window>)> {
     let windows = lines
         .chunk_by(|a, b| a.window == b.window)
         .map(Window::from_lines)
-        .collect::<Vec<_>>();
+        .map(|window| (stages.get(&window.number).copied(), window))
+        .collect();
     let judge = match started {
         Some(started) => Judge::new(
             &started.judge,

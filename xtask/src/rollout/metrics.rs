@@ -10,6 +10,7 @@ use prometheus_parse::{HistogramCount, Scrape, Value};
 use super::engine::Plan;
 use super::windows::{Counts, Histogram, Window};
 use crate::config::{MetricsKind, Pipeline, Scrape as ScrapeSettings};
+use crate::http;
 use crate::platform::{InstanceCounts, Platform};
 
 /// How long an instance may take to tell its metrics.
@@ -25,16 +26,16 @@ pub fn open<'a>(
     pipeline: &Pipeline,
     kind: MetricsKind,
     platform: &'a dyn Platform,
-) -> Box<dyn Metrics + 'a> {
-    match kind {
+) -> Result<Box<dyn Metrics + 'a>> {
+    Ok(match kind {
         MetricsKind::Proxy => Box::new(ProxyMetrics { platform }),
         MetricsKind::Scrape => Box::new(ScrapeMetrics {
             platform,
-            client: reqwest::Client::new(),
+            client: http::client()?,
             path: pipeline.service.metrics_path.clone(),
             names: pipeline.scrape.clone(),
         }),
-    }
+    })
 }
 
 /// What the platform's proxy saw: failures of a process that died are in it too.
@@ -149,7 +150,9 @@ fn histogram(buckets: &HashMap<u64, f64>) -> Option<Histogram> {
     Some(histogram)
 }
 
-/// The window between two samples: stable's instances against the candidate's.
+/// The window between two samples: stable's instances against the candidate's. An instance that
+/// was not there before, or was not asked, counts from the next sample on: how much of what it
+/// has counted belongs to this window cannot be known.
 pub fn window(
     plan: &Plan,
     number: u64,
@@ -166,7 +169,8 @@ pub fn window(
         let then = earlier
             .iter()
             .find(|then| then.release == now.release && then.instance == now.instance);
-        let counts = then.map_or_else(|| now.counts.clone(), |then| now.counts.since(&then.counts));
+        let Some(then) = then else { continue };
+        let counts = now.counts.since(&then.counts);
         if now.release == plan.candidate {
             window.candidate.push(counts);
         } else if Some(&now.release) == plan.stable.as_ref() {

@@ -106,6 +106,7 @@ pub fn hold_reason(reason: &HoldReason) -> String {
         HoldReason::ShareOff => "the observed share of the traffic is not the weight".to_owned(),
         HoldReason::Undecided => "there is no verdict within rollout.max_stage".to_owned(),
         HoldReason::NoCapacity => "too few processes are ready".to_owned(),
+        HoldReason::Refused(why) => format!("the platform refuses: {why}"),
     }
 }
 

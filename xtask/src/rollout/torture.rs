@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::driver::{Checks, Clock, Driver, End, Pace};
 use super::engine::{
-    Action, Kind, Limits, Mark, Millis, Outcome, Plan, Request, RequestKind, decide,
+    Action, Kind, Limits, Mark, Millis, Outcome, Plan, Request, RequestKind, State, decide,
 };
 use super::journal::{Desk, Entry, Started};
 use super::metrics::Metrics;
@@ -346,7 +346,7 @@ async fn drive(memory: &Memory) -> Option<End> {
         .lock()
         .unwrap()
         .expect("the killed writer's lock is free");
-    let mut journal = match desk.unfinished().unwrap() {
+    let mut journal = match desk.unfinished_to_write(&writer).unwrap() {
         Some(mut journal) => {
             journal
                 .append([Entry::Resumed {
@@ -355,7 +355,11 @@ async fn drive(memory: &Memory) -> Option<End> {
                 .unwrap();
             journal
         }
-        None => desk.create(start_of(memory.scenario)).unwrap(),
+        None => {
+            let state = State::start(Clock::now(memory));
+            desk.create(&writer, start_of(memory.scenario), state)
+                .unwrap()
+        }
     };
     let driver = Driver {
         platform: memory,

@@ -89,7 +89,8 @@ impl Counts {
         });
         Self {
             requests: self.requests - earlier.requests,
-            errors: self.errors - earlier.errors,
+            // The counters are not read in one instant.
+            errors: (self.errors - earlier.errors).min(self.requests - earlier.requests),
             latency,
         }
     }
