@@ -682,3 +682,33 @@ fn defects_are_found() {
     let found = explore(unfenced).unwrap_err();
     assert!(found.contains("4: the candidate's weight rose"), "{found}");
 }
+
+/// Traffic that comes and goes must not keep a hold from ever ending.
+#[test]
+fn troubles_that_alternate_are_one_hold() {
+    let model = Rollout::canary();
+    let mut world = model.init_states().remove(0);
+    world.candidate = Arm {
+        desired: 1,
+        ready: 1,
+        weight: 10,
+        broken: None,
+    };
+    world.stable.weight = 90;
+    world.state = State {
+        phase: Phase::Watch,
+        exposed: true,
+        ..State::start(0)
+    };
+    for now in 2..6 {
+        world.now = now;
+        let verdict = if now % 2 == 0 {
+            Verdict::NoData
+        } else {
+            Verdict::Undecided
+        };
+        model.step(&mut world, Some(verdict), Fate::Done);
+        let hold = world.state.hold.as_ref().unwrap();
+        assert_eq!((hold.since, hold.deadline), (2, 4), "{hold:?}");
+    }
+}

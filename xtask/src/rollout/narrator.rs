@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::driver::Notice;
-use super::engine::{Kind, Phase, Plan, Reason, State, Verdict};
+use super::engine::{HoldReason, Kind, Phase, Plan, Reason, State, Verdict};
 use super::judge::Judgement;
 use super::status;
 use super::windows::Window;
@@ -15,17 +15,23 @@ use crate::output::Output;
 /// How often a judgement is repeated in a log that nobody watches.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What people are told of a state; the rest of it is for the journal.
+type Told = (Phase, usize, Option<HoldReason>);
+
 pub struct Narrator<'a> {
     output: &'a Output,
     /// The last judgement that was printed, and when.
     said: Mutex<Option<(Instant, Verdict)>>,
+    /// The newest state that was told.
+    told: Mutex<Option<Told>>,
 }
 
 impl<'a> Narrator<'a> {
     pub fn new(output: &'a Output) -> Self {
         Self {
             output,
-            said: Mutex::new(None),
+            said: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
@@ -33,6 +39,9 @@ impl<'a> Narrator<'a> {
         match notice {
             Notice::Entered { plan, state } => {
                 self.output.event("state", state);
+                if !self.is_news(state) {
+                    return;
+                }
                 match (&state.hold, &state.phase) {
                     (Some(hold), _) => self.output.warn(format_args!(
                         "holding: {}",
@@ -72,6 +81,13 @@ impl<'a> Narrator<'a> {
                 self.output.warn(what);
             }
         }
+    }
+
+    fn is_news(&self, state: &State) -> bool {
+        let hold = state.hold.as_ref().map(|hold| hold.reason.clone());
+        let new = (state.phase.clone(), state.stage, hold);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.replace(new.clone()) != Some(new)
     }
 
     fn judged(&self, plan: &Plan, state: &State, judgement: &Judgement, window: &Window) {

@@ -160,12 +160,7 @@ impl Fixture {
 
     /// What runs in production: release and weight, processes wanted and ready.
     pub fn production(&self) -> Vec<(String, u64, u64, u64)> {
-        let ended = self.run(&["sandbox", "status"]).expect(0, "running");
-        let sandbox = ended
-            .events
-            .iter()
-            .find(|event| event["event"] == "sandbox")
-            .unwrap();
+        let sandbox = self.sandbox();
         let releases = &sandbox["environments"][PRODUCTION]["status"]["releases"];
         let mut running: Vec<_> = releases
             .as_array()
@@ -192,16 +187,10 @@ impl Fixture {
 
     /// The process ids of production's processes.
     pub fn pids(&self) -> Vec<u32> {
-        let ended = self.run(&["sandbox", "status"]).expect(0, "running");
-        let sandbox = ended
-            .events
-            .iter()
-            .find(|event| event["event"] == "sandbox")
-            .unwrap();
-        let releases = sandbox["environments"][PRODUCTION]["status"]["releases"]
-            .as_array()
-            .unwrap();
+        let sandbox = self.sandbox();
+        let releases = sandbox["environments"][PRODUCTION]["status"]["releases"].as_array();
         releases
+            .unwrap()
             .iter()
             .flat_map(|release| release["instances"].as_array().unwrap())
             .filter_map(|instance| instance["pid"].as_u64())
@@ -210,13 +199,25 @@ impl Fixture {
     }
 
     pub fn daemon_pid(&self) -> u32 {
+        u32::try_from(self.sandbox()["pid"].as_u64().unwrap()).unwrap()
+    }
+
+    fn sandbox(&self) -> Value {
         let ended = self.run(&["sandbox", "status"]).expect(0, "running");
-        let sandbox = ended
+        ended
             .events
-            .iter()
+            .into_iter()
             .find(|event| event["event"] == "sandbox")
-            .unwrap();
-        u32::try_from(sandbox["pid"].as_u64().unwrap()).unwrap()
+            .unwrap()
+    }
+
+    /// Gives production another port in the settings.
+    pub fn move_production(&mut self) {
+        let [port] = free_ports();
+        let text = std::fs::read_to_string(self.settings()).unwrap();
+        let moved = text.replacen(&self.port.to_string(), &port.to_string(), 1);
+        std::fs::write(self.settings(), moved).unwrap();
+        self.port = port;
     }
 
     /// Starts a command and returns it when `wanted` came in its events; it goes on.

@@ -183,7 +183,7 @@ fn stopping_keeps_everything_for_the_next_start() {
     let first = fixture.in_production("1.0.0");
     fixture.run(&["sandbox", "stop"]).expect(0, "stopped");
     fixture.run(&["sandbox", "status"]).expect(0, "stopped");
-    assert!(reqwest_fails(&fixture), "nothing listens any more");
+    assert!(nothing_listens(&fixture), "nothing listens any more");
     fixture.run(&["canary", "status"]).expect(0, "healthy");
     eventually("the release is back", || {
         fixture.production() == [(first.clone(), 100, 2, 2)]
@@ -194,6 +194,42 @@ fn stopping_keeps_everything_for_the_next_start() {
     assert!(logs.said.contains("serving"), "{}", logs.said);
 }
 
-fn reqwest_fails(fixture: &Fixture) -> bool {
+fn nothing_listens(fixture: &Fixture) -> bool {
     std::net::TcpStream::connect(("127.0.0.1", fixture.port)).is_err()
+}
+
+/// The processes go on, and only the port is another one.
+#[test]
+fn an_environment_can_move_to_another_port() {
+    let mut fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let pids = fixture.pids();
+    let before = fixture.port;
+    fixture.move_production();
+    for _ in 0..2 {
+        fixture.run(&["canary", "status"]).expect(0, "healthy");
+        assert!(!nothing_listens(&fixture), "{} serves", fixture.port);
+    }
+    assert_eq!(fixture.pids(), pids);
+    assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
+    eventually("the old port is free", || {
+        std::net::TcpListener::bind(("127.0.0.1", before)).is_ok()
+    });
+}
+
+#[test]
+fn what_is_judged_is_not_deployed_past_the_judge() {
+    let fixture = Fixture::new();
+    let first = fixture.in_production("1.0.0");
+    let second = fixture.release("1.1.0");
+    let past = [
+        "deploy-staging",
+        "--environment",
+        "production",
+        "--release",
+        &second,
+    ];
+    let refused = fixture.run(&past).expect(2, "failed");
+    assert!(refused.said.contains("judged stages"), "{}", refused.said);
+    assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
 }

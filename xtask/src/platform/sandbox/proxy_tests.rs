@@ -89,6 +89,7 @@ async fn answer(mut request: Request<Incoming>) -> Response<Payload> {
     let text = |text: String| Response::new(full(text));
     match request.uri().path() {
         "/echo" => Response::new(request.into_body().boxed()),
+        "/hang" => std::future::pending().await,
         "/headers" => text(format!("{:?}", request.headers())),
         "/fail" => {
             let mut response = text("no".to_owned());
@@ -410,6 +411,26 @@ async fn clients_that_go_away_are_neither_good_nor_bad() {
         tokio::task::yield_now().await;
     }
     assert_eq!(upstream.backend.counters.read().errors, 0);
+}
+
+/// A process that hangs must not go unseen because its clients lose patience.
+#[tokio::test]
+async fn requests_that_clients_gave_up_on_count_as_slow() {
+    let fixture = Fixture::start();
+    let upstream = fixture.upstream().await;
+    fixture.route(&[(100, &[&upstream])]);
+    let mut sender = fixture.http1().await;
+    let request = get(fixture.front.address, "/hang");
+    let waited =
+        tokio::time::timeout(Duration::from_millis(50), sender.send_request(request)).await;
+    assert!(waited.is_err());
+    drop(sender);
+    while upstream.backend.in_flight() > 0 {
+        tokio::task::yield_now().await;
+    }
+    let counts = upstream.backend.counters.read();
+    assert_eq!((counts.requests, counts.errors), (1, 0));
+    assert!(counts.latency.unwrap().quantile_bound(1.0).unwrap() >= 0.05);
 }
 
 /// Fifty times a process is replaced under load on both protocols: no request may fail.
