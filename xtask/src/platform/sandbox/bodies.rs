@@ -19,25 +19,47 @@ pub enum Link {
     Http2,
 }
 
+/// Whether a client broke off its request's body: what then goes wrong is not the process's
+/// fault. A request without a body has nothing to break off.
+#[derive(Clone, Default)]
+pub struct BrokenOff(Option<Arc<AtomicBool>>);
+
+impl BrokenOff {
+    fn note(&self) {
+        if let Some(broken) = &self.0 {
+            broken.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub fn is_noted(&self) -> bool {
+        self.0
+            .as_ref()
+            .is_some_and(|broken| broken.load(Ordering::Relaxed))
+    }
+}
+
 /// What is sent to a process.
 pub enum RequestBody {
     Client {
         body: Incoming,
-        /// Set when the client broke off: what then goes wrong is not the process's fault.
-        broken: Arc<AtomicBool>,
+        broken_off: BrokenOff,
     },
     Empty,
 }
 
 impl RequestBody {
-    pub fn new(body: Incoming, broken: &Arc<AtomicBool>) -> Self {
+    pub fn new(body: Incoming) -> (Self, BrokenOff) {
         if body.is_end_stream() {
-            return Self::Empty;
+            return (Self::Empty, BrokenOff::default());
         }
-        Self::Client {
-            body,
-            broken: Arc::clone(broken),
-        }
+        let broken_off = BrokenOff(Some(Arc::default()));
+        (
+            Self::Client {
+                body,
+                broken_off: broken_off.clone(),
+            },
+            broken_off,
+        )
     }
 }
 
@@ -50,10 +72,10 @@ impl Body for RequestBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         match self.get_mut() {
-            Self::Client { body, broken } => {
+            Self::Client { body, broken_off } => {
                 let frame = std::task::ready!(Pin::new(body).poll_frame(context));
                 if matches!(frame, Some(Err(_))) {
-                    broken.store(true, Ordering::Relaxed);
+                    broken_off.note();
                 }
                 Poll::Ready(frame)
             }
@@ -93,7 +115,7 @@ pub struct End {
     pub link: Option<Link>,
     /// The time to the answer's head, where the request is to be counted only at its end.
     pub uncounted: Option<Duration>,
-    pub client_broke: Arc<AtomicBool>,
+    pub broken_off: BrokenOff,
 }
 
 impl ResponseBody {
@@ -148,7 +170,7 @@ impl End {
 
     /// The answer broke off.
     fn broken(mut self) {
-        if self.client_broke.load(Ordering::Relaxed) {
+        if self.broken_off.is_noted() {
             return;
         }
         match self.uncounted {

@@ -6,9 +6,8 @@
 //! method; one that did, only where it has no body and is safe to repeat (RFC 9110, 9.2.2).
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -24,7 +23,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 
-use super::bodies::{End, Link, RequestBody, ResponseBody};
+use super::bodies::{BrokenOff, End, Link, RequestBody, ResponseBody};
 use super::routing::{Flight, Router};
 
 const X_RELEASE: HeaderName = HeaderName::from_static("x-release");
@@ -139,9 +138,12 @@ async fn connection(
     worker: usize,
     mut stopped: watch::Receiver<()>,
 ) {
+    let client = HeaderValue::from_str(&peer.ip().to_string())
+        .unwrap_or_else(|_| HeaderValue::from_static("unknown"));
     let service = service_fn(|request| {
         let router = Arc::clone(&router);
-        async move { Ok::<_, Infallible>(answer(&router, worker, peer.ip(), request).await) }
+        let client = client.clone();
+        async move { Ok::<_, Infallible>(answer(&router, worker, client, request).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
@@ -170,7 +172,7 @@ async fn connection(
 async fn answer(
     router: &Router,
     worker: usize,
-    client: IpAddr,
+    client: HeaderValue,
     mut request: Request<Incoming>,
 ) -> Response<ResponseBody> {
     let started = Instant::now();
@@ -179,8 +181,8 @@ async fn answer(
     let (mut parts, body) = request.into_parts();
     prepare(&mut parts, client, upgrade.is_some());
     let repeatable = body.is_end_stream() && parts.method.is_safe();
-    let client_broke = Arc::new(AtomicBool::new(false));
-    let mut body = Some(RequestBody::new(body, &client_broke));
+    let (body, broken_off) = RequestBody::new(body);
+    let mut body = Some(body);
     let mut refused: Vec<SocketAddr> = Vec::new();
 
     for _ in 0..ATTEMPTS {
@@ -197,7 +199,7 @@ async fn answer(
         let sent = tokio::time::timeout(limit, send(&flight, worker, request)).await;
         match sent {
             Ok(Ok((response, link))) => {
-                return deliver(flight, response, link, upgrade, grpc, client_broke);
+                return deliver(flight, response, link, upgrade, grpc, broken_off);
             }
             Ok(Err(Failure::NotSent(request))) => {
                 flight.end();
@@ -207,7 +209,7 @@ async fn answer(
             }
             Ok(Err(Failure::Lost)) => {
                 let address = flight.backend.address;
-                if client_broke.load(Ordering::Relaxed) {
+                if broken_off.is_noted() {
                     flight.broken_by_client();
                 } else {
                     flight.backend.counters.lost();
@@ -362,7 +364,7 @@ fn deliver(
     link: Link,
     upgrade: Option<hyper::upgrade::OnUpgrade>,
     grpc: bool,
-    client_broke: Arc<AtomicBool>,
+    broken_off: BrokenOff,
 ) -> Response<ResponseBody> {
     let time = flight.answered();
     let error = response.status().is_server_error() || grpc && grpc_failed(response.headers());
@@ -393,7 +395,7 @@ fn deliver(
             flight,
             link: Some(link),
             uncounted,
-            client_broke,
+            broken_off,
         };
         ResponseBody::from_process(body, end)
     })
@@ -451,19 +453,16 @@ fn is_upgrade(request: &Request<Incoming>) -> bool {
 }
 
 /// Makes a client's request one of the proxy's own.
-fn prepare(parts: &mut Parts, client: IpAddr, upgrade: bool) {
+fn prepare(parts: &mut Parts, client: HeaderValue, upgrade: bool) {
     strip_hop_by_hop(&mut parts.headers, upgrade);
-    let client = match parts
-        .headers
-        .get(X_FORWARDED_FOR)
-        .and_then(|before| before.to_str().ok())
-    {
-        Some(before) => HeaderValue::from_str(&format!("{before}, {client}")),
-        None => HeaderValue::from_str(&client.to_string()),
+    let forwarded = match parts.headers.get(X_FORWARDED_FOR) {
+        None => client,
+        Some(before) => {
+            let both = [before.as_bytes(), b", ", client.as_bytes()].concat();
+            HeaderValue::from_bytes(&both).unwrap_or(client)
+        }
     };
-    if let Ok(client) = client {
-        parts.headers.insert(X_FORWARDED_FOR, client);
-    }
+    parts.headers.insert(X_FORWARDED_FOR, forwarded);
     if parts.version != Version::HTTP_2 {
         parts.version = Version::HTTP_11;
         if !parts.headers.contains_key(header::HOST) {
