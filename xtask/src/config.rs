@@ -194,6 +194,9 @@ pub struct Demo {
     /// What the demo's own copy of these settings has instead in `[rollout]`.
     #[serde(default)]
     pub rollout: toml::Table,
+    /// The same for `[judge]`.
+    #[serde(default)]
+    pub judge: toml::Table,
     pub change: Setting,
     pub mistake: Setting,
 }

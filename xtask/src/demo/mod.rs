@@ -94,11 +94,12 @@ impl Stage {
                 steps::PRODUCTION
             );
         }
-        changes.extend(
-            demo.rollout
-                .iter()
-                .map(|(key, value)| (vec!["rollout", key], value.clone())),
-        );
+        for (section, own) in [("rollout", &demo.rollout), ("judge", &demo.judge)] {
+            changes.extend(
+                own.iter()
+                    .map(|(key, value)| (vec![section, key], value.clone())),
+            );
+        }
         let settings = dir.join("pipeline.toml");
         let content = Pipeline::rewrite(&pipeline.root.join(&cli.pipeline), &changes)?;
         files::write_atomically(&settings, content.as_bytes())?;

@@ -36,6 +36,8 @@ pub struct Metric {
     pub above: Option<f64>,
     tolerance: f64,
     log_worse: [f64; WORSE.len()],
+    /// The most that any one window added to each of these.
+    strongest: [f64; WORSE.len()],
     log_margin: f64,
     log_tolerable: [f64; TOLERABLE.len()],
     pub baseline: Tally,
@@ -125,6 +127,7 @@ impl Metric {
             above,
             tolerance,
             log_worse: [0.0; WORSE.len()],
+            strongest: [0.0; WORSE.len()],
             log_margin: 0.0,
             log_tolerable: [0.0; TOLERABLE.len()],
             baseline: Tally::default(),
@@ -165,11 +168,12 @@ impl Metric {
             candidate.requests.saturating_sub(candidate.bad) as f64,
             candidate.bad as f64,
         );
+        let mut steps = [0.0; WORSE.len()];
         if baseline.requests > 0 {
             let w = candidate.requests as f64 / (candidate.requests + baseline.requests) as f64;
             let all = bad + baseline.bad as f64;
-            for ((psi, _), log) in WORSE.iter().zip(&mut self.log_worse) {
-                *log += bad * psi.ln() - all * (w * psi + 1.0 - w).ln();
+            for ((psi, _), step) in WORSE.iter().zip(&mut steps) {
+                *step = bad * psi.ln() - all * (w * psi + 1.0 - w).ln();
             }
             let margin = settings.margin.0;
             self.log_margin += -bad * margin.ln() + all * (w * margin + 1.0 - w).ln();
@@ -178,10 +182,17 @@ impl Metric {
                 .tolerance
                 .max(settings.margin.0 * self.baseline.rate())
                 .min(0.9);
-            for ((psi, _), log) in WORSE.iter().zip(&mut self.log_worse) {
+            for ((psi, _), step) in WORSE.iter().zip(&mut steps) {
                 let (if_good, if_bad) = tolerable_steps((psi * usual).min(0.99), usual);
-                *log += good * if_good + bad * if_bad;
+                *step = good * if_good + bad * if_bad;
             }
+        }
+        for (step, (log, strongest)) in steps
+            .iter()
+            .zip(self.log_worse.iter_mut().zip(&mut self.strongest))
+        {
+            *log += step;
+            *strongest = strongest.max(*step);
         }
         for ((part, _), log) in TOLERABLE.iter().zip(&mut self.log_tolerable) {
             let (if_good, if_bad) = tolerable_steps(part * self.tolerance, self.tolerance);
@@ -195,12 +206,17 @@ impl Metric {
         self.candidate.add(candidate);
     }
 
+    /// Evidence that the candidate is worse; 1 is none. Slow requests come in bursts (one pause
+    /// delays all that a process has at that moment), so for latency the strongest window does
+    /// not count: less evidence is always on the safe side, and a regression stays.
     pub fn e_value(&self) -> f64 {
-        mixture(
-            &self.log_worse,
-            &WORSE.map(|(_, prior)| prior),
-            self.spread.phi(),
-        )
+        let mut logs = self.log_worse;
+        if self.above.is_some() {
+            for (log, strongest) in logs.iter_mut().zip(&self.strongest) {
+                *log -= strongest;
+            }
+        }
+        mixture(&logs, &WORSE.map(|(_, prior)| prior), self.spread.phi())
     }
 
     /// Whether the candidate's rate is one that anybody would mind.

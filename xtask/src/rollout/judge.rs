@@ -380,6 +380,31 @@ mod tests {
         assert_eq!(histogram.above(0.06), None);
     }
 
+    /// One pause of one process is no regression; slow requests in every window are.
+    #[test]
+    fn a_burst_of_slow_requests_is_forgiven_once() {
+        let slow = |requests: u64, slow: u64| Counts {
+            requests,
+            errors: 0,
+            latency: Some(Histogram {
+                le: vec![0.1],
+                count: vec![requests - slow, slow],
+            }),
+        };
+        let window = |number, candidate| Window {
+            number,
+            seconds: 1.0,
+            baseline: vec![slow(900, 1)],
+            candidate: vec![slow(100, candidate)],
+        };
+        let mut judge = Judge::new(&settings(), Some(&[0.1]));
+        assert_ne!(judge.window(&window(1, 60)).verdict, Verdict::Regressed);
+        for number in 2..5 {
+            assert_ne!(judge.window(&window(number, 0)).verdict, Verdict::Regressed);
+        }
+        assert_eq!(judge.window(&window(5, 60)).verdict, Verdict::Regressed);
+    }
+
     #[test]
     fn a_share_that_is_not_the_weight_is_no_proof() {
         let mut judge = Judge::new(&settings(), Some(&[]));
