@@ -168,7 +168,7 @@ main{max-width:1080px;margin:2rem auto;padding:0 1rem}h1{font-size:1.6rem}h2{fon
 margin:2.2rem 0 .2rem;border-top:1px solid #e2e8f0;padding-top:1.2rem}p{margin:.2rem 0 .8rem;\
 color:#4a5568}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .8rem;\
 text-align:right;border-bottom:1px solid #e2e8f0}th{color:#4a5568;font-weight:600}\
-td:first-child{white-space:nowrap}td:first-child,th:first-child,td.text,th.text{text-align:left}.plots{display:grid;\
+td{white-space:nowrap}td:first-child,th:first-child,td.text,th.text{text-align:left}.plots{display:grid;\
 grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:.6rem}svg{width:100%;height:auto}\
 .healthy{color:#276749;font-weight:600}.rolled-back,.aborted,.failed{color:#9b2c2c;font-weight:600}";
 
@@ -361,7 +361,7 @@ fn evidence(journal: &Journal) -> String {
         .lines()
         .last()
         .map_or(0.0, |line| time(journal, line.at));
-    let part = |part: f64| (part * 100.0).clamp(0.0, 130.0);
+    let part = |part: f64| (part * 100.0).clamp(0.0, 120.0);
     let (mut against, mut passed) = (Vec::new(), Vec::new());
     for (at, judgement) in journal.judgements() {
         let at = time(journal, at);
@@ -401,7 +401,7 @@ fn evidence(journal: &Journal) -> String {
                 dashed: true,
             },
         ],
-        Some(130.0),
+        Some(120.0),
         end,
     )
 }
@@ -411,7 +411,7 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
     const WIDTH: f64 = 520.0;
     const HEIGHT: f64 = 220.0;
     const LEFT: f64 = 44.0;
-    const RIGHT: f64 = 12.0;
+    const RIGHT: f64 = 22.0;
     const ABOVE: f64 = 44.0;
     const BELOW: f64 = 24.0;
     let highest = series
@@ -473,6 +473,15 @@ fn plot(title: &str, series: &[Series<'_>], top: Option<f64>, end: f64) -> Strin
         } else {
             ""
         };
+        if let [(seconds, value)] = points[..] {
+            // A line through one point cannot be seen.
+            let _ = write!(
+                svg,
+                "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{color}\"/>",
+                x(seconds),
+                y(value)
+            );
+        }
         let _ = write!(
             svg,
             "<polyline points=\"{path}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\"{dash}/>\
