@@ -53,8 +53,13 @@ pub fn target_dir() -> Result<PathBuf> {
 
 /// Builds this program with `feature` and becomes it, with the same arguments.
 pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
     output.command(format_args!(
-        "cargo run --package xtask --features {feature} -- ..."
+        "cargo run --package xtask --features {feature} -- {}",
+        arguments.join(" ")
     ));
     let shell = shell()?;
     isolated(cmd!(

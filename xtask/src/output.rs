@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anstyle::{AnsiColor, Style};
 use anyhow::Result;
+use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -286,11 +287,19 @@ pub fn usage(error: &clap::Error) -> ExitCode {
         || arguments
             .iter()
             .any(|argument| argument == "--message-format=json");
+    let command = Cli::command();
+    let names: Vec<&str> = command
+        .get_subcommands()
+        .map(clap::Command::get_name)
+        .collect();
+    let command = arguments
+        .iter()
+        .find(|argument| names.contains(&argument.as_str()));
     if json && code != 0 {
         let at = jiff::Timestamp::now().to_string();
         let last = json!({
-            "event": "finished", "at": at, "command": arguments.get(1), "outcome": "failed",
-            "exit_code": code, "error": error.to_string(),
+            "event": "finished", "at": at, "command": command, "outcome": "failed",
+            "exit_code": code, "error": error.to_string().trim(),
         });
         let _ = writeln!(std::io::stdout(), "{last}");
     }

@@ -20,6 +20,7 @@ use layout::{ImageConfig, Layout};
 pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let pipeline = Pipeline::load(&cli.pipeline)?;
     let recorded = make(&pipeline, args, output)?;
+    output.detail("next: cargo xtask deploy-staging");
     Ok(Finished::passed()
         .with("release", &recorded.id)
         .with("image", &recorded.release.image)
@@ -77,11 +78,21 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
         layer.size as f64 / 1e6,
         seconds(started.elapsed())
     ));
-    let recorded = Store::open(pipeline).keep(Release {
+    let store = Store::open(pipeline);
+    let recorded = store.keep(Release {
         image,
         version,
         ..probe
     })?;
+    let twin = store
+        .all()?
+        .into_iter()
+        .find(|other| other.release.version == recorded.release.version && other.id != recorded.id);
+    if let Some(twin) = twin {
+        output.warn(format_args!(
+            "{twin} has the same version; by its version only the newer one is found"
+        ));
+    }
     output.good(format_args!("release {recorded}"));
     output.event("release", &recorded);
     Ok(recorded)

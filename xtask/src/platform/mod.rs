@@ -127,3 +127,16 @@ pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn
         )),
     }
 }
+
+/// The environment as it is, without starting a platform that was stopped: then `None`.
+pub async fn look(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Option<(Status, String)>> {
+    match pipeline.environment(environment)?.platform {
+        PlatformKind::Sandbox => {
+            if !sandbox::should_run(pipeline).await? {
+                return Ok(None);
+            }
+            let platform = open(pipeline, environment).await?;
+            Ok(Some((platform.status().await?, platform.address())))
+        }
+    }
+}

@@ -56,6 +56,7 @@ pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished>
 pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     block_on(async {
         let session = Session::open(cli, &args.environment.environment, output)?;
+        session.check_idle()?;
         let wanted = args
             .to
             .as_ref()
@@ -145,14 +146,7 @@ impl<'a> Session<'a> {
     /// Starts a rollout and drives it to its end.
     async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
         let writer = self.become_writer()?;
-        if let Some(journal) = self.desk.unfinished()? {
-            bail!(
-                "the rollout {} has not ended; go on with it by `cargo xtask canary resume \
-                 --environment {1}`, or give it up by `cargo xtask canary abort --environment {1}`",
-                journal.plan().rollout,
-                self.name
-            );
-        }
+        self.check_idle()?;
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         let status = platform.status().await?;
         if status.stable.as_ref() == Some(&candidate.id) {
@@ -225,6 +219,19 @@ impl<'a> Session<'a> {
         self.drive(&*platform, &writer, &mut journal).await
     }
 
+    /// Refuses to begin while a rollout has not ended.
+    fn check_idle(&self) -> Result<()> {
+        if let Some(journal) = self.desk.unfinished()? {
+            bail!(
+                "the rollout {} has not ended; go on with it by `cargo xtask canary resume \
+                 --environment {1}`, or give it up by `cargo xtask canary abort --environment {1}`",
+                journal.plan().rollout,
+                self.name
+            );
+        }
+        Ok(())
+    }
+
     /// The right to change the environment, or a word on who has it.
     fn become_writer(&self) -> Result<Writer> {
         match self.desk.lock()? {
@@ -251,7 +258,8 @@ impl<'a> Session<'a> {
             time.as_secs_f64(),
         );
         status::forecast(&forecast, self.output);
-        forecast.check(self.pipeline.rollout.max_stage.0.as_secs_f64(), &self.name)?;
+        let max_stage = self.pipeline.rollout.max_stage.0.as_secs_f64();
+        forecast.check(max_stage, &self.name, &platform.address())?;
         Ok(forecast)
     }
 
@@ -279,13 +287,26 @@ impl<'a> Session<'a> {
             },
             audience: &|notice| narrator.tell(notice),
         };
-        let end = driver.run(journal).await?;
+        let end = tokio::select! {
+            end = driver.run(journal) => end?,
+            _ = tokio::signal::ctrl_c() => return Ok(self.interrupted()),
+        };
         let finished = self.conclude(&end, journal);
         if journal.plan().kind == Kind::Deploy && end == End::Outcome(Outcome::Healthy) {
             let status = platform.status().await?;
             status::running(&status, &platform.address(), self.output);
         }
         Ok(finished)
+    }
+
+    /// Ctrl-C leaves everything as it is: the journal knows how to go on.
+    fn interrupted(&self) -> Finished {
+        self.output.warn(format_args!(
+            "stopped following; traffic stays as it is and nothing drives the rollout. `cargo \
+             xtask canary resume` or `abort --environment {}` goes on",
+            self.name
+        ));
+        Finished::new(Exit::Unknown, "interrupted").with("environment", &self.name)
     }
 
     /// The last words on a rollout.
@@ -459,11 +480,17 @@ impl<'a> Session<'a> {
                 .line(format_args!("there has been no rollout in {}", self.name));
             return Ok(Finished::new(Exit::Yes, "idle"));
         };
-        let platform = platform::open(&self.pipeline, &self.name).await?;
-        let now = platform.status().await?;
+        let looked = platform::look(&self.pipeline, &self.name).await?;
         let driven = self.desk.is_busy();
-        status::rollout(&journal, &view(journal.plan(), &now), driven, self.output);
-        status::running(&now, &platform.address(), self.output);
+        let now = looked.as_ref().map(|(now, _)| now);
+        let seen = now.map(|now| view(journal.plan(), now));
+        status::rollout(&journal, seen.as_ref(), driven, self.output);
+        match &looked {
+            Some((now, address)) => status::running(now, address, self.output),
+            None => self
+                .output
+                .line("the sandbox is stopped; what it had is kept for its next start"),
+        }
         let state = journal.state();
         let judgement = journal
             .judgements()

@@ -110,6 +110,11 @@ fn back_reason(reason: &Reason) -> String {
         Reason::Aborted => "aborted".to_owned(),
         Reason::Regressed => "the candidate is worse than stable".to_owned(),
         Reason::NotReady => "the candidate did not get ready in time".to_owned(),
-        Reason::Broken(why) => why.clone(),
+        // Its last lines follow at the end.
+        Reason::Broken(why) => why
+            .split("; its last lines")
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
     }
 }

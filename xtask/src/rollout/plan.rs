@@ -183,11 +183,11 @@ pub fn forecast(
 
 impl Forecast {
     /// Refuses a rollout that cannot decide within its stages' time.
-    pub fn check(&self, max_stage: f64, environment: &str) -> Result<()> {
+    pub fn check(&self, max_stage: f64, environment: &str, address: &str) -> Result<()> {
         if self.rate == 0.0 {
             bail!(
                 "{environment} gets no requests, so nothing could be judged and no stage could \
-                 end; send it traffic and start again"
+                 end; send traffic to {address} and start again"
             );
         }
         if let Some(stage) = self.stages.iter().find(|stage| stage.to_pass > max_stage) {
@@ -280,7 +280,11 @@ mod tests {
                 errors,
                 latency: None,
             };
-            forecast(&stages, 2.0, &judge, &counts, 10.0).check(60.0, "production")
+            forecast(&stages, 2.0, &judge, &counts, 10.0).check(
+                60.0,
+                "production",
+                "http://localhost",
+            )
         };
         seen(2000, 0).unwrap();
         assert!(seen(0, 0).unwrap_err().to_string().contains("no requests"));

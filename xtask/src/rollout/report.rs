@@ -59,12 +59,14 @@ impl Summary {
         };
         let exposed = find(&|entry| weight_of(entry).is_some());
         let mut why = String::new();
+        let mut regressed = false;
         let turned = find(
             &|entry| matches!(entry, Entry::State { state } if matches!(state.phase, Phase::Back { .. })),
         );
         if let Some(Entry::State { state }) = turned.map(|line| &lines[line].entry)
             && let Phase::Back { reason } = &state.phase
         {
+            regressed = *reason == Reason::Regressed;
             why = match reason {
                 Reason::Aborted => "aborted".to_owned(),
                 Reason::Regressed => regression(journal),
@@ -97,7 +99,7 @@ impl Summary {
             requests: totals.map_or(0, |t| t.stable.requests + t.candidate.requests),
             failed,
             detection_seconds: exposed
-                .zip(turned)
+                .zip(turned.filter(|_| regressed))
                 .map(|(exposed, turned)| seconds(turned) - seconds(exposed)),
             restored_seconds: turned
                 .zip(restored)

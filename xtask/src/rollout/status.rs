@@ -111,31 +111,39 @@ pub fn hold_reason(reason: &HoldReason) -> String {
 }
 
 /// Stage, weights asked and observed, the evidence, and what happens next.
-pub fn rollout(journal: &Journal, view: &View, driven: bool, output: &Output) {
+pub fn rollout(journal: &Journal, view: Option<&View>, driven: bool, output: &Output) {
     let (started, state) = (journal.started(), journal.state());
     let plan = &started.plan;
     output.step(format_args!(
         "{}: {} to {} (rollout {})",
         plan.environment,
-        started.stable_name.as_deref().unwrap_or("nothing"),
+        started.stable_name.as_deref().unwrap_or("(nothing)"),
         started.candidate_name,
         plan.rollout
     ));
     let stage = &plan.stages[state.stage];
     output.line(format_args!("phase      {}", phase(plan, &state)));
     if state.outcome().is_none() {
-        let last = journal
-            .judgements()
-            .next_back()
-            .map(|(_, judgement)| judgement);
+        // What was judged before this stage began says nothing about its share.
+        let newest = journal.judgements().next_back();
+        let share = newest
+            .filter(|(at, _)| millis(*at) >= state.since)
+            .and_then(|(_, judgement)| judgement.share);
+        let last = newest.map(|(_, judgement)| judgement);
+        let percent = |share: Option<f64>| {
+            share.map_or_else(
+                || "unknown yet".to_owned(),
+                |share| format!("{:.1} %", share * 100.0),
+            )
+        };
         output.line(format_args!(
-            "weights    asked {} %, routed {} %, observed {}",
+            "weights    asked {} %, routed {}, observed {}",
             stage.weight,
-            view.candidate.weight,
-            last.and_then(|judgement| judgement.share).map_or_else(
-                || "nothing yet".to_owned(),
-                |share| format!("{:.1} %", share * 100.0)
+            view.map_or_else(
+                || "nothing".to_owned(),
+                |view| format!("{} %", view.candidate.weight)
             ),
+            percent(share),
         ));
         if let Some(judgement) = last {
             evidence(judgement, output);

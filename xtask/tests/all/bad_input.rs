@@ -162,7 +162,9 @@ fn damaged_files() {
     let saved = state.join("sandbox/state.json");
     let text = std::fs::read_to_string(&saved).unwrap();
     std::fs::write(&saved, &text[..text.len() / 2]).unwrap();
-    let ended = fixture.run(&["canary", "status"]).expect(2, "failed");
+    let ended = fixture
+        .run(&["deploy-staging", "--release", &second])
+        .expect(2, "failed");
     assert!(
         ended.said.contains("state.json is damaged"),
         "{}",

@@ -184,7 +184,14 @@ fn stopping_keeps_everything_for_the_next_start() {
     fixture.run(&["sandbox", "stop"]).expect(0, "stopped");
     fixture.run(&["sandbox", "status"]).expect(0, "stopped");
     assert!(nothing_listens(&fixture), "nothing listens any more");
-    fixture.run(&["canary", "status"]).expect(0, "healthy");
+    let status = fixture.run(&["canary", "status"]).expect(0, "healthy");
+    assert!(
+        status.said.contains("the sandbox is stopped"),
+        "{}",
+        status.said
+    );
+    fixture.run(&["sandbox", "status"]).expect(0, "stopped");
+    in_service_already(&fixture, &first);
     eventually("the release is back", || {
         fixture.production() == [(first.clone(), 100, 2, 2)]
     });
@@ -192,6 +199,19 @@ fn stopping_keeps_everything_for_the_next_start() {
         .run(&["sandbox", "logs", "--environment", "production"])
         .expect(0, "passed");
     assert!(logs.said.contains("serving"), "{}", logs.said);
+}
+
+/// A command that needs the platform and changes nothing.
+fn in_service_already(fixture: &Fixture, release: &str) {
+    let deploy = [
+        "deploy-staging",
+        "--environment",
+        "production",
+        "--release",
+        release,
+    ];
+    let ended = fixture.run(&deploy).expect(0, "healthy");
+    assert!(ended.said.contains("already"), "{}", ended.said);
 }
 
 fn nothing_listens(fixture: &Fixture) -> bool {
@@ -207,7 +227,7 @@ fn an_environment_can_move_to_another_port() {
     let before = fixture.port;
     fixture.move_production();
     for _ in 0..2 {
-        fixture.run(&["canary", "status"]).expect(0, "healthy");
+        in_service_already(&fixture, &first);
         assert!(!nothing_listens(&fixture), "{} serves", fixture.port);
     }
     assert_eq!(fixture.pids(), pids);

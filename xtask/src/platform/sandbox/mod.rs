@@ -242,6 +242,12 @@ fn prepare(
     })
 }
 
+/// Whether the sandbox is running, or was killed and should be.
+pub async fn should_run(pipeline: &Pipeline) -> Result<bool> {
+    let places = places(pipeline);
+    Ok(places.pid().exists() || is_alive(&places).await?)
+}
+
 /// Makes sure that a sandbox answers, starting one if need be.
 async fn start(places: &Places) -> Result<()> {
     if is_alive(places).await? {
