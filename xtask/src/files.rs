@@ -50,6 +50,35 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     })
 }
 
+/// Takes the lock `path`, creating the file and its directory; `None` where another process has
+/// it. The kernel takes it back when the file is dropped or the process ends, however it ends.
+pub fn try_lock(path: &Path) -> Result<Option<File>> {
+    let context = || format!("locking {}", path.display());
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).with_context(context)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(context)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(Some(lock)),
+        Err(fs::TryLockError::WouldBlock) => Ok(None),
+        Err(fs::TryLockError::Error(error)) => Err(error).with_context(context),
+    }
+}
+
+/// The last `number` lines of the file; bytes that are not UTF-8 are replaced.
+pub fn last_lines(path: &Path, number: usize) -> Vec<String> {
+    let text = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    lines[lines.len().saturating_sub(number)..]
+        .iter()
+        .map(|line| (*line).to_owned())
+        .collect()
+}
+
 /// SHA-256 in lower-case hexadecimal.
 pub fn sha256(content: &[u8]) -> String {
     hex(&Sha256::digest(content))

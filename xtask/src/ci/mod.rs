@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use crate::cargo;
 use crate::cli::CiArgs;
 use crate::config::nearest;
+use crate::files;
 use crate::output::{Exit, Finished, Output};
 use crate::setup;
 use receipt::Receipt;
@@ -107,7 +108,7 @@ fn report(receipt: &Receipt, output: &Output) {
     output.table(&["STEP", "OUTCOME", "TIME"], &rows);
     for step in receipt.failures() {
         output.bad(format_args!("{}: {}", step.name, step.reason));
-        for line in receipt::last_lines(&step.log, LAST_LINES) {
+        for line in files::last_lines(&step.log, LAST_LINES) {
             output.line(format_args!("    {line}"));
         }
         output.line(format_args!("    the whole log: {}", step.log.display()));

@@ -84,7 +84,7 @@ impl Receipt {
                 Outcome::Failed => {
                     let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
                     status.set_message(step.reason.clone());
-                    status.set_description(last_lines(&step.log, 200).join("\n"));
+                    status.set_description(files::last_lines(&step.log, 200).join("\n"));
                     status
                 }
             };
@@ -117,15 +117,4 @@ impl fmt::Display for Outcome {
             Self::Failed => "failed",
         })
     }
-}
-
-/// The last `number` lines of the file; bytes that are not UTF-8 are replaced.
-pub fn last_lines(path: &Path, number: usize) -> Vec<String> {
-    let text = std::fs::read(path).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<&str> = text.trim_end().lines().collect();
-    lines[lines.len().saturating_sub(number)..]
-        .iter()
-        .map(|line| (*line).to_owned())
-        .collect()
 }

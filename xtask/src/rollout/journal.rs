@@ -110,21 +110,9 @@ impl Desk {
 
     /// Becomes the environment's one writer; `None` where another process is.
     pub fn lock(&self) -> Result<Option<Writer>> {
-        fs::create_dir_all(&self.dir)
-            .with_context(|| format!("creating {}", self.dir.display()))?;
-        let path = self.dir.join("lock");
-        let context = || format!("locking {}", path.display());
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .with_context(context)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Ok(None),
-            Err(fs::TryLockError::Error(error)) => return Err(error).with_context(context),
-        }
+        let Some(lock) = files::try_lock(&self.dir.join("lock"))? else {
+            return Ok(None);
+        };
         let counter = self.dir.join("token");
         let last: u64 = if counter.exists() {
             files::read_json(&counter)?

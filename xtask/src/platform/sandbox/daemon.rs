@@ -99,20 +99,9 @@ pub fn run(places: &Places) -> Result<bool> {
 }
 
 fn lock(places: &Places) -> Result<Option<File>> {
-    fs::create_dir_all(&places.dir)
-        .with_context(|| format!("creating {}", places.dir.display()))?;
-    let context = || format!("locking {}", places.lock().display());
-    let lock = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(places.lock())
-        .with_context(context)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::WouldBlock) => return Ok(None),
-        Err(fs::TryLockError::Error(error)) => return Err(error).with_context(context),
-    }
+    let Some(lock) = files::try_lock(&places.lock())? else {
+        return Ok(None);
+    };
     let pid = std::process::id().to_string();
     files::write_atomically(&places.pid(), pid.as_bytes())?;
     Ok(Some(lock))

@@ -18,7 +18,7 @@ mod saved;
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -265,7 +265,7 @@ async fn start(places: &Places) -> Result<()> {
             if status.code() != Some(i32::from(daemon::ALREADY_RUNNING)) {
                 bail!(
                     "the sandbox did not start ({status}):\n{}",
-                    last_lines(&places.log())
+                    files::last_lines(&places.log(), 10).join("\n")
                 );
             }
             // The one before is still draining its processes, or another command was faster.
@@ -275,7 +275,7 @@ async fn start(places: &Places) -> Result<()> {
     }
     bail!(
         "the sandbox did not answer within 30 s:\n{}",
-        last_lines(&places.log())
+        files::last_lines(&places.log(), 10).join("\n")
     )
 }
 
@@ -333,10 +333,4 @@ fn this_program() -> Result<PathBuf> {
         return Ok(PathBuf::from("/proc/self/exe"));
     }
     std::env::current_exe().context("finding this program")
-}
-
-fn last_lines(path: &Path) -> String {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(10)..].join("\n")
 }
