@@ -7,6 +7,18 @@ use xshell::{Cmd, Shell, cmd};
 
 use crate::output::{Finished, Output};
 
+/// The cargo command under which jobs of Actions share one build of this program.
+pub const SHARED: &str = "ready-xtask";
+
+/// This program's arguments. Cargo puts the command's name first where it calls the shared one.
+pub fn arguments() -> Vec<std::ffi::OsString> {
+    let mut arguments: Vec<_> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|first| first == SHARED) {
+        arguments.remove(1);
+    }
+    arguments
+}
+
 /// A shell in the workspace's root.
 pub fn shell() -> Result<Shell> {
     let shell = Shell::new().context("finding the current directory")?;
@@ -51,10 +63,40 @@ pub fn target_dir() -> Result<PathBuf> {
     }
 }
 
+/// The commit that is checked out; `None` without git.
+pub fn head() -> Result<Option<String>> {
+    let shell = shell()?;
+    Ok(git(&shell, &["rev-parse", "HEAD"]))
+}
+
+/// The same with `-dirty` where the tree differs from it; `unknown` without git.
+pub fn revision() -> Result<String> {
+    let shell = shell()?;
+    let Some(commit) = git(&shell, &["rev-parse", "HEAD"]) else {
+        return Ok("unknown".to_owned());
+    };
+    let dirty = git(&shell, &["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
+    Ok(if dirty {
+        format!("{commit}-dirty")
+    } else {
+        commit
+    })
+}
+
+/// What git prints; `None` where it fails or is not there.
+pub fn git(shell: &Shell, arguments: &[&str]) -> Option<String> {
+    cmd!(shell, "git {arguments...}")
+        .quiet()
+        .ignore_stderr()
+        .read()
+        .ok()
+}
+
 /// Builds this program with `feature` and becomes it, with the same arguments.
 pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
-    let arguments: Vec<String> = std::env::args_os()
-        .skip(1)
+    let given = arguments();
+    let arguments: Vec<String> = given[1..]
+        .iter()
         .map(|word| word.to_string_lossy().into_owned())
         .collect();
     output.command(format_args!(
@@ -80,7 +122,7 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
         feature,
         "--",
     ]);
-    command.args(std::env::args_os().skip(1));
+    command.args(&given[1..]);
     Err(replace(command)).context("running cargo")
 }
 

@@ -63,6 +63,16 @@ pub enum Command {
     Demo(DemoArgs),
     /// Run the checks: what must hold before a change lands.
     Ci(CiArgs),
+    /// Look for known vulnerabilities, secrets, unused dependencies, unsafe workflows and manifests.
+    Audit(AuditArgs),
+    /// Install and start what the steps need and this machine lacks.
+    Setup(SetupArgs),
+    /// The workflows of GitHub Actions: prove that they run the same steps.
+    #[command(subcommand)]
+    Workflows(WorkflowsCommand),
+    /// The servers that tests use: PostgreSQL, Redis, RabbitMQ, Kafka, a registry.
+    #[command(subcommand)]
+    Servers(ServersCommand),
     /// Build the service into an OCI image and record it as a release.
     Image(ImageArgs),
     /// List the releases.
@@ -92,21 +102,173 @@ pub struct DemoArgs {
 
 #[derive(Debug, Args)]
 pub struct CiArgs {
-    /// First install what the steps need and this machine lacks.
+    /// `fast` is what is worth its time before each push.
+    #[arg(value_enum, default_value = "all")]
+    pub profile: Profile,
+
+    /// First install and start what the steps need and this machine lacks.
     #[arg(long)]
     pub setup: bool,
-
-    /// List the steps and what each proves.
-    #[arg(long)]
-    pub list: bool,
 
     /// Run only these steps.
     #[arg(long, value_name = "STEP", value_delimiter = ',')]
     pub only: Vec<String>,
 
-    /// Print the commands instead of running them.
+    /// Leave these steps out.
+    #[arg(long, value_name = "STEP", value_delimiter = ',')]
+    pub skip: Vec<String>,
+
+    /// Run only what failed or was not run the last time.
+    #[arg(long)]
+    pub failed: bool,
+
+    /// The last time is this receipt, such as one downloaded from Actions.
+    #[arg(long, value_name = "RUN.JSON", requires = "failed")]
+    pub from: Option<PathBuf>,
+
+    /// Run only what the changes since the main branch concern, committed or not.
+    #[arg(long)]
+    pub affected: bool,
+
+    /// Compare with this commit instead.
+    #[arg(long, value_name = "COMMIT", requires = "affected")]
+    pub base: Option<String>,
+
+    /// Let the steps that can mend the tree: format, clippy's suggestions, generated files.
+    #[arg(long, conflicts_with_all = ["no_cache", "arguments"])]
+    pub fix: bool,
+
+    /// Start nothing more once a step has failed.
+    #[arg(long)]
+    pub fail_fast: bool,
+
+    /// Run every step to its end, whatever fails; this is the default.
+    #[arg(long, conflicts_with = "fail_fast")]
+    pub keep_going: bool,
+
+    /// Run steps that passed before on the same inputs, and remember nothing.
+    #[arg(long)]
+    pub no_cache: bool,
+
+    /// How many cores to fill; all of them unless given.
+    #[arg(long, value_name = "N", value_parser = cores)]
+    pub jobs: Option<usize>,
+
+    /// Say what would run, and run nothing.
     #[arg(long)]
     pub dry_run: bool,
+
+    /// List the steps and what each proves.
+    #[arg(long, group = "look")]
+    pub list: bool,
+
+    /// Print the steps and their needs as a Mermaid graph.
+    #[arg(long, group = "look")]
+    pub graph: bool,
+
+    /// Print the whole command of a step, its directory and environment, ready to paste.
+    #[arg(long, value_name = "STEP", group = "look")]
+    pub explain: Option<String>,
+
+    /// Say what changed since a step last passed, file by file.
+    #[arg(long, value_name = "STEP", group = "look")]
+    pub why: Option<String>,
+
+    /// Say whether two receipts proved the same things of the same inputs.
+    #[arg(long, num_args = 2, value_names = ["A.JSON", "B.JSON"], group = "look")]
+    pub compare: Vec<PathBuf>,
+
+    /// Take the steps from this file instead of the table that is built in.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub steps: Option<PathBuf>,
+
+    /// More arguments for one step: `ci --only unit -- orders::`.
+    #[arg(last = true, value_name = "ARGUMENTS")]
+    pub arguments: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Profile {
+    All,
+    Fast,
+}
+
+fn cores(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number @ 1..=1024) => Ok(number),
+        _ => Err("expected a number from 1 to 1024".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct SetupArgs {
+    /// Change nothing: print what is needed, what is there, and how to mend the difference.
+    #[arg(long)]
+    pub check: bool,
+
+    /// Only what these steps need.
+    #[arg(long, value_name = "STEP", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// Only put this program beside cargo, where `CARGO_ALIAS_XTASK=ready-xtask` finds it: Actions'
+    /// jobs share one that way.
+    #[arg(long, conflicts_with_all = ["check", "only"])]
+    pub share: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct AuditArgs {
+    /// Run only these checks.
+    #[arg(long, value_name = "CHECK", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// Fail where a check cannot be made, such as without a database of advisories.
+    #[arg(long)]
+    pub strict: bool,
+
+    /// Take the advisories from this directory or git address.
+    #[arg(long, value_name = "DIR|URL", env = "XTASK_ADVISORY_DB")]
+    pub advisory_db: Option<String>,
+
+    /// Look at this directory instead of the workspace.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub root: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum WorkflowsCommand {
+    /// Check that GitHub Actions runs exactly the registered steps, safely.
+    Check(WorkflowsCheckArgs),
+    /// Write the workflows anew from the steps.
+    Write,
+    /// In Actions' last job: whether all jobs before it succeeded.
+    Conclude,
+}
+
+#[derive(Debug, Args)]
+pub struct WorkflowsCheckArgs {
+    /// The directory that holds `workflows/` and `actions/`.
+    #[arg(long, default_value = ".github", value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ServersCommand {
+    /// Start the servers that tests use, run a command with their addresses, remove them.
+    Run(ServersRunArgs),
+    /// Remove containers that a killed run has left.
+    Sweep,
+}
+
+#[derive(Debug, Args)]
+pub struct ServersRunArgs {
+    /// Only these servers.
+    #[arg(long, value_name = "SERVER", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// The command.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -240,6 +402,13 @@ impl Command {
         match self {
             Self::Demo(_) => "demo",
             Self::Ci(_) => "ci",
+            Self::Audit(_) => "audit",
+            Self::Setup(_) => "setup",
+            Self::Workflows(WorkflowsCommand::Check(_)) => "workflows check",
+            Self::Workflows(WorkflowsCommand::Write) => "workflows write",
+            Self::Workflows(WorkflowsCommand::Conclude) => "workflows conclude",
+            Self::Servers(ServersCommand::Run(_)) => "servers run",
+            Self::Servers(ServersCommand::Sweep) => "servers sweep",
             Self::Image(_) => "image",
             Self::Releases => "releases",
             Self::DeployStaging(_) => "deploy-staging",
@@ -261,7 +430,13 @@ impl Command {
     /// The feature of this crate that the command needs: the command table of the design.
     fn feature(&self) -> Option<&'static str> {
         match self {
-            Self::Ci(_) | Self::Image(_) | Self::Releases => None,
+            Self::Ci(_)
+            | Self::Audit(_)
+            | Self::Setup(_)
+            | Self::Workflows(_)
+            | Self::Image(_)
+            | Self::Releases => None,
+            Self::Servers(_) => Some("servers"),
             Self::DeployStaging(_)
             | Self::Canary(_)
             | Self::Rollback(_)
@@ -272,7 +447,10 @@ impl Command {
 
     /// The feature that the command needs and this binary lacks.
     pub fn missing_feature(&self) -> Option<&'static str> {
-        self.feature().filter(|_| !cfg!(feature = "rollout"))
+        self.feature().filter(|feature| match *feature {
+            "servers" => !cfg!(feature = "servers"),
+            _ => !cfg!(feature = "rollout"),
+        })
     }
 }
 

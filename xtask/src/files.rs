@@ -1,7 +1,7 @@
 //! Files that are either the old ones or the new ones, never half of either.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -11,6 +11,15 @@ use sha2::{Digest, Sha256};
 
 /// Replaces `path` by `content`: written beside it, synced, then renamed.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    put(path, content, true)
+}
+
+/// The same for what can be made again: after a power cut it may be the old one, or empty.
+pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    put(path, content, false)
+}
+
+fn put(path: &Path, content: &[u8], durable: bool) -> Result<()> {
     let write = || -> io::Result<()> {
         let dir = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;
@@ -19,6 +28,9 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
         let written = (|| {
             let mut file = File::create(&temporary)?;
             file.write_all(content)?;
+            if !durable {
+                return fs::rename(&temporary, path);
+            }
             file.sync_all()?;
             fs::rename(&temporary, path)?;
             // The rename itself is durable only when the directory is.
@@ -68,9 +80,19 @@ pub fn try_lock(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// The last `number` lines of the file; bytes that are not UTF-8 are replaced.
+/// The last `number` lines of the file; bytes that are not UTF-8 are replaced. However long the
+/// file is, only its end is read.
 pub fn last_lines(path: &Path, number: usize) -> Vec<String> {
-    let text = fs::read(path).unwrap_or_default();
+    const END: u64 = 256 << 10;
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(END)))?;
+        let mut end = Vec::new();
+        file.take(END).read_to_end(&mut end)?;
+        Ok(end)
+    };
+    let text = read().unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.trim_end().lines().collect();
     lines[lines.len().saturating_sub(number)..]

@@ -8,6 +8,7 @@
     )
 )]
 
+mod audit;
 mod cargo;
 mod ci;
 mod cli;
@@ -15,6 +16,7 @@ mod config;
 #[cfg(feature = "rollout")]
 mod demo;
 mod files;
+mod findings;
 #[cfg(feature = "rollout")]
 mod http;
 mod image;
@@ -24,7 +26,10 @@ mod platform;
 mod release;
 #[cfg(feature = "rollout")]
 mod rollout;
+#[cfg(feature = "servers")]
+mod servers;
 mod setup;
+mod workflows;
 
 use std::process::ExitCode;
 
@@ -35,7 +40,7 @@ use cli::{Cli, Command};
 use output::{Finished, Output};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(cargo::arguments()) {
         Ok(cli) => cli,
         Err(error) => return output::usage(&error),
     };
@@ -50,6 +55,11 @@ fn main() -> ExitCode {
 fn run(cli: &Cli, output: &Output) -> Result<Finished> {
     match &cli.command {
         Command::Ci(args) => ci::run(args, output),
+        Command::Audit(args) => audit::run(args, output),
+        Command::Setup(args) => setup::run(args, output),
+        Command::Workflows(command) => workflows::run(command, output),
+        #[cfg(feature = "servers")]
+        Command::Servers(command) => servers::run(command, output),
         Command::Image(args) => image::run(args, cli, output),
         Command::Releases => release::list(cli, output),
         #[cfg(feature = "rollout")]
@@ -62,7 +72,7 @@ fn run(cli: &Cli, output: &Output) -> Result<Finished> {
         Command::Sandbox(args) => platform::sandbox::commands::run(args, cli, output),
         #[cfg(feature = "rollout")]
         Command::Demo(args) => demo::run(args, cli, output),
-        #[cfg(not(feature = "rollout"))]
+        #[cfg(not(all(feature = "rollout", feature = "servers")))]
         command => anyhow::bail!("{} was built without its feature", command.name()),
     }
 }

@@ -3,10 +3,12 @@
 //! In JSON mode standard output carries only JSON; everything for people goes to standard error.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::fs::File;
+use std::io::{IsTerminal, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
 use anyhow::Result;
@@ -15,6 +17,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::cli::{Cli, Color, MessageFormat};
+use crate::files;
 
 const BOLD: Style = Style::new().bold();
 const DIM: Style = Style::new().dimmed();
@@ -30,8 +33,8 @@ pub struct Output {
     terminal: bool,
     /// GitHub Actions folds what stands between `::group::` and `::endgroup::`.
     actions: bool,
-    /// Whether a progress line stands on the terminal and must be wiped before anything else.
-    transient: Mutex<bool>,
+    /// How many lines of progress stand on the terminal and must be wiped before anything else.
+    transient: Mutex<usize>,
 }
 
 /// How a command ended.
@@ -94,7 +97,7 @@ impl Output {
             color,
             terminal: terminal && !ci,
             actions: std::env::var_os("GITHUB_ACTIONS").is_some(),
-            transient: Mutex::new(false),
+            transient: Mutex::new(0),
         }
     }
 
@@ -137,6 +140,15 @@ impl Output {
         self.people(&format!("{} {text}", self.paint(YELLOW, "warning")));
     }
 
+    /// What is wrong, or only worth a look.
+    pub fn bad_or_warn(&self, is_bad: bool, text: impl Display) {
+        if is_bad {
+            self.bad(text);
+        } else {
+            self.warn(text);
+        }
+    }
+
     /// A command about to run, as a person could paste it.
     pub fn command(&self, command: impl Display) {
         self.people(&self.paint(DIM, format_args!("$ {command}")));
@@ -144,15 +156,27 @@ impl Output {
 
     /// A line that the next one replaces; only a terminal shows it.
     pub fn progress(&self, text: impl Display) {
+        self.view(&[text.to_string()]);
+    }
+
+    /// Lines that the next ones replace; only a terminal shows them, each cut to its width.
+    pub fn view(&self, lines: &[String]) {
         if !self.terminal {
             return;
         }
+        self.wipe();
         let mut transient = self.lock();
         let mut stream = self.stream();
-        // A terminal that is gone is no reason to stop working.
-        let _ = write!(stream, "\r\x1b[2K{}", self.paint(DIM, text));
+        let size = rustix::termios::tcgetwinsize(std::io::stderr());
+        let (width, height) = size.map_or((80, 24), |size| (size.ws_col, size.ws_row));
+        let room = usize::from(height.saturating_sub(2)).max(1);
+        for line in lines.iter().take(room) {
+            let line: String = line.chars().take(usize::from(width.max(2)) - 1).collect();
+            // A terminal that is gone is no reason to stop working.
+            let _ = writeln!(stream, "{}", self.paint(DIM, line));
+        }
         let _ = stream.flush();
-        *transient = true;
+        *transient = lines.len().min(room);
     }
 
     /// Rows under a heading, each column as wide as its widest cell.
@@ -176,17 +200,39 @@ impl Output {
         }
     }
 
-    /// A part of the output that GitHub Actions can fold; dropping it ends it.
-    pub fn group(&self, title: impl Display) -> Group<'_> {
+    /// A log that Actions can fold; nothing in it is taken for a command to the runner. Of a long
+    /// one, the beginning and the end are shown.
+    pub fn log(&self, title: impl Display, path: &Path) {
         if self.actions {
             self.people(&format!("::group::{title}"));
         } else {
             self.step(title);
         }
-        Group {
-            output: self,
-            started: Instant::now(),
+        // Nobody who wrote the log could know this word.
+        let token = files::sha256(format!("{:?}{path:?}", jiff::Timestamp::now()).as_bytes());
+        if self.actions {
+            self.people(&format!("::stop-commands::{token}"));
         }
+        self.wipe();
+        if let Err(error) = copy_ends(path, &mut self.stream()) {
+            self.warn(format_args!("cannot show {}: {error}", path.display()));
+        }
+        if self.actions {
+            self.people(&format!("::{token}::"));
+            self.people("::endgroup::");
+        }
+    }
+
+    /// A workflow command, for Actions alone.
+    pub fn annotate(&self, command: &str) {
+        if self.actions {
+            self.people(command);
+        }
+    }
+
+    /// Whether GitHub Actions runs this.
+    pub fn is_actions(&self) -> bool {
+        self.actions
     }
 
     /// An event for programs: one JSON object on a line of standard output.
@@ -253,8 +299,10 @@ impl Output {
 
     fn wipe(&self) {
         let mut transient = self.lock();
-        if std::mem::take(&mut *transient) {
-            let _ = write!(self.stream(), "\r\x1b[2K");
+        let lines = std::mem::take(&mut *transient);
+        if lines > 0 {
+            // Up to the first line, then clear from there on.
+            let _ = write!(self.stream(), "\x1b[{lines}A\x1b[J");
         }
     }
 
@@ -266,7 +314,7 @@ impl Output {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, bool> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, usize> {
         self.transient
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -306,18 +354,34 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(code)
 }
 
-pub struct Group<'a> {
-    output: &'a Output,
-    started: Instant,
-}
-
-impl Drop for Group<'_> {
-    fn drop(&mut self) {
-        if self.output.actions {
-            self.output.people("::endgroup::");
-        }
-        self.output.detail(seconds(self.started.elapsed()));
+/// Copies a file, or of a long one the first and the last part, byte by byte.
+fn copy_ends(path: &Path, stream: &mut dyn Write) -> std::io::Result<()> {
+    const PART: u64 = 128 << 10;
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    if length <= 2 * PART {
+        std::io::copy(&mut file, stream)?;
+    } else {
+        std::io::copy(&mut Read::by_ref(&mut file).take(PART), stream)?;
+        let left_out = length - 2 * PART;
+        writeln!(
+            stream,
+            "\n... {left_out} bytes left out; all of it is in {} ...",
+            path.display()
+        )?;
+        file.seek(SeekFrom::End(-(PART as i64)))?;
+        std::io::copy(&mut file, stream)?;
     }
+    let ends_well = length == 0 || {
+        let mut last = [0];
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+        last == *b"\n"
+    };
+    if !ends_well {
+        writeln!(stream)?;
+    }
+    stream.flush()
 }
 
 /// A time as people read it: `340 ms`, `2.4 s`, `3 min 5 s`.

@@ -1,57 +1,85 @@
-//! What a run proved: `run.json` for programs, JUnit for test reporters, a summary for Actions.
+//! What a run proved, of what: `run.json`.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
-use serde::Serialize;
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 
+use super::fingerprint::Fingerprint;
 use crate::files;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Receipt {
     pub started_at: jiff::Timestamp,
-    pub ended_at: Option<jiff::Timestamp>,
+    pub ended_at: jiff::Timestamp,
+    /// The git commit, with `-dirty` where the tree differs from it.
+    pub revision: String,
+    pub interrupted: bool,
     pub steps: Vec<StepReceipt>,
+    /// The workspace's files by content, as steps saw them: `MODE SHA-256`.
+    pub files: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepReceipt {
     pub name: String,
     pub command: String,
     pub outcome: Outcome,
-    /// Why it failed.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    /// Why it failed or was not run, or what is odd about a pass.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
+    /// How long it ran; for a cached step, how long it ran when it passed.
     pub seconds: f64,
+    /// From the start of the run.
+    pub started: f64,
     pub log: PathBuf,
+    /// `None` for what has an effect.
+    pub key: Option<String>,
+    /// All that the key is made from, save the files' content, which `files` has.
+    pub inputs: Option<Inputs>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// A fingerprint as a receipt keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inputs {
+    pub argv: Vec<String>,
+    pub variables: BTreeMap<String, String>,
+    pub environment: BTreeMap<String, Option<String>>,
+    pub tools: BTreeMap<String, String>,
+    pub files: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     Passed,
     Failed,
+    /// It passed before, on the same inputs.
+    Cached,
+    NotRun,
+}
+
+impl Outcome {
+    pub fn is_pass(self) -> bool {
+        matches!(self, Self::Passed | Self::Cached)
+    }
 }
 
 impl Receipt {
-    pub fn begin() -> Self {
-        Self {
-            started_at: jiff::Timestamp::now(),
-            ended_at: None,
-            steps: Vec::new(),
+    pub fn read(path: &Path) -> Result<Self> {
+        if !path.is_file() {
+            bail!(
+                "{} is no receipt; `cargo xtask ci` writes one, and Actions keeps it as an artifact",
+                path.display()
+            );
         }
-    }
-
-    pub fn end(&mut self) {
-        self.ended_at = Some(jiff::Timestamp::now());
+        files::read_json(path)
     }
 
     pub fn passed(&self) -> bool {
-        self.failures().next().is_none()
+        !self.interrupted && self.steps.iter().all(|step| step.outcome.is_pass())
     }
 
     pub fn failures(&self) -> impl Iterator<Item = &StepReceipt> {
@@ -60,53 +88,47 @@ impl Receipt {
             .filter(|step| step.outcome == Outcome::Failed)
     }
 
-    /// Writes `run.json` and `junit.xml` into `dir`, and the summary where Actions wants one.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        files::write_json(&dir.join("run.json"), self)?;
-        let junit = self.junit().to_string().context("writing JUnit")?;
-        files::write_atomically(&dir.join("junit.xml"), junit.as_bytes())?;
-        if let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY") {
-            std::fs::OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(&path)
-                .and_then(|mut file| file.write_all(self.markdown().as_bytes()))
-                .with_context(|| format!("writing the summary to {}", path.display()))?;
+    /// How many steps ended in each way: `3 passed, 1 failed`.
+    pub fn tally(&self) -> String {
+        let all = [
+            Outcome::Passed,
+            Outcome::Cached,
+            Outcome::Failed,
+            Outcome::NotRun,
+        ];
+        let counts = all.iter().filter_map(|outcome| {
+            let number = self.steps.iter().filter(|s| s.outcome == *outcome).count();
+            (number > 0).then(|| format!("{number} {outcome}"))
+        });
+        counts.collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Inputs {
+    pub fn of(fingerprint: &Fingerprint) -> Self {
+        Self {
+            argv: fingerprint.argv.clone(),
+            variables: fingerprint.variables.clone(),
+            environment: fingerprint.environment.clone(),
+            tools: fingerprint.tools.clone(),
+            files: fingerprint.files.keys().cloned().collect(),
         }
-        Ok(())
     }
 
-    fn junit(&self) -> Report {
-        let mut suite = TestSuite::new("cargo xtask ci");
-        for step in &self.steps {
-            let status = match step.outcome {
-                Outcome::Passed => TestCaseStatus::success(),
-                Outcome::Failed => {
-                    let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
-                    status.set_message(step.reason.clone());
-                    status.set_description(files::last_lines(&step.log, 200).join("\n"));
-                    status
-                }
-            };
-            let mut case = TestCase::new(step.name.clone(), status);
-            case.set_classname("ci")
-                .set_time(Duration::from_secs_f64(step.seconds));
-            suite.add_test_case(case);
+    /// The fingerprint again, with the files' content as `receipt` has it.
+    pub fn fingerprint(&self, receipt: &Receipt) -> Fingerprint {
+        let content = |path: &String| {
+            let content = receipt.files.get(path).cloned().unwrap_or_default();
+            (path.clone(), content)
+        };
+        Fingerprint {
+            format: 1,
+            argv: self.argv.clone(),
+            variables: self.variables.clone(),
+            environment: self.environment.clone(),
+            tools: self.tools.clone(),
+            files: self.files.iter().map(content).collect(),
         }
-        let mut report = Report::new("ci");
-        report.add_test_suite(suite);
-        report
-    }
-
-    fn markdown(&self) -> String {
-        let mut text = String::from("| step | outcome | seconds |\n|---|---|---:|\n");
-        for step in &self.steps {
-            text.push_str(&format!(
-                "| {} | {} | {:.1} |\n",
-                step.name, step.outcome, step.seconds
-            ));
-        }
-        text
     }
 }
 
@@ -115,6 +137,8 @@ impl fmt::Display for Outcome {
         f.write_str(match self {
             Self::Passed => "passed",
             Self::Failed => "failed",
+            Self::Cached => "cached",
+            Self::NotRun => "not run",
         })
     }
 }

@@ -1,155 +1,188 @@
 //! The steps, as data. To add a check, add a row.
 
-use serde::Serialize;
+use super::facts::{ADVISORIES, HISTORY, RUST, TODAY};
+use super::step::Step;
+use crate::setup::CONTAINERS;
 
-#[derive(Debug, Serialize)]
-pub struct Step {
-    pub name: &'static str,
-    pub proves: &'static str,
-    pub argv: &'static [&'static str],
-    /// Variables that the command gets besides the environment.
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    pub variables: &'static [(&'static str, &'static str)],
-    /// The tool of `config/tools.toml` that the command needs.
-    #[serde(skip)]
-    pub tool: Option<&'static str>,
-}
+/// Jobs of the workflow; each runs its steps on a machine of its own.
+pub const CHECKS: &str = "checks";
+pub const TESTS: &str = "tests";
 
-/// In the order in which they run: the quickest to fail first.
-pub const STEPS: &[Step] = &[
-    Step {
-        name: "format",
-        proves: "the code is formatted as rustfmt does it",
-        argv: &["cargo", "fmt", "--all", "--check"],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "deny",
-        proves: "no dependency is banned, badly licensed or from an unknown source",
-        argv: &[
-            "cargo",
-            "deny",
-            "--all-features",
-            "check",
-            "bans",
-            "licenses",
-            "sources",
-        ],
-        variables: &[],
-        tool: Some("cargo-deny"),
-    },
-    Step {
-        name: "thin",
-        proves: "xtask builds without any feature and without a warning",
-        argv: &[
-            "cargo",
-            "clippy",
-            "--locked",
-            "--package",
-            "xtask",
-            "--",
-            "--deny",
-            "warnings",
-        ],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "clippy",
-        proves: "clippy and the compiler have no warning",
-        argv: &[
-            "cargo",
-            "clippy",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-            "--all-features",
-            "--",
-            "--deny",
-            "warnings",
-        ],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "build",
-        proves: "everything builds",
-        argv: &[
-            "cargo",
-            "build",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-            "--all-features",
-        ],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "docs",
-        proves: "the documentation builds and its links lead somewhere",
-        argv: &[
-            "cargo",
-            "doc",
-            "--locked",
-            "--workspace",
-            "--all-features",
-            "--no-deps",
-            "--document-private-items",
-        ],
-        variables: &[("RUSTDOCFLAGS", "--deny warnings")],
-        tool: None,
-    },
-    Step {
-        name: "image",
-        proves: "the service builds into an image (the tests run it)",
-        argv: &[
-            "cargo",
-            "run",
-            "--locked",
-            "--package",
-            "xtask",
-            "--all-features",
-            "--",
-            "image",
-        ],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "test",
-        proves: "the tests pass, on real processes",
-        argv: &["cargo", "test", "--locked", "--workspace", "--all-features"],
-        variables: &[],
-        tool: None,
-    },
-    Step {
-        name: "demo",
-        proves: "the whole path works under load, a bad release and a kill included",
-        argv: &[
-            "cargo",
-            "run",
-            "--locked",
-            "--package",
-            "xtask",
-            "--all-features",
-            "--",
-            "demo",
-        ],
-        variables: &[],
-        tool: None,
-    },
+/// cargo's directory of what is built: two builds in it would only wait for each other.
+const TARGET: &str = "target";
+
+/// Variables that change what cargo and rustc do.
+const BUILD: &[&str] = &[
+    "CARGO_BUILD_RUSTFLAGS",
+    "CARGO_BUILD_TARGET",
+    "CARGO_ENCODED_RUSTFLAGS",
+    "CC",
+    "CFLAGS",
+    "RUSTC",
+    "RUSTC_WRAPPER",
+    "RUSTFLAGS",
 ];
 
-impl Step {
-    /// The command as a person would paste it.
-    pub fn command_line(&self) -> String {
-        let variables = self
-            .variables
-            .iter()
-            .map(|(name, value)| format!("{name}='{value}'"));
-        let words = self.argv.iter().map(|word| (*word).to_owned());
-        variables.chain(words).collect::<Vec<_>>().join(" ")
+/// In the order in which they start where several can: the quickest to fail first.
+pub fn steps() -> Vec<Step> {
+    vec![
+        Step::check(
+            "format",
+            "the code is formatted as rustfmt does it",
+            "cargo fmt --all --check",
+        )
+        .reads(&["**/*.rs", "**/Cargo.toml", "**/rustfmt.toml"])
+        .tools(&[RUST])
+        .mended_by("cargo fmt --all")
+        .minutes(5)
+        .fast()
+        .job(CHECKS),
+        Step::check(
+            "workflows",
+            "GitHub Actions runs these very steps, each once, with no right it does not need",
+            "cargo xtask workflows check",
+        )
+        .reads(&[".github/**", "config/tools.toml"])
+        .packages(&["xtask"])
+        .mended_by("cargo xtask workflows write")
+        .minutes(5)
+        .fast()
+        .job(CHECKS),
+        Step::check(
+            "audit",
+            "no known vulnerability, secret, unused or unlicensed dependency, or unsafe manifest",
+            "cargo xtask audit",
+        )
+        .reads(&["**"])
+        .tools(&[
+            RUST,
+            "cargo-deny",
+            "cargo-shear",
+            "kingfisher",
+            "zizmor",
+            "workflow-parser",
+            ADVISORIES,
+            HISTORY,
+            TODAY,
+        ])
+        .minutes(10)
+        .fast()
+        .job(CHECKS),
+        cargo_step(
+            "thin",
+            "xtask builds without any feature and without a warning",
+            "cargo clippy --locked --package xtask -- --deny warnings",
+        )
+        .packages(&["xtask"])
+        .job(CHECKS),
+        cargo_step(
+            "clippy",
+            "clippy and the compiler have no warning",
+            "cargo clippy --locked --workspace --all-targets --all-features -- --deny warnings",
+        )
+        .packages(&["xtask", "service"])
+        .mended_by(
+            "cargo clippy --locked --workspace --all-targets --all-features \
+             --fix --allow-dirty --allow-staged",
+        )
+        .fast()
+        .job(CHECKS),
+        cargo_step(
+            "docs",
+            "the documentation builds and its links lead somewhere",
+            "cargo doc --locked --workspace --all-features --no-deps --document-private-items",
+        )
+        .packages(&["xtask", "service"])
+        .variable("RUSTDOCFLAGS", "--deny warnings")
+        .job(CHECKS),
+        cargo_step(
+            "build",
+            "everything builds: programs, tests and benchmarks",
+            "cargo build --locked --workspace --all-targets --all-features",
+        )
+        .packages(&["xtask", "service"])
+        .job(TESTS),
+        cargo_step(
+            "unit",
+            "each part does by itself what it says",
+            "cargo test --locked --workspace --all-features --lib --bins",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**", ".github/**"])
+        .needs(&["build"])
+        .job(TESTS),
+        cargo_step(
+            "integration",
+            "the service works on SQLite and on real servers in containers",
+            "cargo xtask servers run -- \
+             cargo test --locked --workspace --all-features --test integration --test round_trips",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**"])
+        .tools(&[CONTAINERS])
+        .locks(&["containers"])
+        .needs(&["build"])
+        .job(TESTS),
+        cargo_step(
+            "image",
+            "the service builds into an image (the commands below run it)",
+            "cargo xtask image",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**"])
+        .writes(&["target/xtask/images/index.json"])
+        .job(TESTS),
+        cargo_step(
+            "commands",
+            "xtask's commands do what they say, on real processes under load",
+            "cargo test --locked --workspace --all-features --test commands",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**", ".github/**", "**/*.md", "deny.toml"])
+        .tools(&[
+            "cargo-deny",
+            "cargo-shear",
+            "kingfisher",
+            "zizmor",
+            "workflow-parser",
+        ])
+        .needs(&["build", "image"])
+        .minutes(40)
+        .job(TESTS),
+        cargo_step(
+            "demo",
+            "the whole path works under load, a bad release and a kill included",
+            "cargo xtask demo",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**"])
+        .needs(&["image"])
+        .job(TESTS),
+    ]
+}
+
+/// A step that builds with cargo, which keeps all cores busy.
+fn cargo_step(name: &str, proves: &str, run: &str) -> Step {
+    Step::check(name, proves, run)
+        .environment(BUILD)
+        .tools(&[RUST])
+        .locks(&[TARGET])
+        .all_cores()
+        .minutes(30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ci::step;
+
+    #[test]
+    fn the_table_can_be_run() {
+        let steps = steps();
+        step::verify(&steps).unwrap();
+        for step in steps {
+            assert!([CHECKS, TESTS].contains(&step.job.as_str()), "{step}");
+            assert!(!step.proves.is_empty(), "{step}");
+        }
     }
 }

