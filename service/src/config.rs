@@ -76,9 +76,17 @@ pub struct Timeout(pub Duration);
 #[derive(Debug, Clone, Serialize)]
 pub struct LogFilter(pub String);
 
-/// The database's address; its scheme chooses the storage adapter.
-#[derive(Debug, Clone, Serialize)]
+/// The database's address; its scheme chooses the storage adapter. It may hold a password, which
+/// is never shown.
+#[derive(Clone, Serialize)]
 pub struct DatabaseUrl(pub String);
+
+/// The databases that there is an adapter for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    Sqlite,
+    Postgres,
+}
 
 /// Why the configuration cannot be used: one line for each problem, naming file, key and value.
 #[derive(Debug)]
@@ -159,7 +167,7 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
     let value = figment.find_value(&key).ok().and_then(|value| {
         serde_json::to_string(&value)
             .ok()
-            .map(|value| format!(" = {value}"))
+            .map(|value| format!(" = {}", without_password(&value)))
     });
     format!(
         "{place}: {key}{}: {}",
@@ -228,12 +236,47 @@ impl<'de> Deserialize<'de> for LogFilter {
 impl<'de> Deserialize<'de> for DatabaseUrl {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        if text.starts_with("sqlite:") {
-            Ok(DatabaseUrl(text))
-        } else {
-            Err(serde::de::Error::custom(
-                "expected an address that starts with \"sqlite:\"",
-            ))
+        match scheme(&text) {
+            Some(_) => Ok(DatabaseUrl(text)),
+            None => Err(serde::de::Error::custom(
+                "expected an address that starts with \"sqlite:\" or \"postgres:\"",
+            )),
         }
     }
+}
+
+impl DatabaseUrl {
+    pub fn scheme(&self) -> Scheme {
+        scheme(&self.0).unwrap_or(Scheme::Sqlite)
+    }
+}
+
+fn scheme(url: &str) -> Option<Scheme> {
+    match url.split_once(':')?.0 {
+        "sqlite" => Some(Scheme::Sqlite),
+        "postgres" | "postgresql" => Some(Scheme::Postgres),
+        _ => None,
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&without_password(&self.0))
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// `scheme://user:password@host` with stars for the password.
+fn without_password(url: &str) -> String {
+    let parts = url.split_once("://").and_then(|(scheme, rest)| {
+        let (user, place) = rest.rsplit_once('@')?;
+        let (user, _) = user.split_once(':')?;
+        Some(format!("{scheme}://{user}:***@{place}"))
+    });
+    parts.unwrap_or_else(|| url.to_owned())
 }

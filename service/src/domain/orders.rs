@@ -204,12 +204,14 @@ impl PageRequest {
 }
 
 impl OrderId {
-    pub fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
+    pub fn as_uuid(self) -> Uuid {
+        self.0
     }
+}
 
-    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
-        Uuid::from_slice(bytes).ok().map(Self)
+impl From<Uuid> for OrderId {
+    fn from(id: Uuid) -> Self {
+        Self(id)
     }
 }
 

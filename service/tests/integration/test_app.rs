@@ -11,9 +11,10 @@ use service::app::App;
 use service::config::Config;
 use service::server::{self, Sockets};
 use service::telemetry;
-use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+use crate::database::Database;
 
 pub struct TestApp {
     pub app: Arc<App>,
@@ -22,17 +23,13 @@ pub struct TestApp {
     client: reqwest::Client,
     stop: Option<oneshot::Sender<()>>,
     server: JoinHandle<anyhow::Result<()>>,
-    dir: Arc<TempDir>,
+    database: Database,
 }
 
-/// The configuration that ships, with a database in `dir` and ports that are free.
-pub fn config(dir: &Path) -> Config {
+/// The configuration that ships.
+pub fn shipped_config() -> Config {
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service/default.toml");
-    let mut config = Config::from_files(&[shipped]).unwrap();
-    config.server.listen = "127.0.0.1:0".parse().unwrap();
-    config.server.admin_listen = "127.0.0.1:0".parse().unwrap();
-    config.database.url.0 = format!("sqlite://{}", dir.join("orders.db").display());
-    config
+    Config::from_files(&[shipped]).unwrap()
 }
 
 impl TestApp {
@@ -41,16 +38,19 @@ impl TestApp {
     }
 
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
-        Self::start_in(Arc::new(TempDir::new().unwrap()), change).await
+        Self::start_on(Database::sqlite(), change).await
     }
 
     /// A second process on the same database.
     pub async fn beside(&self, change: impl FnOnce(&mut Config)) -> Self {
-        Self::start_in(Arc::clone(&self.dir), change).await
+        Self::start_on(self.database.clone(), change).await
     }
 
-    async fn start_in(dir: Arc<TempDir>, change: impl FnOnce(&mut Config)) -> Self {
-        let mut config = config(dir.path());
+    pub async fn start_on(database: Database, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = shipped_config();
+        config.server.listen = "127.0.0.1:0".parse().unwrap();
+        config.server.admin_listen = "127.0.0.1:0".parse().unwrap();
+        database.use_in(&mut config);
         change(&mut config);
         let app = App::open(config, metrics()).await.unwrap();
         let sockets = Sockets::bind(&app.config.server).unwrap();
@@ -68,7 +68,7 @@ impl TestApp {
             client,
             stop: Some(stop),
             server,
-            dir,
+            database,
         }
     }
 
@@ -106,11 +106,7 @@ impl TestApp {
 
     /// Changes the database behind the service's back.
     pub async fn execute(&self, sql: &str) {
-        let pool = sqlx::SqlitePool::connect(&self.app.config.database.url.0)
-            .await
-            .unwrap();
-        sqlx::query(sql).execute(&pool).await.unwrap();
-        pool.close().await;
+        self.database.execute(sql).await;
     }
 
     pub fn begin_stop(&mut self) {

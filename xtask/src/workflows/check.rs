@@ -238,7 +238,7 @@ impl File<'_> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let simple =
             |word: &&str| !word.contains([';', '&', '|', '`', '$', '<', '>', '"', '\'', '\\', '(']);
-        if !words.iter().all(|word| simple(word)) || text.contains('\n') {
+        if !words.iter().all(simple) || text.contains('\n') {
             self.wrong(
                 at,
                 "command",

@@ -1,5 +1,7 @@
 //! Where orders are kept: one trait, chosen by the scheme of `database.url`.
 
+mod postgres;
+mod rows;
 mod sqlite;
 
 use std::sync::Arc;
@@ -7,7 +9,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use crate::config::Database;
+use crate::config::{Database, Scheme};
 use crate::domain::orders::{Order, OrderId};
 
 /// Durable orders. An `Ok` of a write means that it survives a crash of the process.
@@ -41,5 +43,47 @@ pub enum StorageError {
 
 /// Opens the adapter that the address asks for and brings its schema up to date.
 pub async fn open(config: &Database) -> anyhow::Result<Arc<dyn Storage>> {
-    Ok(Arc::new(sqlite::Sqlite::open(config).await?))
+    Ok(match config.url.scheme() {
+        Scheme::Sqlite => Arc::new(sqlite::Sqlite::open(config).await?),
+        Scheme::Postgres => Arc::new(postgres::Postgres::open(config).await?),
+    })
+}
+
+impl From<sqlx::Error> for StorageError {
+    fn from(error: sqlx::Error) -> Self {
+        let code = match &error {
+            sqlx::Error::Database(database) => database.code(),
+            _ => None,
+        };
+        match (code.as_deref().map(meaning), &error) {
+            (Some(Meaning::ReadOnly), _) => Self::ReadOnly,
+            (Some(Meaning::Busy), _) | (_, sqlx::Error::PoolTimedOut | sqlx::Error::Io(_)) => {
+                Self::Busy(error.to_string())
+            }
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+/// What a database's code says of the next try.
+enum Meaning {
+    ReadOnly,
+    Busy,
+    Other,
+}
+
+/// SQLSTATEs have five characters (PostgreSQL, appendix A); SQLite's result codes are numbers, the
+/// primary one in the low byte (<https://sqlite.org/rescode.html>).
+fn meaning(code: &str) -> Meaning {
+    match code {
+        "25006" => Meaning::ReadOnly,
+        // Too many connections, serialization, deadlock, a lock not to be had; shutting down.
+        "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" => Meaning::Busy,
+        code if code.len() == 5 => Meaning::Other,
+        code => match code.parse::<u32>().map(|code| code & 0xff) {
+            Ok(5) => Meaning::Busy,
+            Ok(8) => Meaning::ReadOnly,
+            _ => Meaning::Other,
+        },
+    }
 }

@@ -7,20 +7,17 @@ use std::str::FromStr;
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::Row;
 use sqlx::migrate::Migrator;
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
-use super::{Storage, StorageError};
+use super::{Storage, StorageError, rows};
 use crate::config::Database;
-use crate::domain::orders::{Item, Order, OrderId, Status};
+use crate::domain::orders::{Order, OrderId};
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
 fn migrations() -> Migrator {
-    let mut migrations = sqlx::migrate!();
+    let mut migrations = sqlx::migrate!("migrations/sqlite");
     migrations.set_ignore_missing(true);
     migrations
 }
@@ -32,7 +29,7 @@ pub(super) struct Sqlite {
 impl Sqlite {
     pub(super) async fn open(config: &Database) -> anyhow::Result<Self> {
         let options = SqliteConnectOptions::from_str(&config.url.0)
-            .with_context(|| format!("reading database.url = {:?}", config.url.0))?
+            .with_context(|| format!("reading database.url = {}", config.url))?
             .busy_timeout(config.busy_timeout.0)
             .foreign_keys(true);
         let options = if config.read_only {
@@ -57,7 +54,7 @@ impl Sqlite {
         } else {
             // Several processes may start at once on one file: turning WAL on and migrating
             // happen under a lock that the kernel frees when the holder dies.
-            let _lock = lock(&file)?;
+            let _lock = lock(&file).await?;
             let pool = connect.connect_with(options).await;
             if let Ok(pool) = &pool {
                 migrations()
@@ -72,12 +69,17 @@ impl Sqlite {
     }
 }
 
-fn lock(database: &Path) -> anyhow::Result<File> {
+async fn lock(database: &Path) -> anyhow::Result<File> {
     let path = database.with_extension("migrate.lock");
-    let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    file.lock()
-        .with_context(|| format!("locking {}", path.display()))?;
-    Ok(file)
+    // Waiting for another process must not keep this runtime's other tasks from theirs.
+    tokio::task::spawn_blocking(move || {
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        file.lock()
+            .with_context(|| format!("locking {}", path.display()))?;
+        Ok(file)
+    })
+    .await
+    .context("waiting for the lock")?
 }
 
 #[async_trait]
@@ -89,7 +91,7 @@ impl Storage for Sqlite {
             "INSERT INTO orders (id, customer, currency, status, created_at, updated_at)
              VALUES (?, ?, ?, ?, ?, ?)",
         )
-        .bind(order.id.as_bytes())
+        .bind(order.id.as_uuid())
         .bind(&order.customer)
         .bind(&order.currency)
         .bind(order.status.as_str())
@@ -102,7 +104,7 @@ impl Storage for Sqlite {
                 "INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
                  VALUES (?, ?, ?, ?, ?)",
             )
-            .bind(order.id.as_bytes())
+            .bind(order.id.as_uuid())
             .bind(line)
             .bind(&item.sku)
             .bind(item.quantity)
@@ -115,131 +117,47 @@ impl Storage for Sqlite {
     }
 
     async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
-        let rows = sqlx::query(&select("WHERE id = ?1"))
-            .bind(id.as_bytes())
+        let lines = sqlx::query_as(&rows::select("WHERE id = $1"))
+            .bind(id.as_uuid())
             .fetch_all(&self.pool)
             .await?;
-        Ok(orders(&rows)?.pop())
+        Ok(rows::orders(lines)?.pop())
     }
 
     async fn list(&self, after: Option<OrderId>, limit: u32) -> Result<Vec<Order>, StorageError> {
-        let page = match after {
-            Some(_) => "WHERE id < ?1 ORDER BY id DESC LIMIT ?2",
-            None => "ORDER BY id DESC LIMIT ?2",
+        let select = rows::select(if after.is_some() {
+            rows::OLDER
+        } else {
+            rows::NEWEST
+        });
+        let query = sqlx::query_as(&select).bind(limit);
+        let query = match after {
+            Some(after) => query.bind(after.as_uuid()),
+            None => query,
         };
-        let rows = sqlx::query(&select(page))
-            .bind(after.as_ref().map(OrderId::as_bytes))
-            .bind(limit)
-            .fetch_all(&self.pool)
-            .await?;
-        orders(&rows)
+        rows::orders(query.fetch_all(&self.pool).await?)
     }
 
     async fn cancel(&self, id: OrderId, now: Timestamp) -> Result<Option<Order>, StorageError> {
-        sqlx::query("UPDATE orders SET status = 'cancelled', updated_at = ? WHERE id = ? AND status = 'open'")
+        sqlx::query(rows::CANCEL)
             .bind(now.as_millisecond())
-            .bind(id.as_bytes())
+            .bind(id.as_uuid())
             .execute(&self.pool)
             .await?;
         self.find(id).await
     }
 
     async fn check(&self) -> Result<(), StorageError> {
-        let found = self.schema_version().await?;
-        let needed = migrations()
-            .iter()
-            .map(|migration| migration.version)
-            .max()
-            .unwrap_or(0);
-        if found < needed {
-            Err(StorageError::Schema { found, needed })
-        } else {
-            Ok(())
-        }
+        rows::judge_schema(self.schema_version().await?, &migrations())
     }
 
     async fn schema_version(&self) -> Result<i64, StorageError> {
-        let row =
-            sqlx::query("SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success")
-                .fetch_one(&self.pool)
-                .await?;
-        Ok(row.try_get(0)?)
+        Ok(sqlx::query_scalar(rows::SCHEMA_VERSION)
+            .fetch_one(&self.pool)
+            .await?)
     }
 
     async fn close(&self) {
         self.pool.close().await;
-    }
-}
-
-/// One row for each line of the orders that `page` selects, in the page's order.
-fn select(page: &str) -> String {
-    format!(
-        "SELECT o.id, customer, currency, status, created_at, updated_at,
-                sku, quantity, unit_price_cents
-         FROM (SELECT * FROM orders {page}) o JOIN order_items i ON i.order_id = o.id
-         ORDER BY o.id DESC, i.line"
-    )
-}
-
-fn orders(rows: &[SqliteRow]) -> Result<Vec<Order>, StorageError> {
-    let mut orders = Vec::new();
-    for rows in rows.chunk_by(|a, b| a.get_unchecked_id() == b.get_unchecked_id()) {
-        let items = rows
-            .iter()
-            .map(|row| {
-                Ok(Item {
-                    sku: row.try_get("sku")?,
-                    quantity: row.try_get("quantity")?,
-                    unit_price_cents: row.try_get("unit_price_cents")?,
-                })
-            })
-            .collect::<Result<_, sqlx::Error>>()?;
-        let row = &rows[0];
-        let corrupt = |column: &str| StorageError::Failed(format!("orders.{column} is corrupt"));
-        let time = |column: &str| -> Result<Timestamp, StorageError> {
-            Timestamp::from_millisecond(row.try_get(column)?).map_err(|_| corrupt(column))
-        };
-        orders.push(Order::assemble(
-            OrderId::from_slice(row.try_get("id")?).ok_or_else(|| corrupt("id"))?,
-            row.try_get("customer")?,
-            row.try_get("currency")?,
-            row.try_get::<&str, _>("status")?
-                .parse::<Status>()
-                .map_err(|()| corrupt("status"))?,
-            items,
-            (time("created_at")?, time("updated_at")?),
-        ));
-    }
-    Ok(orders)
-}
-
-/// The id that rows of one order share.
-trait RowId {
-    fn get_unchecked_id(&self) -> Option<&[u8]>;
-}
-
-impl RowId for SqliteRow {
-    fn get_unchecked_id(&self) -> Option<&[u8]> {
-        self.try_get("id").ok()
-    }
-}
-
-impl From<sqlx::Error> for StorageError {
-    fn from(error: sqlx::Error) -> Self {
-        // Primary result codes are the low byte: https://sqlite.org/rescode.html
-        const BUSY: u32 = 5;
-        const READ_ONLY: u32 = 8;
-        let code = match &error {
-            sqlx::Error::Database(database) => database
-                .code()
-                .and_then(|code| code.parse::<u32>().ok())
-                .map(|code| code & 0xff),
-            _ => None,
-        };
-        match (code, &error) {
-            (Some(READ_ONLY), _) => Self::ReadOnly,
-            (Some(BUSY), _) | (_, sqlx::Error::PoolTimedOut) => Self::Busy(error.to_string()),
-            _ => Self::Failed(error.to_string()),
-        }
     }
 }
