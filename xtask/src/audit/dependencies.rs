@@ -41,7 +41,7 @@ pub fn advisories(context: &Context) -> Result<Report> {
     let text = toml::to_string(&settings).context("writing settings for cargo-deny")?;
     fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
     let config = file.display().to_string();
-    let findings = deny(context, &["check", "--config", &config, "advisories"])?;
+    let findings = deny(context, &["--config", &config, "check", "advisories"])?;
     Ok(Report {
         findings: named(findings, "advisories"),
         looked_at,
@@ -52,7 +52,7 @@ pub fn advisories(context: &Context) -> Result<Report> {
 pub fn policy(context: &Context) -> Result<Report> {
     settings(context)?;
     let config = context.root.join("deny.toml").display().to_string();
-    let words = ["check", "--config", &config, "bans", "licenses", "sources"];
+    let words = ["--config", &config, "check", "bans", "licenses", "sources"];
     let findings = deny(context, &words)?;
     let packages = lock(context)?.matches("[[package]]").count();
     Ok(Report {
@@ -131,7 +131,11 @@ fn deny(context: &Context, words: &[&str]) -> Result<Vec<Finding>> {
         let messages: Vec<&str> = logs
             .filter_map(|log| log["fields"]["message"].as_str())
             .collect();
-        bail!("cargo-deny could not look: {}", messages.join("; "));
+        let why = match messages.is_empty() {
+            true => said.trim().to_owned(),
+            false => messages.join("; "),
+        };
+        bail!("cargo-deny could not look: {why}");
     }
     let lock = lock(context)?;
     let diagnostics = lines.iter().filter(|line| line["type"] == "diagnostic");

@@ -155,12 +155,16 @@ fn finish(
 ) -> Result<Finished> {
     let mut lines = Vec::new();
     let mut findings = Vec::new();
+    let mut unavailable = Vec::new();
     for (check, report) in checks.iter().zip(reports) {
         let report = report.unwrap_or_else(|error| Report {
             unavailable: Some(format!("{error:#}")),
             ..Report::default()
         });
         lines.push(line(check, &report));
+        if let Some(why) = report.unavailable {
+            unavailable.push((check.name, why));
+        }
         findings.extend(report.findings);
     }
     findings.sort();
@@ -239,6 +243,8 @@ fn line(check: &Check, report: &Report) -> Line {
         Some(why) => ("UNAVAILABLE", why.clone()),
         None => ("passed", report.looked_at.clone()),
     };
+    // The rest of a long reason stands below the table.
+    let detail = detail.lines().next().unwrap_or_default().to_owned();
     Line {
         check: check.name,
         outcome,

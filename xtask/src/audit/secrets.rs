@@ -20,11 +20,30 @@ pub fn check(context: &Context) -> Result<Report> {
         bail!("this is no git repository, so there is no history to look at");
     };
     let program = context.tools.program("kingfisher")?;
+    let ignored = cargo::git(
+        &shell,
+        &[
+            "ls-files",
+            "--others",
+            "--ignored",
+            "--exclude-standard",
+            "--directory",
+        ],
+    );
+    // What git ignores is built, not written, and nobody gets to see it.
+    let exclude: Vec<String> = ignored
+        .unwrap_or_default()
+        .lines()
+        .flat_map(|path| match path.strip_suffix('/') {
+            Some(dir) => ["--exclude".to_owned(), format!("./{dir}/**")],
+            None => ["--exclude".to_owned(), format!("./{path}")],
+        })
+        .collect();
     let report = context.dir.join("secrets.json");
     let _ = fs::remove_file(&report);
     let ended = cmd!(
         shell,
-        "{program} scan --no-validate --no-update-check --redact --format json --output {report} ."
+        "{program} scan --no-validate --no-update-check --redact --format json --output {report} {exclude...} ."
     )
     // Its compiled rules.
     .env("KF_RULE_CACHE_DIR", setup::cache_dir()?.join("kingfisher"))

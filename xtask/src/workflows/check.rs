@@ -187,7 +187,7 @@ impl File<'_> {
         let Some(text) = uses.data.as_str() else {
             return self.wrong(line(uses), "uses", "`uses` must be text");
         };
-        if text.starts_with("./") {
+        if text.starts_with("./") || text.starts_with("$/") {
             return;
         }
         let (name, commit) = text.split_once('@').unwrap_or((text, ""));

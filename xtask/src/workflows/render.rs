@@ -195,7 +195,7 @@ fn prepare(history: bool) -> String {
           persist-credentials: false{depth}
       - name: xtask
         id: xtask
-        uses: ./.github/actions/xtask
+        uses: $/.github/actions/xtask
 ",
         uses(&CHECKOUT)
     )
