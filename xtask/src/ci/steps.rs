@@ -145,7 +145,9 @@ pub fn steps() -> Vec<Step> {
             "kingfisher",
             "zizmor",
             "workflow-parser",
+            CONTAINERS,
         ])
+        .locks(&["containers"])
         .needs(&["build", "image"])
         .minutes(40)
         .job(TESTS),

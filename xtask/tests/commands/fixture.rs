@@ -284,7 +284,7 @@ impl Running {
     }
 }
 
-fn ended(output: Output) -> Ended {
+pub fn ended(output: Output) -> Ended {
     let stdout = String::from_utf8(output.stdout).unwrap();
     Ended {
         code: output.status.code().unwrap(),

@@ -2,9 +2,15 @@
 //! own. What is started is stopped; nothing else is touched.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod audit;
 mod bad_input;
+mod cache;
+mod ci;
 mod fixture;
 mod judge;
 mod killed;
 mod reproducible;
 mod rollouts;
+mod servers;
+mod workflows;
+mod workspace;
