@@ -3,12 +3,16 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use cargo_metadata::Message;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::output::{Finished, Output};
 
 /// The cargo command under which jobs of Actions share one build of this program.
 pub const SHARED: &str = "ready-xtask";
+
+/// Set where the whole workspace has been built with all features: in the steps of `ci`.
+pub const WHOLE_BUILD: &str = "XTASK_WHOLE_BUILD";
 
 /// This program's arguments. Cargo puts the command's name first where it calls the shared one.
 pub fn arguments() -> Vec<std::ffi::OsString> {
@@ -99,31 +103,44 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
         .iter()
         .map(|word| word.to_string_lossy().into_owned())
         .collect();
+    let selection = selection(feature);
     output.command(format_args!(
-        "cargo run --package xtask --features {feature} -- {}",
+        "cargo build {} && xtask {}",
+        selection.join(" "),
         arguments.join(" ")
     ));
     let shell = shell()?;
-    isolated(cmd!(
+    let words = &selection;
+    let build = cmd!(
         shell,
-        "cargo build --package xtask --features {feature}"
-    ))
-    .quiet()
-    .run()
-    .with_context(|| format!("building xtask with feature {feature}"))?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = std::process::Command::new(cargo);
-    command.args([
-        "run",
-        "--quiet",
-        "--package",
-        "xtask",
-        "--features",
-        feature,
-        "--",
-    ]);
+        "cargo build {words...} --message-format json-render-diagnostics"
+    );
+    let built = isolated(build)
+        .quiet()
+        .read()
+        .with_context(|| format!("building xtask with feature {feature}"))?;
+    let program = Message::parse_stream(built.as_bytes())
+        .filter_map(Result::ok)
+        .find_map(|message| match message {
+            Message::CompilerArtifact(artifact) if artifact.target.name == "xtask" => {
+                artifact.executable
+            }
+            _ => None,
+        })
+        .context("cargo named no program")?;
+    let mut command = std::process::Command::new(program);
     command.args(&given[1..]);
-    Err(replace(command)).context("running cargo")
+    Err(replace(command)).context("starting xtask again")
+}
+
+/// What cargo builds for a command that needs `feature`. Packages that are selected together share
+/// the features of their dependencies, so where the whole workspace has been built anyway, taking
+/// xtask from that build compiles nothing.
+fn selection(feature: &str) -> Vec<&str> {
+    match std::env::var_os(WHOLE_BUILD) {
+        Some(_) => vec!["--workspace", "--all-features", "--bin", "xtask"],
+        None => vec!["--package", "xtask", "--features", feature],
+    }
 }
 
 /// Becomes `command`; returns only when that fails.

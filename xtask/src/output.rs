@@ -168,6 +168,8 @@ impl Output {
         let mut transient = self.lock();
         let mut stream = self.stream();
         let size = rustix::termios::tcgetwinsize(std::io::stderr());
+        // A terminal that does not know its size says 0.
+        let size = size.ok().filter(|size| size.ws_col > 0 && size.ws_row > 0);
         let (width, height) = size.map_or((80, 24), |size| (size.ws_col, size.ws_row));
         let room = usize::from(height.saturating_sub(2)).max(1);
         for line in lines.iter().take(room) {

@@ -316,7 +316,6 @@ impl Plan<'_> {
             table(receipt, self.output);
             setup::target::keep_small(self.output)?;
         }
-        failures(receipt, self.output);
         let took = receipt.ended_at.duration_since(receipt.started_at);
         let took = took.unsigned_abs();
         let path = scheduler::critical_path(jobs, &ran.ends);
@@ -327,6 +326,7 @@ impl Plan<'_> {
             seconds(path),
             self.dir.join("run.json").display()
         ));
+        failures(receipt, self.output);
         let finished = if receipt.passed() {
             Finished::passed()
         } else if receipt.interrupted {

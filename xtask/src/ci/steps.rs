@@ -2,6 +2,7 @@
 
 use super::facts::{ADVISORIES, HISTORY, RUST, TODAY};
 use super::step::Step;
+use crate::cargo::WHOLE_BUILD;
 use crate::setup::CONTAINERS;
 
 /// Jobs of the workflow; each runs its steps on a machine of its own.
@@ -121,6 +122,7 @@ pub fn steps() -> Vec<Step> {
         .reads(&["config/**"])
         .tools(&[CONTAINERS])
         .locks(&["containers"])
+        .variable(WHOLE_BUILD, "1")
         .needs(&["build"])
         .job(TESTS),
         cargo_step(
@@ -158,7 +160,8 @@ pub fn steps() -> Vec<Step> {
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**"])
-        .needs(&["image"])
+        .variable(WHOLE_BUILD, "1")
+        .needs(&["build", "image"])
         .job(TESTS),
     ]
 }

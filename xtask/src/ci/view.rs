@@ -48,10 +48,11 @@ impl Watcher for View<'_> {
             Outcome::Passed => self
                 .output
                 .good(format_args!("{} in {took}{odd}", step.name)),
-            Outcome::Cached => {
-                self.output
-                    .detail(format_args!("{} {}", step.name, (self.reasons)(&step.name)))
-            }
+            Outcome::Cached => self.output.detail(format_args!(
+                "{} cached: {}",
+                step.name,
+                (self.reasons)(&step.name)
+            )),
             Outcome::Failed => self
                 .output
                 .bad(format_args!("{} after {took}{odd}", step.name)),
