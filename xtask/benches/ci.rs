@@ -17,7 +17,9 @@ fn main() {
         let text = format!("// file {number}\n").repeat(300);
         std::fs::write(root.join(format!("{number}.rs")), text).expect("a file");
     }
-    run(Command::new("git").args(["init", "--quiet"]).current_dir(root));
+    run(Command::new("git")
+        .args(["init", "--quiet"])
+        .current_dir(root));
 
     let chain: String = (0..8)
         .map(|n| format!("[[step]]\nname = \"s{n}\"\nrun = [\"sleep\", \"0.25\"]\nreads = []\n"))
@@ -27,10 +29,7 @@ fn main() {
             run(Command::new("sleep").arg("0.25"));
         }
     };
-    let one_by_one = ratio(
-        || ci(root, &chain, &["--jobs", "1", "--no-cache"]),
-        by_hand,
-    );
+    let one_by_one = ratio(|| ci(root, &chain, &["--jobs", "1", "--no-cache"]), by_hand);
     println!("one after the other: {one_by_one:.3} of the same commands by hand");
 
     // a -> c -> e and b -> d, of which a, c, e is the longest way: 1.2 s.
@@ -64,17 +63,16 @@ needs = ["c", "d"]
             run(Command::new("sleep").arg("0.4"));
         }
     };
-    let side_by_side = ratio(
-        || ci(root, graph, &["--jobs", "2", "--no-cache"]),
-        longest,
-    );
+    let side_by_side = ratio(|| ci(root, graph, &["--jobs", "2", "--no-cache"]), longest);
     println!("side by side: {side_by_side:.3} of the longest chain by hand");
 
     let five: String = (0..5)
         .map(|n| format!("[[step]]\nname = \"s{n}\"\nrun = [\"true\"]\nreads = [\"**/*.rs\"]\n"))
         .collect();
     ci(root, &five, &[]);
-    let unchanged: Vec<Duration> = (0..ROUNDS).map(|_| timed(|| ci(root, &five, &[]))).collect();
+    let unchanged: Vec<Duration> = (0..ROUNDS)
+        .map(|_| timed(|| ci(root, &five, &[])))
+        .collect();
     println!(
         "five unchanged steps over 200 files: {:.0} ms",
         median(unchanged).as_secs_f64() * 1e3

@@ -138,7 +138,8 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
 /// xtask from that build compiles nothing.
 fn selection(feature: &str) -> Vec<&str> {
     match std::env::var_os(WHOLE_BUILD) {
-        Some(_) => vec!["--workspace", "--all-features", "--bin", "xtask"],
+        // All targets: tests bring features of their own into what is built.
+        Some(_) => vec!["--workspace", "--all-features", "--all-targets"],
         None => vec!["--package", "xtask", "--features", feature],
     }
 }

@@ -182,7 +182,7 @@ pub struct CiArgs {
     #[arg(long, value_name = "FILE", hide = true)]
     pub steps: Option<PathBuf>,
 
-    /// More arguments for one step: `ci --only unit -- orders::`.
+    /// More arguments for one step: `ci --only integration -- orders::`.
     #[arg(last = true, value_name = "ARGUMENTS")]
     pub arguments: Vec<String>,
 }
