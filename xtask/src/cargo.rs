@@ -67,13 +67,17 @@ pub fn target_dir() -> Result<PathBuf> {
     }
 }
 
-/// The commit that is checked out; `None` without git.
-pub fn head() -> Result<Option<String>> {
-    let shell = shell()?;
-    Ok(git(&shell, &["rev-parse", "HEAD"]))
+/// Cargo's own directory, with its settings and what it has downloaded.
+pub fn home() -> Result<PathBuf> {
+    match std::env::var_os("CARGO_HOME") {
+        Some(home) => Ok(PathBuf::from(home)),
+        None => Ok(std::env::home_dir()
+            .context("there is no home directory; set CARGO_HOME")?
+            .join(".cargo")),
+    }
 }
 
-/// The same with `-dirty` where the tree differs from it; `unknown` without git.
+/// The commit that is checked out, with `-dirty` where the tree differs from it; `unknown` without git.
 pub fn revision() -> Result<String> {
     let shell = shell()?;
     let Some(commit) = git(&shell, &["rev-parse", "HEAD"]) else {

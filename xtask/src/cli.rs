@@ -107,7 +107,7 @@ pub struct CiArgs {
     pub profile: Profile,
 
     /// First install and start what the steps need and this machine lacks.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dry_run")]
     pub setup: bool,
 
     /// Run only these steps.
@@ -135,7 +135,7 @@ pub struct CiArgs {
     pub base: Option<String>,
 
     /// Let the steps that can mend the tree: format, clippy's suggestions, generated files.
-    #[arg(long, conflicts_with_all = ["no_cache", "arguments"])]
+    #[arg(long, conflicts_with_all = ["no_cache", "arguments", "dry_run"])]
     pub fix: bool,
 
     /// Start nothing more once a step has failed.
@@ -174,8 +174,9 @@ pub struct CiArgs {
     #[arg(long, value_name = "STEP", group = "look")]
     pub why: Option<String>,
 
-    /// Say whether two receipts proved the same things of the same inputs.
-    #[arg(long, num_args = 2, value_names = ["A.JSON", "B.JSON"], group = "look")]
+    /// Say whether two runs proved the same things of the same inputs, by their receipts; Actions
+    /// leaves one for each job, and all after the first are taken together.
+    #[arg(long, num_args = 2.., value_name = "RUN.JSON", group = "look")]
     pub compare: Vec<PathBuf>,
 
     /// Take the steps from this file instead of the table that is built in.

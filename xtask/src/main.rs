@@ -29,6 +29,7 @@ mod rollout;
 #[cfg(feature = "servers")]
 mod servers;
 mod setup;
+mod sources;
 mod workflows;
 
 use std::process::ExitCode;

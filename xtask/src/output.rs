@@ -167,7 +167,11 @@ impl Output {
         self.wipe();
         let mut transient = self.lock();
         let mut stream = self.stream();
-        let size = rustix::termios::tcgetwinsize(std::io::stderr());
+        let size = if self.json {
+            rustix::termios::tcgetwinsize(std::io::stderr())
+        } else {
+            rustix::termios::tcgetwinsize(std::io::stdout())
+        };
         // A terminal that does not know its size says 0.
         let size = size.ok().filter(|size| size.ws_col > 0 && size.ws_row > 0);
         let (width, height) = size.map_or((80, 24), |size| (size.ws_col, size.ws_row));
@@ -202,27 +206,44 @@ impl Output {
         }
     }
 
-    /// A log that Actions can fold; nothing in it is taken for a command to the runner. Of a long
-    /// one, the beginning and the end are shown.
+    /// A log that Actions can fold; of a long one, the beginning and the end are shown.
     pub fn log(&self, title: impl Display, path: &Path) {
         if self.actions {
             self.people(&format!("::group::{title}"));
         } else {
             self.step(title);
         }
-        // Nobody who wrote the log could know this word.
-        let token = files::sha256(format!("{:?}{path:?}", jiff::Timestamp::now()).as_bytes());
+        self.quoted(|| {
+            if let Err(error) = copy_ends(path, &mut self.stream()) {
+                self.warn(format_args!("cannot show {}: {error}", path.display()));
+            }
+        });
         if self.actions {
-            self.people(&format!("::stop-commands::{token}"));
-        }
-        self.wipe();
-        if let Err(error) = copy_ends(path, &mut self.stream()) {
-            self.warn(format_args!("cannot show {}: {error}", path.display()));
-        }
-        if self.actions {
-            self.people(&format!("::{token}::"));
             self.people("::endgroup::");
         }
+    }
+
+    /// Lines of somebody else's.
+    pub fn quote(&self, lines: &[String]) {
+        self.quoted(|| {
+            for line in lines {
+                self.line(format_args!("    {line}"));
+            }
+        });
+    }
+
+    /// Prints something in which Actions must take nothing for a command to its runner.
+    fn quoted(&self, print: impl FnOnce()) {
+        self.wipe();
+        if !self.actions {
+            return print();
+        }
+        // Nobody who wrote the lines could know this word.
+        let now = jiff::Timestamp::now().as_nanosecond();
+        let token = files::sha256(format!("{now} {}", std::process::id()).as_bytes());
+        self.people(&format!("::stop-commands::{token}"));
+        print();
+        self.people(&format!("::{token}::"));
     }
 
     /// A workflow command, for Actions alone.
@@ -252,6 +273,7 @@ impl Output {
                     .filter(|(key, _)| key != "event" && key != "at"),
             );
         }
+        self.wipe();
         let _guard = self.lock();
         let mut stdout = std::io::stdout().lock();
         // A reader that went away has seen enough.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use xshell::Shell;
 
 use crate::cargo;
+use crate::ci::process::WARNING_FILE;
 use crate::cli::AuditArgs;
 use crate::config::nearest;
 use crate::files;
@@ -156,10 +157,15 @@ fn finish(
     let mut lines = Vec::new();
     let mut findings = Vec::new();
     let mut unavailable = Vec::new();
+    // A tool that breaks off is not the same as a network that is away: nobody expects it.
+    let mut broken = false;
     for (check, report) in checks.iter().zip(reports) {
-        let report = report.unwrap_or_else(|error| Report {
-            unavailable: Some(format!("{error:#}")),
-            ..Report::default()
+        let report = report.unwrap_or_else(|error| {
+            broken = true;
+            Report {
+                unavailable: Some(format!("{error:#}")),
+                ..Report::default()
+            }
         });
         lines.push(line(check, &report));
         if let Some(why) = report.unavailable {
@@ -207,20 +213,18 @@ fn finish(
         context.dir.join("audit.json").display()
     ));
 
-    let unavailable: Vec<&Line> = lines
-        .iter()
-        .filter(|l| l.outcome == "UNAVAILABLE")
-        .collect();
-    for line in &unavailable {
-        output.warn(format_args!(
-            "{} was NOT checked: {}",
-            line.check, line.detail
-        ));
+    for (check, why) in &unavailable {
+        output.warn(format_args!("{check} was NOT checked: {why}"));
+    }
+    if let Some(file) = std::env::var_os(WARNING_FILE).filter(|_| !unavailable.is_empty()) {
+        let names: Vec<&str> = unavailable.iter().map(|(check, _)| *check).collect();
+        let text = format!("NOT checked: {}", names.join(", "));
+        std::fs::write(&file, text).context("saying what was not checked")?;
     }
     let strict = args.strict || output.is_actions();
     let finished = if findings.iter().any(|f| f.level == Level::Error) {
         Finished::new(Exit::No, "failed")
-    } else if !unavailable.is_empty() && strict {
+    } else if broken || !unavailable.is_empty() && strict {
         Finished::new(Exit::Unknown, "unavailable")
     } else if !unavailable.is_empty() {
         Finished::new(Exit::Yes, "incomplete")

@@ -57,11 +57,11 @@ impl Cache {
         same.then_some(pass)
     }
 
-    /// The newest pass of `step`, on whatever.
-    pub fn last(&self, step: &str) -> Option<Pass> {
+    /// The newest pass of `step`, on whatever; one of the same command where there is any.
+    pub fn last(&self, step: &str, argv: &[String]) -> Option<Pass> {
         let entries = fs::read_dir(self.dir.join(step)).ok()?;
         let passes = entries.filter_map(|entry| read(&entry.ok()?.path()));
-        passes.max_by_key(|pass| pass.passed_at)
+        passes.max_by_key(|pass| (pass.fingerprint.argv == argv, pass.passed_at))
     }
 
     /// Remembers a pass. The caller has made sure that the inputs are still what was passed.

@@ -1,8 +1,19 @@
-//! `ci --compare A.json B.json`: whether two runs proved the same things of the same inputs.
+//! `ci --compare A.json B.json…`: whether two runs proved the same things of the same inputs.
 
 use std::collections::BTreeSet;
 
 use super::receipt::{Receipt, StepReceipt};
+
+/// The receipts of a run's jobs as one.
+pub fn merged(mut receipts: Vec<Receipt>) -> Option<Receipt> {
+    let mut whole = receipts.pop()?;
+    for receipt in receipts {
+        whole.interrupted |= receipt.interrupted;
+        whole.steps.extend(receipt.steps);
+        whole.files.extend(receipt.files);
+    }
+    Some(whole)
+}
 
 /// All that differs, a line each; nothing where both proved the same.
 pub fn differences(a: &Receipt, b: &Receipt) -> Vec<String> {
@@ -21,6 +32,13 @@ pub fn differences(a: &Receipt, b: &Receipt) -> Vec<String> {
 
 fn step(a: &Receipt, x: &StepReceipt, b: &Receipt, y: &StepReceipt, lines: &mut Vec<String>) {
     let name = &x.name;
+    if !x.outcome.is_pass() && !y.outcome.is_pass() {
+        lines.push(format!(
+            "{name}: {} in both runs: neither proves anything",
+            x.outcome
+        ));
+        return;
+    }
     if x.outcome.is_pass() != y.outcome.is_pass() {
         let how = |step: &StepReceipt| match step.reason.as_str() {
             "" => step.outcome.to_string(),

@@ -11,7 +11,7 @@ use super::tree::{Packages, Tree};
 use crate::files;
 
 /// Raised where the meaning of a key changes, so that older passes do not count.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 1;
 
 /// The state of the workspace and the machine that fingerprints are taken from.
 pub struct Situation {
@@ -45,9 +45,9 @@ impl Fingerprint {
             .environment
             .iter()
             .map(|name| (name.clone(), std::env::var(name).ok()));
-        let tools = step.tools.iter().map(|name| {
+        let tools = step.facts().map(|name| {
             let fact = now.facts.get(name).cloned();
-            (name.clone(), fact.unwrap_or_else(|| MISSING.to_owned()))
+            (name.to_owned(), fact.unwrap_or_else(|| MISSING.to_owned()))
         });
         Ok(Self {
             format: FORMAT,

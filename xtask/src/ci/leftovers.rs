@@ -37,8 +37,9 @@ pub fn sweep(dir: &Path) -> usize {
         if started(owner).is_some_and(|started| started == owner_started) {
             continue;
         }
-        // The number may belong to another process by now; the start tells.
-        if started(group).is_some_and(|started| started == leader)
+        // The number may belong to another process by now; the start tells. Where its first process
+        // is gone but others of the group are there, the system keeps the number from being reused.
+        if started(group).is_none_or(|started| started == leader)
             && let Some(group) = Pid::from_raw(group)
             && kill_process_group(group, Signal::KILL).is_ok()
         {

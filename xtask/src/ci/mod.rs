@@ -6,11 +6,12 @@ pub mod facts;
 mod fingerprint;
 mod leftovers;
 mod problems;
-mod process;
+pub mod process;
 mod receipt;
 mod reports;
 mod scheduler;
 pub mod selection;
+mod standing;
 pub mod step;
 pub mod steps;
 mod tree;
@@ -35,6 +36,7 @@ use fingerprint::{Fingerprint, Situation};
 use process::{Invocation, Surroundings};
 use receipt::{Inputs, Receipt, StepReceipt};
 use scheduler::{End, Job, Ran, Work};
+use standing::Standing;
 use step::Step;
 use tree::{Packages, Tree};
 
@@ -44,8 +46,8 @@ const LAST_LINES: usize = 40;
 const KEPT_RUNS: usize = 10;
 
 pub fn run(args: &CiArgs, output: &Output) -> Result<Finished> {
-    if let [a, b] = args.compare.as_slice() {
-        return compare(a, b, output);
+    if let [first, others @ ..] = args.compare.as_slice() {
+        return compare(first, others, output);
     }
     let root = cargo::root()?;
     let dir = cargo::target_dir()?.join("xtask").join("ci");
@@ -68,6 +70,7 @@ pub fn run(args: &CiArgs, output: &Output) -> Result<Finished> {
         root: &root,
         dir: &dir,
         cache: Cache::open(dir.join("cache")),
+        standing: Standing::at(dir.join("outcomes.json")),
     };
     if let Some(name) = &args.why {
         return plan.why(selection::known(&table, name)?, packages);
@@ -75,7 +78,7 @@ pub fn run(args: &CiArgs, output: &Output) -> Result<Finished> {
     if let Some(name) = &args.explain {
         return plan.explain(selection::known(&table, name)?);
     }
-    let selected = selection::select(table, args, &dir.join("run.json"), &packages, output)?;
+    let selected = selection::select(table, args, &plan.standing, &packages, output)?;
     if !args.arguments.is_empty() && selected.len() != 1 {
         bail!("arguments after `--` go to one step; name it with --only");
     }
@@ -102,16 +105,18 @@ struct Plan<'a> {
     root: &'a Path,
     dir: &'a Path,
     cache: Cache,
+    standing: Standing,
 }
 
 impl Plan<'_> {
     fn run(&self, selected: Vec<Step>, packages: Packages) -> Result<Finished> {
         if selected.is_empty() {
             self.output.good("nothing to do: no step is concerned");
+            return Ok(Finished::passed().with("steps", [(); 0]));
         }
         let tools = Tools::open()?;
         let before = self.situation(&selected, packages, &tools)?;
-        let run_dir = self.new_run_dir()?;
+        let run_dir = self.dir.join("runs").join(run_name());
         let around = Surroundings {
             root: self.root.to_owned(),
             program: run_dir.join("xtask"),
@@ -121,24 +126,26 @@ impl Plan<'_> {
         let mut jobs = Vec::new();
         for step in selected {
             let pass = self.pass(&step, &before)?;
+            let log = run_dir.join(format!("{}.log", step.name));
             let work = if let Some(pass) = pass {
                 passes.insert(step.name.clone(), pass);
                 Work::Cached
             } else {
                 let arguments = &self.args.arguments;
-                Work::Run(Box::new(Invocation::of(
-                    &step, &step.argv, arguments, &around,
-                )))
+                let invocation = Invocation::of(&step, &step.argv, arguments, &around)
+                    .with_warning_file(&log.with_extension("warning"));
+                Work::Run(Box::new(invocation))
             };
-            let log = run_dir.join(format!("{}.log", step.name));
             jobs.push(Job { step, work, log });
         }
         if self.args.dry_run {
-            return Ok(self.show_plan(&jobs, &run_dir));
+            return Ok(self.show_plan(&jobs));
         }
         let to_run = |job: &&Job| matches!(job.work, Work::Run(_));
         let runs: Vec<&Step> = jobs.iter().filter(to_run).map(|job| &job.step).collect();
         setup::preflight(&runs, &tools)?;
+        // Held until the run is over: nobody clears its logs away meanwhile.
+        let _lock = self.make_run_dir(&run_dir)?;
         if !runs.is_empty() {
             link_this_program(&around.program)?;
             let killed = leftovers::sweep(self.dir);
@@ -155,8 +162,10 @@ impl Plan<'_> {
             root: self.root,
             cache: (!self.args.no_cache && self.git_is_there(&before)).then_some(&self.cache),
             before: &before,
+            tools: &tools,
             arguments: &self.args.arguments,
             reasons: &reasons,
+            refused: BTreeMap::new(),
         };
         let settings = scheduler::Settings {
             cores: self.cores(),
@@ -167,7 +176,8 @@ impl Plan<'_> {
         let ran = scheduler::run(&jobs, &settings, &mut view)?;
         // The name was for this run's steps alone.
         let _ = fs::remove_file(&around.program);
-        let receipt = self.receipt(started_at, &jobs, &ran, &passes, &before)?;
+        let refused = view.refused;
+        let receipt = self.receipt(started_at, &jobs, &ran, &passes, &before, &refused)?;
         self.finish(&receipt, &jobs, &ran, &run_dir, any_ran)
     }
 
@@ -182,9 +192,7 @@ impl Plan<'_> {
             self.output
                 .warn("this is no git repository, so what changed cannot be told: every step runs");
         }
-        let names = steps
-            .iter()
-            .flat_map(|step| step.tools.iter().map(String::as_str));
+        let names = steps.iter().flat_map(Step::facts);
         Ok(Situation {
             tree,
             packages,
@@ -210,27 +218,26 @@ impl Plan<'_> {
         })
     }
 
-    /// A directory for the logs of this run, beside those of the last ones.
-    fn new_run_dir(&self) -> Result<PathBuf> {
+    /// A directory for the logs of this run; those of the oldest runs go.
+    fn make_run_dir(&self, dir: &Path) -> Result<fs::File> {
+        let lock = files::try_lock(&dir.join("lock"))?;
+        let lock = lock.context("another process has taken the name of this run")?;
         let runs = self.dir.join("runs");
-        let now = jiff::Timestamp::now()
-            .strftime("%Y%m%dT%H%M%S%.3f")
-            .to_string();
-        let dir = runs.join(format!("{now}-{}", std::process::id()));
-        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         let entries = fs::read_dir(&runs).with_context(|| format!("reading {}", runs.display()))?;
         let mut old: Vec<PathBuf> = entries
             .filter_map(|entry| Some(entry.ok()?.path()))
             .collect();
         old.sort();
         for dir in &old[..old.len().saturating_sub(KEPT_RUNS)] {
-            // Another run may have removed it meanwhile.
-            let _ = fs::remove_dir_all(dir);
+            // One that still goes on has its lock.
+            if let Ok(Some(_lock)) = files::try_lock(&dir.join("lock")) {
+                let _ = fs::remove_dir_all(dir);
+            }
         }
-        Ok(dir)
+        Ok(lock)
     }
 
-    fn show_plan(&self, jobs: &[Job], run_dir: &Path) -> Finished {
+    fn show_plan(&self, jobs: &[Job]) -> Finished {
         for job in jobs {
             let why = match job.work {
                 Work::Cached => "cached",
@@ -244,7 +251,6 @@ impl Plan<'_> {
             self.output
                 .event("planned", json!({ "step": job.step, "would": why }));
         }
-        let _ = fs::remove_dir_all(run_dir);
         Finished::passed().with("steps", jobs.len())
     }
 
@@ -255,6 +261,7 @@ impl Plan<'_> {
         ran: &Ran,
         passes: &BTreeMap<String, Pass>,
         before: &Situation,
+        refused: &BTreeMap<String, String>,
     ) -> Result<Receipt> {
         let mut steps = Vec::new();
         for (job, end) in jobs.iter().zip(&ran.ends) {
@@ -269,11 +276,15 @@ impl Plan<'_> {
                 None => None,
             };
             let pass = passes.get(&step.name);
+            // A pass of something else than what stands there now proves nothing of it.
+            let refused = refused.get(&step.name);
+            let fingerprint = fingerprint.filter(|_| refused.is_none());
+            let why = refused.unwrap_or(&end.reason);
             steps.push(StepReceipt {
                 name: step.name.clone(),
                 command: step.command_line(),
                 outcome: end.outcome,
-                reason: pass.map_or_else(|| end.reason.clone(), reason),
+                reason: pass.map_or_else(|| why.clone(), reason),
                 seconds: pass.map_or(end.took.as_secs_f64(), |pass| pass.seconds),
                 started: end.started.as_secs_f64(),
                 log: job.log.clone(),
@@ -304,8 +315,10 @@ impl Plan<'_> {
             let lines = files::last_lines(&step.log, 2000);
             problems.extend(problems::find(&step.name, &lines, self.root));
         }
-        reports::write(receipt, &problems, self.dir)?;
-        files::write_json(&run_dir.join("run.json"), receipt)?;
+        // What was found is shown whether or not it could be written down.
+        let written = reports::write(receipt, &problems, self.dir)
+            .and_then(|()| files::write_json(&run_dir.join("run.json"), receipt))
+            .and_then(|()| self.standing.update(receipt));
         for step in &receipt.steps {
             self.output.event("step", brief(step));
         }
@@ -326,7 +339,8 @@ impl Plan<'_> {
             seconds(path),
             self.dir.join("run.json").display()
         ));
-        failures(receipt, self.output);
+        failures(receipt, &self.args.arguments, self.output);
+        written?;
         let finished = if receipt.passed() {
             Finished::passed()
         } else if receipt.interrupted {
@@ -355,7 +369,7 @@ impl Plan<'_> {
         let now = self.situation(std::slice::from_ref(step), packages, &tools)?;
         let fingerprint = Fingerprint::take(step, inputs, &self.args.arguments, &now)?;
         let cached = self.cache.find(&step.name, &fingerprint, inputs, self.root);
-        let lines = match (&cached, self.cache.last(&step.name)) {
+        let lines = match (&cached, self.cache.last(&step.name, &fingerprint.argv)) {
             (Some(pass), _) => {
                 self.output.line(format_args!("{step} {}", reason(pass)));
                 Vec::new()
@@ -405,7 +419,7 @@ impl Plan<'_> {
     /// Lets the steps that can mend the tree, one after the other.
     fn mend(&self, steps: &[Step]) -> Result<Finished> {
         let tools = Tools::open()?;
-        let run_dir = self.new_run_dir()?;
+        let run_dir = self.dir.join("runs").join(run_name());
         let around = Surroundings {
             root: self.root.to_owned(),
             program: run_dir.join("xtask"),
@@ -413,7 +427,8 @@ impl Plan<'_> {
         };
         let before = Tree::read(self.root)?;
         let mut jobs: Vec<Job> = Vec::new();
-        for step in steps.iter().filter(|step| !step.mend.is_empty()) {
+        // The quickest stands first in the table, and mends last: what others change may need it.
+        for step in steps.iter().rev().filter(|step| !step.mend.is_empty()) {
             let mut step = step.clone();
             step.argv = step.mend.clone();
             step.needs = Vec::new();
@@ -428,6 +443,7 @@ impl Plan<'_> {
         }
         let steps: Vec<&Step> = jobs.iter().map(|job| &job.step).collect();
         setup::preflight(&steps, &tools)?;
+        let _lock = self.make_run_dir(&run_dir)?;
         link_this_program(&around.program)?;
         let situation = Situation {
             tree: Tree::default(),
@@ -439,8 +455,10 @@ impl Plan<'_> {
             root: self.root,
             cache: None,
             before: &situation,
+            tools: &tools,
             arguments: &[],
             reasons: &|_| String::new(),
+            refused: BTreeMap::new(),
         };
         let settings = scheduler::Settings {
             cores: self.cores(),
@@ -452,7 +470,8 @@ impl Plan<'_> {
         let changed = fingerprint::files_changed(Tree::read(self.root)?.files(), before.files());
         for (job, end) in jobs.iter().zip(&ran.ends) {
             if !end.outcome.is_pass() {
-                last_words(&job.step.name, &end.reason, &job.log, self.output);
+                let repeat = format!("cargo xtask ci --fix --only {}", job.step.name);
+                last_words(&job.step.name, &end.reason, &job.log, &repeat, self.output);
             }
         }
         for line in &changed {
@@ -463,6 +482,8 @@ impl Plan<'_> {
         let passed = ran.ends.iter().all(|end: &End| end.outcome.is_pass());
         let finished = if passed {
             Finished::passed()
+        } else if ran.interrupted {
+            Finished::new(Exit::Unknown, "failed").with("interrupted", true)
         } else {
             Finished::new(Exit::No, "failed")
         };
@@ -470,8 +491,11 @@ impl Plan<'_> {
     }
 }
 
-fn compare(a: &Path, b: &Path, output: &Output) -> Result<Finished> {
-    let differences = compare::differences(&Receipt::read(a)?, &Receipt::read(b)?);
+fn compare(first: &Path, others: &[PathBuf], output: &Output) -> Result<Finished> {
+    let others = others.iter().map(|path| Receipt::read(path));
+    let second = compare::merged(others.collect::<Result<_>>()?);
+    let second = second.context("--compare takes two receipts or more")?;
+    let differences = compare::differences(&Receipt::read(first)?, &second);
     for line in &differences {
         output.line(format_args!("  {line}"));
     }
@@ -526,7 +550,15 @@ fn link_this_program(link: &Path) -> Result<()> {
     let program = std::env::current_exe().context("finding this program")?;
     fs::hard_link(&program, link)
         .or_else(|_| fs::copy(&program, link).map(|_| ()))
+        // Where a build has replaced it already, Linux still has its content.
+        .or_else(|_| fs::copy("/proc/self/exe", link).map(|_| ()))
         .with_context(|| format!("linking {} to {}", link.display(), program.display()))
+}
+
+/// Sorts by time.
+fn run_name() -> String {
+    let now = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%.3f");
+    format!("{now}-{}", std::process::id())
 }
 
 fn reason(pass: &Pass) -> String {
@@ -560,19 +592,20 @@ fn table(receipt: &Receipt, output: &Output) {
 }
 
 /// Each failure with its last lines and the command to repeat it, where the eye ends.
-fn failures(receipt: &Receipt, output: &Output) {
+fn failures(receipt: &Receipt, arguments: &[String], output: &Output) {
     for step in receipt.failures() {
-        last_words(&step.name, &step.reason, &step.log, output);
+        let mut repeat = format!("cargo xtask ci --only {}", step.name);
+        if !arguments.is_empty() {
+            let words = arguments.iter().map(|word| step::quote(word));
+            repeat.push_str(&format!(" -- {}", words.collect::<Vec<_>>().join(" ")));
+        }
+        last_words(&step.name, &step.reason, &step.log, &repeat, output);
     }
 }
 
-fn last_words(name: &str, reason: &str, log: &Path, output: &Output) {
+fn last_words(name: &str, reason: &str, log: &Path, repeat: &str, output: &Output) {
     output.bad(format_args!("{name}: {reason}"));
-    for line in files::last_lines(log, LAST_LINES) {
-        output.line(format_args!("    {line}"));
-    }
+    output.quote(&files::last_lines(log, LAST_LINES));
     output.line(format_args!("    the whole log: {}", log.display()));
-    output.line(format_args!(
-        "    repeat it:     cargo xtask ci --only {name}"
-    ));
+    output.line(format_args!("    repeat it:     {repeat}"));
 }

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use crate::findings::{Finding, Level};
 
-/// The problems in the last lines of a log, in the forms of rustc, rustfmt and a panic.
+/// The problems in the last lines of a log, in the forms of rustc, rustfmt, a panic and
+/// this program itself.
 pub fn find(step: &str, lines: &[String], root: &Path) -> Vec<Finding> {
     let mut problems: Vec<Finding> = Vec::new();
     for (at, line) in lines.iter().enumerate() {
@@ -49,6 +50,13 @@ fn place<'a>(
     if let Some(place) = text.strip_prefix("Diff in ") {
         return Some((place.trim_end_matches(':'), "not formatted".to_owned()));
     }
+    if let Some((place, message)) = text
+        .strip_prefix("failed ")
+        .and_then(|t| t.split_once(": "))
+    {
+        // This program's own checks.
+        return Some((place, message.to_owned()));
+    }
     let (_, place) = text.split_once(" panicked at ")?;
     Some((
         place.trim_end_matches(':'),
@@ -81,7 +89,8 @@ mod tests {
         let log = format!(
             "error[E0308]: mismatched types\n  --> src/main.rs:7:3\n   = note: --> elsewhere.rs:1:1\n\
              Diff in {0}:12:\nthread 'a' (7) panicked at src/main.rs:9:5:\nassertion failed\n\
-             thread 'b' panicked at /rustc/library/core.rs:1:1:\nno",
+             thread 'b' panicked at /rustc/library/core.rs:1:1:\nno\n\
+             failed src/main.rs:3: is stale [workflows]\nfailed b: exit status: 3",
             absolute.display()
         );
         let lines: Vec<String> = log.lines().map(str::to_owned).collect();
@@ -95,6 +104,7 @@ mod tests {
                 (7, 3, "error[E0308]: mismatched types".to_owned()),
                 (12, 1, "not formatted".to_owned()),
                 (9, 5, "assertion failed".to_owned()),
+                (3, 1, "is stale [workflows]".to_owned()),
             ]
         );
     }

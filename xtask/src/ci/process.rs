@@ -1,7 +1,7 @@
 //! One command: an environment that is known, a log of its own, and an end that leaves nothing.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -28,8 +28,6 @@ const PASSED: &[&str] = &[
     "HTTPS_PROXY",
     "HTTP_PROXY",
     "JAVA_HOME",
-    "LANG",
-    "LC_ALL",
     "LOGNAME",
     "NO_PROXY",
     "PATH",
@@ -39,8 +37,9 @@ const PASSED: &[&str] = &[
     "SSL_CERT_DIR",
     "SSL_CERT_FILE",
     "TMPDIR",
-    "TZ",
     "USER",
+    "XTASK_ADVISORY_DB",
+    "XTASK_CACHE_DIR",
     "all_proxy",
     "http_proxy",
     "https_proxy",
@@ -57,18 +56,24 @@ const PASSED_PREFIXES: &[&str] = &[
     "RUSTUP_DIST_",
     "TESTCONTAINERS_",
     "XDG_",
-    "XTASK_",
     "npm_config_",
 ];
 /// Never passed on, whatever it begins with: a check needs no credentials.
-const CREDENTIALS: &[&str] = &["TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"];
+const CREDENTIALS: &[&str] = &["AUTH", "CREDENTIAL", "PASSWORD", "SECRET", "TOKEN"];
+/// Not a credential, but the name of the program that has it.
+const CREDENTIAL_PROVIDER: &str = "CREDENTIAL_PROVIDER";
+/// The variable that names a file for a step that passes although it could not do all it should:
+/// what it writes there is shown, and such a pass is not remembered.
+pub const WARNING_FILE: &str = "XTASK_STEP_WARNING";
 /// What is the same for every step, here and in Actions.
 const FIXED: &[(&str, &str)] = &[
     // A build that is done once leaves no incremental state behind.
     ("CARGO_INCREMENTAL", "0"),
     ("CARGO_TERM_COLOR", "never"),
     ("CI", "true"),
+    ("LC_ALL", "C.UTF-8"),
     ("NO_COLOR", "1"),
+    ("TZ", "UTC"),
 ];
 
 /// A command, ready to be started.
@@ -109,7 +114,7 @@ impl Invocation {
 
     /// The command with its directory and its whole environment, for a shell.
     pub fn script(&self) -> String {
-        let text = |value: &OsString| quote(&value.to_string_lossy());
+        let text = |value: &OsString| quote(&without_password(&value.to_string_lossy()));
         let mut lines = vec![
             format!("cd {} &&", quote(&self.directory.to_string_lossy())),
             "env -i \\".to_owned(),
@@ -121,6 +126,20 @@ impl Invocation {
             .chain(self.arguments.iter().map(|word| quote(word)));
         lines.push(format!("  {}", words.collect::<Vec<_>>().join(" ")));
         lines.join("\n")
+    }
+
+    /// Lets the step say what it could not do, in a file.
+    #[must_use]
+    pub fn with_warning_file(mut self, file: &Path) -> Self {
+        self.environment.insert(WARNING_FILE.into(), file.into());
+        self
+    }
+
+    /// What it said it could not do.
+    pub fn warning(&self) -> Option<String> {
+        let file = self.environment.get(OsStr::new(WARNING_FILE))?;
+        let text = std::fs::read_to_string(file).ok()?;
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
     }
 
     /// Starts it with its output in `log`; `ended` is called, on another thread, at its end.
@@ -164,7 +183,9 @@ fn environment(step: &Step, around: &Surroundings) -> BTreeMap<OsString, OsStrin
     let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os()
         .filter(|(name, _)| {
             let name = name.to_string_lossy();
-            let credential = CREDENTIALS.iter().any(|word| name.contains(word));
+            let upper = name.to_uppercase();
+            let credential = CREDENTIALS.iter().any(|word| upper.contains(word))
+                && !upper.ends_with(CREDENTIAL_PROVIDER);
             let passed = PASSED.contains(&name.as_ref())
                 || PASSED_PREFIXES
                     .iter()
@@ -189,6 +210,16 @@ fn environment(step: &Step, around: &Surroundings) -> BTreeMap<OsString, OsStrin
         environment.insert(name.into(), value.into());
     }
     environment
+}
+
+/// `scheme://user:password@host` with stars for the password.
+fn without_password(text: &str) -> String {
+    let masked = text.split_once("://").and_then(|(scheme, rest)| {
+        let (user, host) = rest.split_once('@')?;
+        let (name, _) = user.split_once(':')?;
+        Some(format!("{scheme}://{name}:***@{host}"))
+    });
+    masked.unwrap_or_else(|| text.to_owned())
 }
 
 /// How a command ended.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::fingerprint::Fingerprint;
+use super::fingerprint::{FORMAT, Fingerprint};
 use crate::files;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -122,7 +122,7 @@ impl Inputs {
             (path.clone(), content)
         };
         Fingerprint {
-            format: 1,
+            format: FORMAT,
             argv: self.argv.clone(),
             variables: self.variables.clone(),
             environment: self.environment.clone(),

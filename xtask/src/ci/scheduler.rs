@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 
 use super::leftovers;
 use super::process::{Ended, Invocation, Running};
@@ -77,6 +78,13 @@ enum State {
     Done(End),
 }
 
+#[derive(PartialEq, Eq)]
+enum Started {
+    All,
+    /// One could not be started, so what depends on it has to be settled first.
+    NotAll,
+}
+
 struct Active {
     running: Running,
     started: Instant,
@@ -97,7 +105,7 @@ struct Scheduler<'a> {
 
 pub fn run(jobs: &[Job], settings: &Settings<'_>, watcher: &mut dyn Watcher) -> Result<Ran> {
     let (events, incoming) = mpsc::channel();
-    let _signals = forward_signals(events.clone())?;
+    forward_signals(events.clone())?;
     let mut scheduler = Scheduler {
         jobs,
         states: jobs.iter().map(|_| State::Waiting).collect(),
@@ -109,7 +117,9 @@ pub fn run(jobs: &[Job], settings: &Settings<'_>, watcher: &mut dyn Watcher) -> 
     let mut interruptions = 0;
     loop {
         scheduler.settle(watcher);
-        scheduler.start_what_can(watcher);
+        while scheduler.start_what_can(watcher) == Started::NotAll {
+            scheduler.settle(watcher);
+        }
         if scheduler.active().next().is_none() {
             break;
         }
@@ -135,25 +145,17 @@ pub fn run(jobs: &[Job], settings: &Settings<'_>, watcher: &mut dyn Watcher) -> 
     })
 }
 
-/// Closes the signals' thread at the end.
-struct Forwarded(signal_hook::iterator::Handle);
-
-impl Drop for Forwarded {
-    fn drop(&mut self) {
-        self.0.close();
-    }
-}
-
-fn forward_signals(events: Sender<Event>) -> Result<Forwarded> {
+fn forward_signals(events: Sender<Event>) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("watching for Ctrl-C")?;
-    let handle = signals.handle();
     std::thread::spawn(move || {
-        for _ in signals.forever() {
-            // The receiver is gone only when the run is over.
-            let _ = events.send(Event::Interrupted);
+        for signal in signals.forever() {
+            if events.send(Event::Interrupted).is_err() {
+                // The run is over; from here on a signal does what it does to every program.
+                let _ = emulate_default_handler(signal);
+            }
         }
     });
-    Ok(Forwarded(handle))
+    Ok(())
 }
 
 impl Scheduler<'_> {
@@ -204,7 +206,8 @@ impl Scheduler<'_> {
         Some(&self.states[index])
     }
 
-    fn start_what_can(&mut self, watcher: &mut dyn Watcher) {
+    /// Starts every job that nothing keeps from it.
+    fn start_what_can(&mut self, watcher: &mut dyn Watcher) -> Started {
         for index in 0..self.jobs.len() {
             let job = &self.jobs[index];
             if !matches!(self.states[index], State::Waiting) || self.obstacle(job).is_some() {
@@ -234,11 +237,14 @@ impl Scheduler<'_> {
                     let mut end = not_run(&format!("{error:#}"));
                     end.outcome = Outcome::Failed;
                     watcher.ended(job, &end);
+                    self.states[index] = State::Done(end);
                     self.failed();
-                    State::Done(end)
+                    // What needs it must not start now.
+                    return Started::NotAll;
                 }
             };
         }
+        Started::All
     }
 
     /// What `job` waits for.
@@ -283,7 +289,7 @@ impl Scheduler<'_> {
                 Outcome::Passed,
                 "it left processes behind, which were killed".to_owned(),
             ),
-            (None, Ok(_)) => (Outcome::Passed, String::new()),
+            (None, Ok(_)) => (Outcome::Passed, warning(&self.jobs[index])),
             (None, Err(error)) => (Outcome::Failed, format!("waiting for it: {error}")),
         };
         let end = End {
@@ -364,6 +370,15 @@ impl Active {
             self.stopping = Some((why, Instant::now() + GRACE));
         }
     }
+}
+
+/// What a step that passed could not do, where it says so: see [`super::process::WARNING_FILE`].
+fn warning(job: &Job) -> String {
+    let text = match &job.work {
+        Work::Run(invocation) => invocation.warning(),
+        Work::Cached => None,
+    };
+    text.unwrap_or_default()
 }
 
 fn not_run(why: &str) -> End {

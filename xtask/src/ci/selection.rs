@@ -1,11 +1,10 @@
 //! Which steps of the table run.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail};
 use xshell::{Shell, cmd};
 
 use super::receipt::{Outcome, Receipt};
+use super::standing::Standing;
 use super::step::Step;
 use super::tree::{Packages, Patterns};
 use crate::cargo;
@@ -17,7 +16,7 @@ use crate::output::Output;
 pub fn select(
     table: Vec<Step>,
     args: &CiArgs,
-    last_run: &Path,
+    standing: &Standing,
     packages: &Packages,
     output: &Output,
 ) -> Result<Vec<Step>> {
@@ -27,12 +26,20 @@ pub fn select(
     let failed = match (args.failed, &args.from) {
         (false, _) => None,
         (true, Some(path)) => Some(failed(&Receipt::read(path)?)),
-        (true, None) => Some(failed(&Receipt::read(last_run)?)),
+        (true, None) => Some(standing.failed()?),
     };
     let changed = match args.affected {
         true => changed_files(args.base.as_deref(), output)?,
         false => None,
     };
+    for step in table.iter().filter(|step| args.only.contains(&step.name)) {
+        let why = match args.profile {
+            Profile::Fast if !step.fast => "`ci fast` leaves it out",
+            _ if args.skip.contains(&step.name) => "--skip leaves it out",
+            _ => continue,
+        };
+        bail!("--only {step}: {why}");
+    }
     let mut selected = Vec::new();
     for step in table {
         let affected = match (&changed, step.inputs()) {
@@ -101,7 +108,17 @@ fn changed_files(base: Option<&str>, output: &Output) -> Result<Option<Vec<Strin
     };
     let fork = git(&shell, &["merge-base", &base, "HEAD"])
         .with_context(|| format!("finding where this branch left {base}; --base names another"))?;
-    let differing = git(&shell, &["diff", "--name-only", "-z", fork.trim()])?;
+    let differing = git(
+        &shell,
+        &[
+            "diff",
+            "--name-only",
+            "--no-renames",
+            "--relative",
+            "-z",
+            fork.trim(),
+        ],
+    )?;
     let untracked = git(
         &shell,
         &["ls-files", "-z", "--others", "--exclude-standard"],

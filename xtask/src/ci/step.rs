@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::facts::XTASK;
 use crate::config::Time;
 
 /// One check of the pipeline.
@@ -203,6 +204,17 @@ impl Step {
             .map(|(name, value)| format!("{name}={}", quote(value)));
         let words = self.argv.iter().map(|word| quote(word));
         variables.chain(words).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether this program runs it itself.
+    pub fn is_own(&self) -> bool {
+        matches!(self.argv.as_slice(), [cargo, xtask, ..] if cargo == "cargo" && xtask == "xtask")
+    }
+
+    /// All the tools and facts that its outcome depends on.
+    pub fn facts(&self) -> impl Iterator<Item = &str> {
+        let own = self.is_own().then_some(XTASK);
+        self.tools.iter().map(String::as_str).chain(own)
     }
 
     pub fn inputs(&self) -> Option<&Inputs> {

@@ -32,7 +32,12 @@ pub fn steps() -> Vec<Step> {
             "the code is formatted as rustfmt does it",
             "cargo fmt --all --check",
         )
-        .reads(&["**/*.rs", "**/Cargo.toml", "**/rustfmt.toml"])
+        .reads(&[
+            "**/*.rs",
+            "**/Cargo.toml",
+            "**/rustfmt.toml",
+            "**/.rustfmt.toml",
+        ])
         .tools(&[RUST])
         .mended_by("cargo fmt --all")
         .minutes(5)
@@ -62,6 +67,7 @@ pub fn steps() -> Vec<Step> {
             "kingfisher",
             "zizmor",
             "workflow-parser",
+            "node",
             ADVISORIES,
             HISTORY,
             TODAY,
@@ -129,11 +135,13 @@ pub fn steps() -> Vec<Step> {
         .job(TESTS),
         cargo_step(
             "image",
-            "the service builds into an image (the commands below run it)",
+            "the service builds into an image",
             "cargo xtask image",
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**"])
+        // The image names the commit.
+        .tools(&[HISTORY])
         .writes(&["target/xtask/images/index.json"])
         .job(TESTS),
         cargo_step(
@@ -149,6 +157,7 @@ pub fn steps() -> Vec<Step> {
             "kingfisher",
             "zizmor",
             "workflow-parser",
+            "node",
             CONTAINERS,
         ])
         .locks(&["containers"])

@@ -17,9 +17,11 @@ use crate::files;
 
 /// What every package of a workspace is made from.
 const OF_EVERY_PACKAGE: &[&str] = &[
-    "Cargo.toml",
+    // Features of all members decide how what they share is built.
+    "**/Cargo.toml",
     "Cargo.lock",
     ".cargo/**",
+    "rust-toolchain",
     "rust-toolchain.toml",
 ];
 
@@ -38,10 +40,7 @@ pub struct Tree {
 pub struct Packages(BTreeMap<String, Vec<String>>);
 
 impl Tree {
-    /// Reads every file under `root`.
-    ///
-    /// # Errors
-    /// Where there is no git repository, or a file cannot be read.
+    /// Reads every file under `root`; none where that is no git repository.
     pub fn read(root: &Path) -> Result<Self> {
         let shell = cargo::shell()?;
         shell.change_dir(root);
@@ -51,6 +50,8 @@ impl Tree {
         )
         .quiet()
         .ignore_stderr()
+        // Where there is no repository there are no files to tell apart.
+        .ignore_status()
         .output()
         .context("asking git for the files; what is cached depends on them")?;
         let mut tree = Self::default();
@@ -136,7 +137,10 @@ impl Packages {
         let all = names.map(|name| {
             let mut dirs = Vec::new();
             collect(&metadata, root, &name, &mut dirs);
-            let files = dirs.iter().map(|dir| format!("{dir}/**"));
+            let files = dirs.iter().map(|dir| match dir.as_str() {
+                "" => "**".to_owned(),
+                dir => format!("{dir}/**"),
+            });
             let patterns = OF_EVERY_PACKAGE.iter().map(|p| (*p).to_owned());
             (name, files.chain(patterns).collect())
         });

@@ -1,13 +1,16 @@
 //! What a run shows while it goes on, and what it remembers of each pass.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::cache::Cache;
+use super::facts;
 use super::fingerprint::{Fingerprint, Situation};
 use super::receipt::Outcome;
 use super::scheduler::{End, Job, Watcher, Work};
 use super::tree::Tree;
 use crate::output::{Output, seconds};
+use crate::setup::tools::Tools;
 
 /// Shows each step as it ends, and puts its pass into the cache.
 pub struct View<'a> {
@@ -17,9 +20,12 @@ pub struct View<'a> {
     pub cache: Option<&'a Cache>,
     /// The state of the workspace when the fingerprints were taken.
     pub before: &'a Situation,
+    pub tools: &'a Tools,
     pub arguments: &'a [String],
     /// Why each cached step needs no run, by name.
     pub reasons: &'a dyn Fn(&str) -> String,
+    /// Passes that are not remembered, by name, and why.
+    pub refused: BTreeMap<String, String>,
 }
 
 impl Watcher for View<'_> {
@@ -65,6 +71,7 @@ impl Watcher for View<'_> {
                 "the pass of {} is not remembered: {error:#}",
                 step.name
             ));
+            self.refused.insert(step.name.clone(), format!("{error:#}"));
         }
     }
 
@@ -80,6 +87,16 @@ impl View<'_> {
             return Ok(());
         };
         let fingerprint = Fingerprint::take(&job.step, inputs, self.arguments, self.before)?;
+        if !end.reason.is_empty() {
+            anyhow::bail!("{}", end.reason);
+        }
+        let facts = facts::gather(job.step.facts(), self.tools)?;
+        if let Some((name, now)) = facts
+            .iter()
+            .find(|(name, now)| fingerprint.tools.get(*name) != Some(now))
+        {
+            anyhow::bail!("{name} is another one now: {now}");
+        }
         let now = Tree::read(self.root)?;
         let files = now.select(inputs, &self.before.packages)?;
         if let Some(path) = now.touched_since(&self.before.tree, files.keys()) {

@@ -190,15 +190,28 @@ pub fn missing(tools: &Tools) -> Result<Vec<(String, Image)>> {
     Ok(absent.map(|(n, i)| (n.clone(), i.clone())).collect())
 }
 
+/// The images that tests were last found to use here; `None` where none were. Asking the engine
+/// each time would take longer than all else that an unchanged run of `ci` does.
+pub fn noted() -> Option<String> {
+    fs::read_to_string(note().ok()?).ok()
+}
+
+fn note() -> Result<PathBuf> {
+    Ok(super::cache_dir()?.join("images-in-use"))
+}
+
 /// What tests are going to use, for reports: `postgres:17-alpine`, or the offline one.
 pub fn in_use(tools: &Tools) -> Result<Vec<String>> {
     let shell = cargo::shell()?;
     let images = tools.images().values();
+    let recipe = recipe();
     let name = |image: &Image| match label(&shell, &image.ordinary) {
         Some(_) => image.ordinary.clone(),
-        None => image.offline.clone(),
+        None => format!("{} (recipe {recipe})", image.offline),
     };
-    Ok(images.map(name).collect())
+    let names: Vec<String> = images.map(name).collect();
+    files::write_atomically(&note()?, names.join(" ").as_bytes())?;
+    Ok(names)
 }
 
 /// Pulls the images that are missing, or builds them where they cannot be had.

@@ -13,7 +13,7 @@ use serde::Serialize;
 use xshell::cmd;
 
 use crate::cargo;
-use crate::ci::facts::{ADVISORIES, HISTORY, RUST, TODAY};
+use crate::ci::facts::{ADVISORIES, HISTORY, RUST, TODAY, XTASK};
 use crate::ci::step::Step;
 use crate::ci::{selection, steps};
 use crate::cli::SetupArgs;
@@ -56,12 +56,7 @@ pub fn run(args: &SetupArgs, output: &Output) -> Result<Finished> {
 
 /// Puts this very program beside cargo, under a name that cargo takes for a command of its own.
 fn share(output: &Output) -> Result<Finished> {
-    let home = match std::env::var_os("CARGO_HOME") {
-        Some(home) => PathBuf::from(home),
-        None => std::env::home_dir()
-            .context("there is no home directory; set CARGO_HOME")?
-            .join(".cargo"),
-    };
+    let home = cargo::home()?;
     let place = home.join("bin").join(format!("cargo-{}", cargo::SHARED));
     let program = std::env::current_exe().context("finding this program")?;
     if program == place {
@@ -107,7 +102,7 @@ pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
                 engine::ensure(output)?;
                 images::ensure(&tools, output)?;
             }
-            ADVISORIES | HISTORY | TODAY => {}
+            ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => {
                 tools.install(tool, output)?;
                 output.detail(format_args!("{tool} {} is there", tools.pin(tool)?.version));
@@ -239,7 +234,7 @@ fn requirements(steps: &[&Step], tools: &Tools) -> Result<Vec<Requirement>> {
                     });
                 }
             }
-            ADVISORIES | HISTORY | TODAY => {}
+            ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => requirements.push(Requirement {
                 name: tool.to_owned(),
                 needed: tools.pin(tool)?.version.to_string(),

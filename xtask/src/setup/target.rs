@@ -52,11 +52,15 @@ fn shrink(target: &Path, limit: u64, output: &Output) {
 /// Directories that cargo makes again when they are gone, the most dispensable first.
 fn candidates(target: &Path) -> Vec<PathBuf> {
     let mut profiles: Vec<PathBuf> = Vec::new();
-    for dir in dirs(target) {
-        if is_profile(&dir) {
-            profiles.push(dir);
-        } else {
-            profiles.extend(dirs(&dir).into_iter().filter(|dir| is_profile(dir)));
+    // PROFILE, TRIPLE/PROFILE, and the same once more below directories of their own.
+    let mut open = vec![(target.to_owned(), 3)];
+    while let Some((dir, depth)) = open.pop() {
+        for dir in dirs(&dir) {
+            if is_profile(&dir) {
+                profiles.push(dir);
+            } else if depth > 1 {
+                open.push((dir, depth - 1));
+            }
         }
     }
     let incremental = profiles.iter().map(|dir| dir.join("incremental"));

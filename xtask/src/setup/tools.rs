@@ -12,6 +12,7 @@ use xshell::{Shell, cmd};
 use super::system::{self, PIP};
 use crate::cargo;
 use crate::config::nearest;
+use crate::files;
 use crate::output::Output;
 
 /// What `npm ci` needs for GitHub's parser, and the program that calls it.
@@ -101,7 +102,7 @@ impl Tools {
     /// The version that is there; `None` where it is missing, too old or another one than pinned.
     pub fn version(&self, name: &str) -> Result<Option<String>> {
         if name == super::CONTAINERS {
-            return Ok(Some(self.described_images()));
+            return Ok(super::images::noted());
         }
         let pin = self.pin(name)?;
         if self.home(name, pin).is_dir() {
@@ -220,7 +221,14 @@ impl Tools {
     }
 
     fn home(&self, name: &str, pin: &Pin) -> PathBuf {
-        self.dir.join(format!("{name}-{}", pin.version))
+        let version = &pin.version;
+        if pin.npm.is_some() {
+            // What is ours in it may change without a new version.
+            let ours: Vec<&str> = WORKFLOW_PARSER.iter().map(|(_, text)| *text).collect();
+            let hash = &files::sha256(ours.concat().as_bytes())[..8];
+            return self.dir.join(format!("{name}-{version}-{hash}"));
+        }
+        self.dir.join(format!("{name}-{version}"))
     }
 
     /// Where the program is within its directory.
@@ -254,12 +262,6 @@ impl Tools {
             None => version == pin.version,
         };
         will_do.then_some((program, version))
-    }
-
-    fn described_images(&self) -> String {
-        let images = self.pins.images.values();
-        let names: Vec<&str> = images.map(|image| image.ordinary.as_str()).collect();
-        names.join(" ")
     }
 }
 

@@ -230,6 +230,39 @@ effect = "somewhere else"
     assert_eq!((runs("code"), runs("docs"), runs("push")), (2, 1, 3));
 }
 
+/// A step of this program's own is remembered only for the sources that it was built from.
+#[test]
+fn a_stale_program_remembers_nothing() {
+    let workspace = Workspace::new(
+        "[[step]]\nname = \"own\"\nrun = [\"cargo\", \"xtask\", \"ci\", \"--help\"]\nreads = []\n",
+    );
+    for _ in 0..2 {
+        // There is no xtask in this workspace that the program could have been built from.
+        let ended = workspace.ci(&[]).expect(0, "passed");
+        assert_eq!(step(ended.finished(), "own")["outcome"], "passed");
+    }
+}
+
+/// A pass that lacks something is a pass, but not one to rely on later.
+#[test]
+fn a_pass_with_a_warning_is_not_remembered() {
+    let workspace = Workspace::new(
+        r#"
+[[step]]
+name = "limited"
+run = ["sh", "-c", "test -e whole || echo 'half of it was not there' > $XTASK_STEP_WARNING"]
+reads = []
+"#,
+    );
+    let outcome = || {
+        let ended = workspace.ci(&[]).expect(0, "passed");
+        step(ended.finished(), "limited")["outcome"].clone()
+    };
+    assert_eq!((outcome(), outcome()), ("passed".into(), "passed".into()));
+    workspace.write("whole", "");
+    assert_eq!((outcome(), outcome()), ("passed".into(), "cached".into()));
+}
+
 /// A step that ran on one state of the files is not remembered for another, even if they are put
 /// back as they were.
 #[test]

@@ -48,6 +48,15 @@ reads = []
 name = "absent"
 run = ["no-such-program-anywhere"]
 reads = []
+[[step]]
+name = "dependent"
+run = ["true"]
+reads = []
+needs = ["absent"]
+[[step]]
+name = "limited"
+run = ["sh", "-c", "echo 'half of it was not there' > $XTASK_STEP_WARNING"]
+reads = []
 "#,
     );
     // Half a gigabyte of addresses: who held 200 MB of output in memory, twice, would not fit.
@@ -69,6 +78,8 @@ reads = []
         ("leaves", "failed", "exit status: 4"),
         ("killed", "failed", "signal: 11"),
         ("absent", "failed", "no-such-program-anywhere"),
+        ("dependent", "not-run", "needs absent"),
+        ("limited", "passed", "half of it was not there"),
     ];
     for (name, outcome, reason) in wanted {
         let step = step(last, name);
@@ -208,8 +219,16 @@ reads = []
     )
     .unwrap();
     workspace.write("steps.toml", &table.replace("\"false\"", "\"true\""));
+    // What passed since is not repeated, what was left out meanwhile is not forgotten.
+    workspace.ci(&["--only", "beside"]).expect(0, "passed");
     let again = workspace.ci(&["--failed"]).expect(0, "passed");
-    assert_eq!(names(&again), ["bad", "after", "last", "beside"]);
+    assert_eq!(names(&again), ["bad", "after", "last"]);
+    let contrary = workspace.ci(&["fast", "--only", "bad"]).expect(2, "failed");
+    assert!(
+        contrary.said.contains("`ci fast` leaves it out"),
+        "{}",
+        contrary.said
+    );
     let nothing = workspace.ci(&["--failed"]).expect(0, "passed");
     assert_eq!(names(&nothing), [""; 0]);
     let from = ["--failed", "--from", "target/elsewhere.json"];
@@ -330,6 +349,13 @@ reads = []
         at("::endgroup::") < at("repeat it:"),
         "failures stand outside of groups"
     );
+    // The last lines are shown once more at the end, and are no commands there either.
+    let rest = &said[at("::endgroup::")..];
+    let forged = rest.find("::set-output").unwrap();
+    let stopped = rest.find("::stop-commands::").unwrap();
+    let token = &rest[stopped + "::stop-commands::".len()..][..64];
+    let resumed = rest.find(&format!("::{token}::\n")).unwrap();
+    assert!(stopped < forged && forged < resumed, "{rest}");
     at("::error file=src/a.rs,line=7,col=3,title=lint lint::error: bad thing");
     let summary = std::fs::read_to_string(summary).unwrap();
     assert!(
@@ -465,6 +491,10 @@ effect = "somewhere else"
     workspace.write("src/a.rs", "changed");
     assert_eq!(selected(&workspace), ["docs", "code", "push"]);
     workspace.git(&["checkout", "--quiet", "src/a.rs"]);
+    // A file that moves away is missed where it was.
+    workspace.git(&["mv", "src/a.rs", "docs/a.rs"]);
+    assert_eq!(selected(&workspace), ["docs", "code", "push"]);
+    workspace.git(&["mv", "docs/a.rs", "src/a.rs"]);
     workspace.write("Cargo.lock", "# changed");
     let everything = workspace
         .ci(&["--affected", "--no-cache"])
@@ -539,6 +569,29 @@ fn two_runs_are_compared_by_what_they_proved() {
         "a: file a.txt: changed",
     ];
     assert_eq!(lines, &wanted);
+    workspace.write("target/first.json", &workspace.read("target/one.json"));
+    let rewrite = |name: &str, step: &str| {
+        let mut receipt: Value = serde_json::from_str(&workspace.read("target/one.json")).unwrap();
+        receipt["steps"][0]["name"] = step.into();
+        workspace.write(name, &receipt.to_string());
+    };
+    // Actions has a receipt for each job; a laptop has one for all.
+    rewrite("target/job-b.json", "b");
+    let mut whole: Value = serde_json::from_str(&workspace.read("target/one.json")).unwrap();
+    let other: Value = serde_json::from_str(&workspace.read("target/job-b.json")).unwrap();
+    whole["steps"]
+        .as_array_mut()
+        .unwrap()
+        .push(other["steps"][0].clone());
+    workspace.write("target/whole.json", &whole.to_string());
+    let jobs = [
+        "--compare",
+        "target/whole.json",
+        "target/one.json",
+        "target/job-b.json",
+    ];
+    workspace.ci(&jobs).expect(0, "passed");
+    workspace.ci(&jobs[..3]).expect(1, "failed");
     let nothing = workspace.ci(&["--compare", "target/one.json", "nothing.json"]);
     assert!(
         nothing

@@ -1,0 +1,16 @@
+//! Tells the program the hash of what it is built from.
+#![expect(clippy::print_stdout, reason = "cargo reads it")]
+
+#[path = "src/sources.rs"]
+mod sources;
+
+use std::path::Path;
+
+fn main() -> std::io::Result<()> {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    println!("cargo::rustc-env=XTASK_SOURCES={}", sources::hash(package)?);
+    for part in ["Cargo.toml", "src", "servers/Cargo.toml", "servers/src"] {
+        println!("cargo::rerun-if-changed={part}");
+    }
+    Ok(())
+}
