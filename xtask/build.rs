@@ -1,5 +1,4 @@
 //! Tells the program the hash of what it is built from.
-#![expect(clippy::print_stdout, reason = "cargo reads it")]
 
 #[path = "src/sources.rs"]
 mod sources;

@@ -78,7 +78,7 @@ pub struct LogFilter(pub String);
 
 /// The database's address; its scheme chooses the storage adapter. It may hold a password, which
 /// is never shown.
-#[derive(Clone, Serialize)]
+#[derive(Clone)]
 pub struct DatabaseUrl(pub String);
 
 /// The databases that there is an adapter for.
@@ -265,18 +265,33 @@ impl fmt::Display for DatabaseUrl {
     }
 }
 
+/// Without the password, so that a hash of the configuration tells nobody whether a guess is right.
+impl Serialize for DatabaseUrl {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-/// `scheme://user:password@host` with stars for the password.
+/// `scheme://user:password@host/…?password=…` with stars for the passwords.
 fn without_password(url: &str) -> String {
     let parts = url.split_once("://").and_then(|(scheme, rest)| {
         let (user, place) = rest.rsplit_once('@')?;
         let (user, _) = user.split_once(':')?;
         Some(format!("{scheme}://{user}:***@{place}"))
     });
-    parts.unwrap_or_else(|| url.to_owned())
+    let url = parts.unwrap_or_else(|| url.to_owned());
+    let mut words = url.split("password=");
+    let mut masked = words.next().unwrap_or_default().to_owned();
+    for rest in words {
+        let end = rest.find(['&', '"']).unwrap_or(rest.len());
+        masked.push_str("password=***");
+        masked.push_str(&rest[end..]);
+    }
+    masked
 }

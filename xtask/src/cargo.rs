@@ -123,15 +123,7 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
         .quiet()
         .read()
         .with_context(|| format!("building xtask with feature {feature}"))?;
-    let program = Message::parse_stream(built.as_bytes())
-        .filter_map(Result::ok)
-        .find_map(|message| match message {
-            Message::CompilerArtifact(artifact) if artifact.target.name == "xtask" => {
-                artifact.executable
-            }
-            _ => None,
-        })
-        .context("cargo named no program")?;
+    let program = program(&built).context("cargo named no program")?;
     let mut command = std::process::Command::new(program);
     command.args(&given[1..]);
     Err(replace(command)).context("starting xtask again")
@@ -148,8 +140,53 @@ fn selection(feature: &str) -> Vec<&str> {
     }
 }
 
+/// The program that cargo says it has built.
+fn program(messages: &str) -> Option<PathBuf> {
+    let messages = Message::parse_stream(messages.as_bytes()).filter_map(Result::ok);
+    let mut programs = messages.filter_map(|message| match message {
+        // The tests of the program have its name, too.
+        Message::CompilerArtifact(artifact)
+            if artifact.target.name == "xtask"
+                && artifact.target.is_bin()
+                && !artifact.profile.test =>
+        {
+            artifact.executable.map(PathBuf::from)
+        }
+        _ => None,
+    });
+    programs.next()
+}
+
 /// Becomes `command`; returns only when that fails.
 fn replace(mut command: std::process::Command) -> std::io::Error {
     use std::os::unix::process::CommandExt;
     command.exec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Taken for the program, the tests would run with the command as a filter, and pass.
+    #[test]
+    fn the_program_is_not_its_tests() {
+        let artifact = |kind: &str, test: bool, path: &str| {
+            let target = format!(
+                r#"{{"kind":["{kind}"],"crate_types":["bin"],"name":"xtask","src_path":"/s","edition":"2024","doc":true,"doctest":false,"test":true}}"#
+            );
+            let profile = format!(
+                r#"{{"opt_level":"0","debuginfo":0,"debug_assertions":true,"overflow_checks":true,"test":{test}}}"#
+            );
+            format!(
+                r#"{{"reason":"compiler-artifact","package_id":"x","manifest_path":"/m","target":{target},"profile":{profile},"features":[],"filenames":["{path}"],"executable":"{path}","fresh":true}}"#
+            )
+        };
+        let messages = [
+            artifact("custom-build", false, "/build-script"),
+            artifact("bin", true, "/tests"),
+            artifact("bin", false, "/program"),
+        ];
+        assert_eq!(program(&messages.join("\n")), Some("/program".into()));
+        assert_eq!(program(&messages[..2].join("\n")), None);
+    }
 }

@@ -316,6 +316,22 @@ fn explain(error: &toml::de::Error) -> anyhow::Error {
     anyhow!("{error}{hint}")
 }
 
+/// What to say of a name that is none of those there are.
+pub fn unknown<'a>(
+    what: &str,
+    name: &str,
+    known: impl Iterator<Item = &'a str> + Clone,
+) -> anyhow::Error {
+    let hint = nearest(name, known.clone()).map_or_else(String::new, |nearest| {
+        format!("; did you mean {nearest:?}?")
+    });
+    let known: Vec<&str> = known.collect();
+    anyhow!(
+        "there is no {what} {name:?}; there is {}{hint}",
+        known.join(", ")
+    )
+}
+
 /// The candidate that differs least from `name`, where one is close.
 pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates

@@ -31,6 +31,7 @@ mod servers;
 mod setup;
 mod sources;
 mod workflows;
+mod yaml;
 
 use std::process::ExitCode;
 

@@ -1,5 +1,6 @@
 //! `cargo xtask servers`: real servers for tests, started once for many of them.
 
+use std::os::fd::AsFd;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -8,7 +9,7 @@ use xshell::cmd;
 
 use crate::cargo;
 use crate::cli::{ServersCommand, ServersRunArgs};
-use crate::config::nearest;
+use crate::config::unknown;
 use crate::output::{Exit, Finished, Output, seconds};
 use crate::setup::tools::Tools;
 
@@ -86,24 +87,25 @@ fn command(words: &[String], servers: &[Running], output: &Output) -> Result<boo
     let addresses = servers
         .iter()
         .map(|server| (server.server.variable(), server.address.as_str()));
-    let ended = Command::from(cargo::isolated(command).envs(addresses))
+    let mut command = Command::from(cargo::isolated(command).envs(addresses));
+    if output.is_json() {
+        // Standard output is for our own events.
+        let stderr = std::io::stderr().as_fd().try_clone_to_owned();
+        command.stdout(stderr.context("sharing standard error")?);
+    }
+    let ended = command
         .status()
         .with_context(|| format!("starting {program}"))?;
     Ok(ended.success())
 }
 
 fn select(only: &[String]) -> Result<Vec<Server>> {
-    let names = || Server::ALL.iter().map(|server| server.name());
-    for name in only {
-        if !names().any(|known| known == name) {
-            let hint = nearest(name, names()).map_or_else(String::new, |nearest| {
-                format!("; did you mean {nearest:?}?")
-            });
-            bail!(
-                "there is no server {name:?}; there is {}{hint}",
-                names().collect::<Vec<_>>().join(", ")
-            );
-        }
+    let names = Server::ALL.iter().map(|server| server.name());
+    if let Some(name) = only
+        .iter()
+        .find(|name| !names.clone().any(|known| known == *name))
+    {
+        return Err(unknown("server", name, names));
     }
     let wanted = |server: &Server| only.is_empty() || only.iter().any(|n| n == server.name());
     Ok(Server::ALL.into_iter().filter(wanted).collect())

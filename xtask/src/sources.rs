@@ -16,7 +16,7 @@ pub fn hash(package: &Path) -> io::Result<String> {
         "servers/Cargo.toml",
         "servers/src",
     ] {
-        collect(package, &package.join(part), &mut files)?;
+        collect(&package.join(part), &mut files)?;
     }
     files.sort();
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
@@ -30,13 +30,13 @@ pub fn hash(package: &Path) -> io::Result<String> {
     Ok(format!("{hash:016x}"))
 }
 
-fn collect(package: &Path, path: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+fn collect(path: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     if !path.is_dir() {
         files.push(path.to_owned());
         return Ok(());
     }
     for entry in fs::read_dir(path)? {
-        collect(package, &entry?.path(), files)?;
+        collect(&entry?.path(), files)?;
     }
     Ok(())
 }

@@ -2,17 +2,18 @@
 
 use std::fs;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
 /// The label's name.
 pub(crate) const LABEL: &str = "dev.xtask.owner";
 
-/// The label's value for this process: `HOST BOOT PID START`.
+/// The label's value for this process: `MACHINE BOOT PID START`.
 pub(crate) fn this_process() -> String {
     let pid = std::process::id();
     format!(
         "{} {} {pid} {}",
-        host(),
+        machine(),
         boot(),
         start(pid).unwrap_or_default()
     )
@@ -21,10 +22,10 @@ pub(crate) fn this_process() -> String {
 /// Whether the owner was a process of this machine and is there no more.
 pub(crate) fn is_gone(owner: &str) -> bool {
     let words: Vec<&str> = owner.split(' ').collect();
-    let [host_then, boot_then, pid, start_then] = words[..] else {
+    let [machine_then, boot_then, pid, start_then] = words[..] else {
         return false;
     };
-    if host_then != host() {
+    if machine_then != machine() {
         return false;
     }
     let Ok(pid) = pid.parse::<u32>() else {
@@ -42,12 +43,22 @@ pub(crate) fn is_gone(owner: &str) -> bool {
 
 fn is_alive(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| test_kill_process(pid).is_ok())
+    // Whoever may not be asked is there.
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
-fn host() -> String {
+/// Where process numbers mean the same: the machine, its name, and the namespace of its processes.
+fn machine() -> String {
+    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
     let name = rustix::system::uname();
-    name.nodename().to_string_lossy().replace(' ', "-")
+    let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let text = format!(
+        "{}/{}/{}",
+        id.trim(),
+        name.nodename().to_string_lossy(),
+        namespace.display()
+    );
+    text.replace(' ', "-")
 }
 
 /// Which start of the machine this is, where the system tells.

@@ -50,7 +50,6 @@ impl Server {
         match self {
             Self::Postgres => "TEST_POSTGRES_URL",
             Self::Redis => "TEST_REDIS_URL",
-            // The management interface; AMQP's port is asked of it.
             Self::RabbitMq => "TEST_RABBITMQ_URL",
             Self::Kafka => "TEST_KAFKA_BROKER",
             Self::Registry => "TEST_REGISTRY_URL",
@@ -155,8 +154,13 @@ async fn kafka(image: &str) -> Result<Started> {
         }
         match run(request).await {
             Ok(container) => return Ok((container, format!("127.0.0.1:{port}"))),
-            Err(error) if attempt == ATTEMPTS => return Err(error),
-            Err(_) => attempt += 1,
+            // Somebody was quicker to take the port; anything else will not heal.
+            Err(error)
+                if attempt < ATTEMPTS && format!("{error:#}").contains("port is already") =>
+            {
+                attempt += 1;
+            }
+            Err(error) => return Err(error),
         }
     }
 }

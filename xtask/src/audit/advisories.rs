@@ -17,6 +17,10 @@ const PUBLISHED: &str = "https://github.com/RustSec/advisory-db";
 const CLONE: &str = "advisory-db-3157b0e258782691";
 /// How long a fetched copy is new enough not to fetch again.
 const FRESH: Duration = Duration::from_secs(24 * 3600);
+/// Days after which advisories say too little to rely on.
+const MAX_AGE_DAYS: i64 = 180;
+/// Says when the database beside it was fetched. (git touches its own FETCH_HEAD even in vain.)
+const FETCHED: &str = "fetched";
 
 /// A database that cargo-deny can use.
 pub struct Database {
@@ -25,6 +29,8 @@ pub struct Database {
     pub commit: String,
     /// When the advisories were last changed.
     pub date: jiff::Timestamp,
+    /// Why they could not be fetched anew, where that was tried in vain.
+    pub not_refreshed: Option<String>,
 }
 
 pub enum Found {
@@ -35,6 +41,17 @@ pub enum Found {
 impl Database {
     pub fn age_days(&self) -> i64 {
         jiff::Timestamp::now().duration_since(self.date).as_hours() / 24
+    }
+
+    /// Why the advisories are too old, if they are.
+    pub fn stale(&self) -> Option<String> {
+        let age = self.age_days();
+        let refresh = self.not_refreshed.as_deref().unwrap_or("take a newer copy");
+        (age > MAX_AGE_DAYS).then(|| {
+            format!(
+                "the advisories are stale: {age} days old, more than {MAX_AGE_DAYS} ({refresh})"
+            )
+        })
     }
 }
 
@@ -67,7 +84,7 @@ pub fn prepare(given: Option<&str>) -> Result<Found> {
 /// A plain copy or a clone on this machine. cargo-deny wants a clone, so one is made of it.
 fn from_directory(dir: &Path) -> Result<Found> {
     let (commit, date) = source(dir)?;
-    let path = place(&format!("{} {commit}", dir.display()))?;
+    let path = place(&format!("{commit} {date}"))?;
     let clone = path.join(CLONE);
     if !clone.is_dir() {
         let making = path.join(format!(".making.{}", std::process::id()));
@@ -80,7 +97,12 @@ fn from_directory(dir: &Path) -> Result<Found> {
         let _ = fs::remove_dir_all(&making);
         made?;
     }
-    Ok(Found::Ready(Database { path, commit, date }))
+    Ok(Found::Ready(Database {
+        path,
+        commit,
+        date,
+        not_refreshed: None,
+    }))
 }
 
 fn copy(dir: &Path, to: &Path, date: jiff::Timestamp) -> Result<()> {
@@ -115,19 +137,25 @@ fn from_address(address: &str) -> Result<Found> {
     let path = place(address)?;
     let clone = path.join(CLONE);
     let shell = cargo::shell()?;
-    let fetched = fs::metadata(clone.join(".git/FETCH_HEAD")).and_then(|m| m.modified());
+    let fetched = fs::metadata(path.join(FETCHED)).and_then(|m| m.modified());
     let fresh = fetched.is_ok_and(|at| at.elapsed().is_ok_and(|age| age < FRESH));
+    let mut not_refreshed = None;
     if !fresh && let Err(error) = fetch(&shell, address, &path) {
-        let known = clone.is_dir();
-        if !known {
+        if !clone.is_dir() {
             return Ok(Found::Unavailable(format!(
                 "no advisories: {error:#}; without a network, --advisory-db DIR names a copy"
             )));
         }
+        not_refreshed = Some(format!("{error:#}"));
     }
     let commit = head(&clone).context("reading the advisories' commit")?;
     let date = commit_date(&shell, &clone)?;
-    Ok(Found::Ready(Database { path, commit, date }))
+    Ok(Found::Ready(Database {
+        path,
+        commit,
+        date,
+        not_refreshed,
+    }))
 }
 
 fn fetch(shell: &Shell, address: &str, path: &Path) -> Result<()> {
@@ -140,17 +168,19 @@ fn fetch(shell: &Shell, address: &str, path: &Path) -> Result<()> {
         cmd!(shell, "git -C {clone} reset --quiet --hard FETCH_HEAD")
             .quiet()
             .run()?;
-        return Ok(());
+        return files::replace(&path.join(FETCHED), b"");
     }
     fs::create_dir_all(path).with_context(|| format!("creating {}", path.display()))?;
     let making = path.join(format!(".making.{}", std::process::id()));
     let made = cmd!(shell, "git clone --quiet --depth 1 {address} {making}")
+        // A program asks nobody for a password.
+        .env("GIT_TERMINAL_PROMPT", "0")
         .quiet()
         .ignore_stderr()
         .run();
     let placed = made.map_err(anyhow::Error::from).and_then(|()| {
-        fs::File::create(making.join(".git/FETCH_HEAD")).context("dating the clone")?;
-        fs::rename(&making, &clone).context("putting the advisories in place")
+        fs::rename(&making, &clone).context("putting the advisories in place")?;
+        files::replace(&path.join(FETCHED), b"")
     });
     let _ = fs::remove_dir_all(&making);
     placed.with_context(|| format!("fetching {address}"))

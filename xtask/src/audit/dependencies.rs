@@ -21,12 +21,21 @@ pub fn advisories(context: &Context) -> Result<Report> {
             });
         }
     };
-    let looked_at = format!(
+    if let Some(stale) = database.stale() {
+        return Ok(Report {
+            unavailable: Some(stale),
+            ..Report::default()
+        });
+    }
+    let mut looked_at = format!(
         "advisories of {} ({} days old), commit {}",
         database.date.strftime("%F"),
         database.age_days(),
         &database.commit[..database.commit.len().min(12)]
     );
+    if database.not_refreshed.is_some() {
+        looked_at.push_str(", which could not be fetched anew");
+    }
     // A copy of the settings with the database's place; the committed ones stay as they are.
     let mut settings = settings(context)?;
     let section = settings
@@ -79,7 +88,8 @@ pub fn unused(context: &Context) -> Result<Report> {
         )
     })?;
     let mut findings = Vec::new();
-    for found in report["findings"].as_array().into_iter().flatten() {
+    let found = report["findings"].as_array();
+    for found in found.context("cargo-shear named no findings, not even none")? {
         let text = |name: &str| found[name].as_str().unwrap_or_default().to_owned();
         let file = context.relative(&text("file"));
         let manifest = fs::read_to_string(root.join(&file)).unwrap_or_default();
@@ -138,14 +148,15 @@ fn deny(context: &Context, words: &[&str]) -> Result<Vec<Finding>> {
         bail!("cargo-deny could not look: {why}");
     }
     let lock = lock(context)?;
+    let rules = fs::read_to_string(context.root.join("deny.toml")).context("reading deny.toml")?;
     let diagnostics = lines.iter().filter(|line| line["type"] == "diagnostic");
     Ok(diagnostics
-        .filter_map(|line| finding(&line["fields"], &lock))
+        .filter_map(|line| finding(&line["fields"], &lock, &rules))
         .collect())
 }
 
 /// A diagnostic at the place of its package in Cargo.lock, or of its line in deny.toml.
-fn finding(fields: &Value, lock: &str) -> Option<Finding> {
+fn finding(fields: &Value, lock: &str, rules: &str) -> Option<Finding> {
     let level = match fields["severity"].as_str()? {
         "error" => Level::Error,
         "warning" => Level::Warning,
@@ -161,13 +172,12 @@ fn finding(fields: &Value, lock: &str) -> Option<Finding> {
     };
     let advisory = fields["advisory"]["id"].as_str();
     let message = fields["message"].as_str().unwrap_or_default();
-    let label = fields["labels"][0]["line"].as_u64();
+    // cargo-deny may have read a copy of the rules, so the line is looked for in ours.
+    let span = fields["labels"][0]["span"].as_str().unwrap_or_default();
+    let rule = rules.find(span).filter(|_| !span.is_empty());
     let (file, line) = match place {
         Some(line) => ("Cargo.lock", line),
-        None => (
-            "deny.toml",
-            label.and_then(|l| u32::try_from(l).ok()).unwrap_or(1),
-        ),
+        None => ("deny.toml", rule.map_or(1, |at| position(rules, at).0)),
     };
     let subject = package["name"].as_str().map_or_else(String::new, |name| {
         format!(

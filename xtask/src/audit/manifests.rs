@@ -3,11 +3,12 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
-use saphyr::{LoadableYamlNode, MarkedYaml, YamlData};
+use saphyr::{LoadableYamlNode, MarkedYaml};
 use serde::Deserialize;
 
 use super::{Context, Report};
 use crate::findings::{Finding, Level};
+use crate::yaml::{Node, get, items};
 
 const POLICY: &str = "config/policy.toml";
 
@@ -44,6 +45,8 @@ enum Each {
 #[serde(rename_all = "lowercase")]
 enum Wanted {
     Equals(toml::Value),
+    /// It may be absent, but must not be this.
+    Not(toml::Value),
     Contains(String),
     Present(bool),
 }
@@ -55,14 +58,16 @@ struct DockerfileRule {
     why: String,
     instruction: String,
     requires: Option<String>,
-    forbids: Option<String>,
+    #[serde(default)]
+    forbids: Vec<String>,
+    /// What the first word must not be.
+    #[serde(default)]
+    not: Vec<String>,
     #[serde(default)]
     unless: Vec<String>,
     #[serde(default)]
     last: bool,
 }
-
-type Node<'a> = MarkedYaml<'a>;
 
 pub fn check(context: &Context) -> Result<Report> {
     let path = context.root.join(POLICY);
@@ -110,14 +115,21 @@ fn manifest(rules: &[ManifestRule], path: &str, text: &str) -> Vec<Finding> {
             return vec![finding("yaml", path, line, 1, error.info().to_owned())];
         }
     };
+    // A list of objects is as good as a file with each of them.
+    let objects = documents.iter().flat_map(|document| {
+        let is_list = get(document, "kind").and_then(|kind| kind.data.as_str()) == Some("List");
+        let inner = get(document, "items").filter(|_| is_list);
+        let inner: Vec<&Node<'_>> = inner.into_iter().flat_map(items).collect();
+        if is_list { inner } else { vec![document] }
+    });
     let mut findings = Vec::new();
-    for document in &documents {
+    for document in objects {
         let Some(kind) = get(document, "kind").and_then(|kind| kind.data.as_str()) else {
             continue;
         };
         let pod = pod(document, kind);
         let containers: Vec<&Node<'_>> = pod.map_or_else(Vec::new, |pod| {
-            let lists = ["containers", "initContainers"];
+            let lists = ["containers", "initContainers", "ephemeralContainers"];
             lists
                 .iter()
                 .filter_map(|list| get(pod, list))
@@ -161,6 +173,10 @@ fn broken<'n, 'a>(rule: &ManifestRule, subject: &'n Node<'a>) -> Option<(&'n Nod
             None => Some((subject, format!("is missing, and must be {wanted}"))),
             Some(value) => (!equals(value, wanted)).then(|| (*value, format!("must be {wanted}"))),
         },
+        Wanted::Not(refused) => {
+            let value = values.into_iter().find(|value| equals(value, refused))?;
+            Some((value, format!("must not be {refused}")))
+        }
         Wanted::Contains(text) => match values.first() {
             None => Some((subject, format!("is missing, and must contain {text}"))),
             Some(value) => {
@@ -209,45 +225,35 @@ fn pod<'n, 'a>(document: &'n Node<'a>, kind: &str) -> Option<&'n Node<'a>> {
     follow(document, path).into_iter().next()
 }
 
-pub fn get<'n, 'a>(node: &'n Node<'a>, key: &str) -> Option<&'n Node<'a>> {
-    match &node.data {
-        YamlData::Mapping(entries) => entries
-            .iter()
-            .find(|(name, _)| name.data.as_str() == Some(key))
-            .map(|(_, value)| value),
-        _ => None,
-    }
-}
-
-pub fn items<'n, 'a>(node: &'n Node<'a>) -> impl Iterator<Item = &'n Node<'a>> {
-    match &node.data {
-        YamlData::Sequence(items) => items.as_slice(),
-        _ => &[],
-    }
-    .iter()
-}
-
 fn dockerfile(rules: &[DockerfileRule], path: &str, text: &str) -> Vec<Finding> {
     let instructions = instructions(text);
-    let stages: Vec<String> = instructions
-        .iter()
-        .filter(|(_, name, _)| name == "FROM")
-        .filter_map(|(_, _, rest)| {
-            rest.to_lowercase()
-                .split_once(" as ")
-                .map(|(_, n)| n.trim().to_owned())
+    // Only what is named further up can be meant by a name.
+    let stages_above = |line: usize| {
+        let above = instructions
+            .iter()
+            .filter(move |(at, name, _)| *at < line && name == "FROM");
+        above.filter_map(|(_, _, rest)| {
+            let (_, name) = rest.rsplit_once(char::is_whitespace)?;
+            let named = rest.to_lowercase().contains(" as ");
+            named.then(|| name.to_lowercase())
         })
-        .collect();
+    };
+    let last_stage = instructions
+        .iter()
+        .rev()
+        .find(|(_, name, _)| name == "FROM");
+    let last_stage = last_stage.map_or(0, |(line, _, _)| *line);
     let mut findings = Vec::new();
     for rule in rules {
         let mut uses: Vec<_> = instructions
             .iter()
             .filter(|(_, name, _)| *name == rule.instruction)
+            .filter(|(line, _, _)| !rule.last || *line > last_stage)
             .collect();
         if rule.last {
             let Some(last) = uses.pop() else {
-                let message = format!("there is no {}: {}", rule.instruction, rule.why);
-                findings.push(finding(&rule.rule, path, 1, 1, message));
+                let message = format!("the last stage has no {}: {}", rule.instruction, rule.why);
+                findings.push(finding(&rule.rule, path, last_stage.max(1), 1, message));
                 continue;
             };
             uses = vec![last];
@@ -256,15 +262,17 @@ fn dockerfile(rules: &[DockerfileRule], path: &str, text: &str) -> Vec<Finding> 
             let first = rest.split_whitespace().find(|word| !word.starts_with("--"));
             let excepted = first.is_some_and(|word| {
                 rule.unless.iter().any(|other| other == word)
-                    || stages.contains(&word.to_lowercase())
+                    || stages_above(*line).any(|stage| stage == word.to_lowercase())
             });
             let lacks = rule.requires.as_ref().filter(|text| !rest.contains(*text));
-            let has = rule.forbids.as_ref().filter(|text| rest.contains(*text));
-            let problem = match (lacks, has) {
+            let has = rule.forbids.iter().find(|text| rest.contains(*text));
+            let is = rule.not.iter().find(|text| first == Some(text.as_str()));
+            let problem = match (lacks, has, is) {
                 _ if excepted => continue,
-                (Some(text), _) => format!("must contain {text:?}"),
-                (None, Some(text)) => format!("must not contain {text:?}"),
-                (None, None) => continue,
+                (Some(text), _, _) => format!("must contain {text:?}"),
+                (None, Some(text), _) => format!("must not contain {text:?}"),
+                (None, None, Some(text)) => format!("must not be {text:?}"),
+                (None, None, None) => continue,
             };
             let message = format!("{} {problem}: {}", rule.instruction, rule.why);
             findings.push(finding(&rule.rule, path, *line, 1, message));

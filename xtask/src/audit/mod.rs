@@ -17,7 +17,7 @@ use xshell::Shell;
 use crate::cargo;
 use crate::ci::process::WARNING_FILE;
 use crate::cli::AuditArgs;
-use crate::config::nearest;
+use crate::config::unknown;
 use crate::files;
 use crate::findings::{self, Finding, Level};
 use crate::output::{Exit, Finished, Output};
@@ -261,17 +261,12 @@ fn line(check: &Check, report: &Report) -> Line {
 }
 
 fn select(only: &[String]) -> Result<Vec<&'static Check>> {
-    let names = || CHECKS.iter().map(|check| check.name);
-    for name in only {
-        if !names().any(|known| known == name) {
-            let hint = nearest(name, names()).map_or_else(String::new, |nearest| {
-                format!("; did you mean {nearest:?}?")
-            });
-            bail!(
-                "there is no check {name:?}; there is {}{hint}",
-                names().collect::<Vec<_>>().join(", ")
-            );
-        }
+    let names = CHECKS.iter().map(|check| check.name);
+    if let Some(name) = only
+        .iter()
+        .find(|name| !names.clone().any(|known| known == *name))
+    {
+        return Err(unknown("check", name, names));
     }
     let wanted = |check: &&Check| only.is_empty() || only.iter().any(|name| name == check.name);
     Ok(CHECKS.iter().filter(wanted).collect())

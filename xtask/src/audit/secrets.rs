@@ -19,6 +19,7 @@ pub fn check(context: &Context) -> Result<Report> {
     let Some(shallow) = cargo::git(&shell, &["rev-parse", "--is-shallow-repository"]) else {
         bail!("this is no git repository, so there is no history to look at");
     };
+    let linked = context.root.join(".git").is_file();
     let program = context.tools.program("kingfisher")?;
     let ignored = cargo::git(
         &shell,
@@ -61,17 +62,32 @@ pub fn check(context: &Context) -> Result<Report> {
     }
     let text = fs::read_to_string(&report).context("reading what kingfisher found")?;
     let found: Value = serde_json::from_str(&text).context("reading what kingfisher found")?;
-    let findings = found["findings"].as_array().into_iter().flatten();
-    let findings: Vec<Finding> = findings.map(|found| finding(found, context)).collect();
+    let findings = found["findings"].as_array();
+    let findings = findings.context("kingfisher named no findings, not even none")?;
+    let findings: Vec<Finding> = findings
+        .iter()
+        .map(|found| finding(found, context))
+        .collect();
+    if findings.is_empty() && ended.status.code() == Some(FOUND) {
+        bail!("kingfisher found something and did not say what");
+    }
     let commits = cargo::git(&shell, &["rev-list", "--all", "--count"]).unwrap_or_default();
     Ok(Report {
         findings,
         looked_at: format!("the files, and {} commits", commits.trim()),
-        unavailable: (shallow.trim() == "true").then(|| {
-            "the clone is shallow, so most of the history was not looked at \
-             (fetch-depth: 0 in Actions, `git fetch --unshallow` here)"
-                .to_owned()
-        }),
+        unavailable: match (shallow.trim() == "true", linked) {
+            (true, _) => Some(
+                "the clone is shallow, so most of the history was not looked at \
+                 (fetch-depth: 0 in Actions, `git fetch --unshallow` here)"
+                    .to_owned(),
+            ),
+            (false, true) => Some(
+                "this is a linked worktree, so only its files were looked at; \
+                 run it in the main one for the history"
+                    .to_owned(),
+            ),
+            (false, false) => None,
+        },
     })
 }
 

@@ -33,6 +33,9 @@ pub fn zizmor(context: &Context) -> Result<Report> {
     }
     let found: Vec<Value> =
         serde_json::from_slice(&ended.stdout).context("reading what zizmor found")?;
+    if found.is_empty() && ended.status.code() != Some(0) {
+        bail!("zizmor found something and did not say what");
+    }
     let findings = found.iter().map(|found| {
         let locations = found["locations"].as_array().into_iter().flatten();
         let primary = locations

@@ -9,7 +9,7 @@ use super::step::Step;
 use super::tree::{Packages, Patterns};
 use crate::cargo;
 use crate::cli::{CiArgs, Profile};
-use crate::config::nearest;
+use crate::config::unknown;
 use crate::output::Output;
 
 /// The part of `table` that the arguments ask for, in the table's order.
@@ -64,17 +64,8 @@ pub fn select(
 
 /// The step called `name`, or what there is instead.
 pub fn known<'a>(table: &'a [Step], name: &str) -> Result<&'a Step> {
-    if let Some(step) = table.iter().find(|step| step.name == name) {
-        return Ok(step);
-    }
-    let names = || table.iter().map(|step| step.name.as_str());
-    let hint = nearest(name, names()).map_or_else(String::new, |nearest| {
-        format!("; did you mean {nearest:?}?")
-    });
-    bail!(
-        "there is no step {name:?}; there is {}{hint}",
-        names().collect::<Vec<_>>().join(", ")
-    );
+    let found = table.iter().find(|step| step.name == name);
+    found.ok_or_else(|| unknown("step", name, table.iter().map(|step| step.name.as_str())))
 }
 
 fn failed(receipt: &Receipt) -> Vec<String> {

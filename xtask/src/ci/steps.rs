@@ -24,6 +24,16 @@ const BUILD: &[&str] = &[
     "RUSTFLAGS",
 ];
 
+/// The tools that `audit` calls.
+const AUDIT: &[&str] = &[
+    "cargo-deny",
+    "cargo-shear",
+    "kingfisher",
+    "zizmor",
+    "workflow-parser",
+    "node",
+];
+
 /// In the order in which they start where several can: the quickest to fail first.
 pub fn steps() -> Vec<Step> {
     vec![
@@ -60,18 +70,8 @@ pub fn steps() -> Vec<Step> {
             "cargo xtask audit",
         )
         .reads(&["**"])
-        .tools(&[
-            RUST,
-            "cargo-deny",
-            "cargo-shear",
-            "kingfisher",
-            "zizmor",
-            "workflow-parser",
-            "node",
-            ADVISORIES,
-            HISTORY,
-            TODAY,
-        ])
+        .tools(AUDIT)
+        .tools(&[RUST, ADVISORIES, HISTORY, TODAY])
         .minutes(10)
         .fast()
         .job(CHECKS),
@@ -151,15 +151,8 @@ pub fn steps() -> Vec<Step> {
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**", ".github/**", "**/*.md", "deny.toml"])
-        .tools(&[
-            "cargo-deny",
-            "cargo-shear",
-            "kingfisher",
-            "zizmor",
-            "workflow-parser",
-            "node",
-            CONTAINERS,
-        ])
+        .tools(AUDIT)
+        .tools(&[CONTAINERS])
         .locks(&["containers"])
         .needs(&["build", "image"])
         .minutes(40)

@@ -14,10 +14,16 @@ use crate::cargo;
 use crate::files;
 use crate::output::Output;
 
-pub const DOCKER: Package = Package {
+const ENGINE: Package = Package {
     program: "dockerd",
     debian: &["docker.io"],
-    brew: &["colima", "docker"],
+    brew: &["colima"],
+};
+/// Its own package from Debian 13 on; before, the engine's brings it.
+const CLIENT: Package = Package {
+    program: "docker",
+    debian: &["docker-cli"],
+    brew: &["docker"],
 };
 
 const SOCKET: &str = "/var/run/docker.sock";
@@ -52,19 +58,34 @@ pub fn ensure(output: &Output) -> Result<()> {
         output.detail(format_args!("a container engine answers: Docker {version}"));
         return Ok(());
     }
+    if cfg!(target_os = "macos") {
+        system::install(CLIENT, output)?;
+        system::install(
+            Package {
+                program: "colima",
+                ..ENGINE
+            },
+            output,
+        )?;
+    }
     if std::env::var_os("DOCKER_HOST").is_some() || cfg!(target_os = "macos") {
         bail!("no container engine answers: {}", advice());
     }
-    system::install(DOCKER, output)?;
+    // Whatever runs already is not joined by a second one, however it was installed.
+    if running().is_none() {
+        system::install(ENGINE, output)?;
+    }
+    system::install(CLIENT, output)?;
     if let Some(version) = answering() {
-        // Its package started it.
+        // Its package started it, or only the client was missing.
         output.detail(format_args!("a container engine answers: Docker {version}"));
         return Ok(());
     }
     if let Some(pid) = running() {
         bail!(
-            "a container engine runs (process {pid}) but does not answer on {SOCKET}; \
-             set DOCKER_HOST to where it listens, or give this user the right to use it"
+            "a container engine runs (process {pid}) but does not answer this user on {SOCKET}; \
+             for the right to use it: `sudo usermod -aG docker $USER`, then log in again; \
+             where it listens elsewhere, DOCKER_HOST says so"
         );
     }
     if Path::new("/run/systemd/system").is_dir() {

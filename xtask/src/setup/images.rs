@@ -181,11 +181,9 @@ const RECIPE: &str = "dev.xtask.recipe";
 /// The servers whose image is neither there nor up to date, with the images they want.
 pub fn missing(tools: &Tools) -> Result<Vec<(String, Image)>> {
     let shell = cargo::shell()?;
-    let recipe = recipe();
     let images = tools.images().iter();
     let absent = images.filter(|(_, image)| {
-        label(&shell, &image.ordinary).is_none()
-            && label(&shell, &image.offline).as_ref() != Some(&recipe)
+        !is_there(&shell, &image.ordinary) && !is_current(&shell, &image.offline)
     });
     Ok(absent.map(|(n, i)| (n.clone(), i.clone())).collect())
 }
@@ -205,39 +203,60 @@ pub fn in_use(tools: &Tools) -> Result<Vec<String>> {
     let shell = cargo::shell()?;
     let images = tools.images().values();
     let recipe = recipe();
-    let name = |image: &Image| match label(&shell, &image.ordinary) {
-        Some(_) => image.ordinary.clone(),
-        None => format!("{} (recipe {recipe})", image.offline),
+    let name = |image: &Image| {
+        if is_there(&shell, &image.ordinary) {
+            image.ordinary.clone()
+        } else {
+            format!("{} (recipe {recipe})", image.offline)
+        }
     };
-    let names: Vec<String> = images.map(name).collect();
-    files::write_atomically(&note()?, names.join(" ").as_bytes())?;
-    Ok(names)
+    Ok(images.map(name).collect())
 }
 
 /// Pulls the images that are missing, or builds them where they cannot be had.
 pub fn ensure(tools: &Tools, output: &Output) -> Result<()> {
     let shell = cargo::shell()?;
-    for (name, image) in missing(tools)? {
+    for (_, image) in missing(tools)? {
         let ordinary = &image.ordinary;
         let pull = cmd!(shell, "docker pull --quiet {ordinary}");
         output.command(&pull);
-        if pull.quiet().ignore_stdout().ignore_stderr().run().is_err() {
-            output.detail(format_args!(
-                "no registry gives {ordinary}; {name} is built here"
-            ));
+        let ended = pull.quiet().ignore_status().output()?;
+        if !ended.status.success() {
+            output.detail(format_args!("not to be had: {}", last_line(&ended.stderr)));
             break;
         }
     }
     if !missing(tools)?.is_empty() {
         build(tools, &shell, output)?;
     }
-    output.detail(format_args!("images: {}", in_use(tools)?.join(", ")));
+    let names = in_use(tools)?;
+    files::write_atomically(&note()?, names.join(" ").as_bytes())?;
+    output.detail(format_args!("images: {}", names.join(", ")));
     Ok(())
 }
 
-/// The recipe's label of an image (empty where it has none); `None` where there is no such image.
-fn label(shell: &Shell, image: &str) -> Option<String> {
+/// The last line that a command complained with.
+fn last_line(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    said.trim_end()
+        .lines()
+        .last()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// Whether the engine has an image of that name.
+fn is_there(shell: &Shell, image: &str) -> bool {
+    inspect(shell, image, "{{.Id}}").is_some()
+}
+
+/// Whether it was made by the recipe as it is now.
+fn is_current(shell: &Shell, image: &str) -> bool {
     let format = format!("{{{{index .Config.Labels \"{RECIPE}\"}}}}");
+    inspect(shell, image, &format).is_some_and(|made_by| made_by == recipe())
+}
+
+fn inspect(shell: &Shell, image: &str, format: &str) -> Option<String> {
     cmd!(shell, "docker image inspect --format {format} {image}")
         .quiet()
         .ignore_stderr()
@@ -259,7 +278,11 @@ fn build(tools: &Tools, shell: &Shell, output: &Output) -> Result<()> {
         bail!(
             "the tests' images cannot be pulled, and are built only on Debian and its relatives; \
              pull them where there is a network: {}",
-            in_use(tools)?.join(" ")
+            missing(tools)?
+                .iter()
+                .map(|(_, image)| image.ordinary.as_str())
+                .collect::<Vec<_>>()
+                .join(" ")
         );
     }
     output.step("building the servers' images, about half a minute");
@@ -293,13 +316,19 @@ fn build_in(dir: &Path, tools: &Tools, shell: &Shell, output: &Output) -> Result
             format!("FROM {base}\n{lines}\nSTOPSIGNAL SIGKILL\nLABEL {RECIPE}={recipe}\n");
         let build = cmd!(shell, "docker build --quiet --tag {tag} -");
         output.command(&build);
-        build
+        let ended = build
             .env("DOCKER_BUILDKIT", "0")
             .stdin(dockerfile)
             .quiet()
-            .ignore_stdout()
-            .ignore_stderr()
-            .run()?;
+            .ignore_status()
+            .output()?;
+        if !ended.status.success() {
+            bail!(
+                "building {tag}: {}\n{}",
+                last_line(&ended.stderr),
+                String::from_utf8_lossy(&ended.stdout)
+            );
+        }
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ use crate::ci::facts::{ADVISORIES, HISTORY, RUST, TODAY, XTASK};
 use crate::ci::step::Step;
 use crate::ci::{selection, steps};
 use crate::cli::SetupArgs;
+use crate::files;
 use crate::output::{Exit, Finished, Output};
 use system::{COMPILER, GIT, Package};
 use tools::Tools;
@@ -90,6 +91,8 @@ pub fn cache_dir() -> Result<PathBuf> {
 /// Installs and starts what `steps` need and this machine lacks, and nothing else.
 pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
     output.step("setup");
+    // One at a time: two package managers, or two starts of an engine, get in each other's way.
+    let _lock = wait_for_others(output)?;
     let tools = Tools::open()?;
     for package in packages() {
         system::install(package, output)?;
@@ -110,6 +113,17 @@ pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn wait_for_others(output: &Output) -> Result<std::fs::File> {
+    let path = cache_dir()?.join("setup.lock");
+    if let Some(lock) = files::try_lock(&path)? {
+        return Ok(lock);
+    }
+    output.detail("another setup is at work; waiting for it");
+    let lock = std::fs::File::open(&path).context("opening the lock of setups")?;
+    lock.lock().context("waiting for another setup")?;
+    Ok(lock)
 }
 
 /// Refuses to start steps for which something is missing, all of it in one message.

@@ -40,10 +40,12 @@ enum Manager {
     Brew,
 }
 
-/// The first program of that name in `PATH`.
+/// The first program of that name in `PATH`, or where the system keeps what only root calls.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
+    let root_only = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path)
+        .chain(root_only)
         .map(|dir| dir.join(program))
         .find(|path| is_executable(path))
 }
@@ -114,6 +116,8 @@ fn apt_get(shell: &Shell, sudo: bool, words: &[&str], output: &Output) -> Result
     let words: Vec<&str> = sudo
         .iter()
         .chain(&["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"])
+        // A fresh machine may be at its updates.
+        .chain(&["-o", "DPkg::Lock::Timeout=300"])
         .chain(words)
         .copied()
         .collect();

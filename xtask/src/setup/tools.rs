@@ -11,7 +11,7 @@ use xshell::{Shell, cmd};
 
 use super::system::{self, PIP};
 use crate::cargo;
-use crate::config::nearest;
+use crate::config::unknown;
 use crate::files;
 use crate::output::Output;
 
@@ -82,7 +82,7 @@ impl Tools {
         Ok(Self { dir, pins })
     }
 
-    pub fn names(&self) -> impl Iterator<Item = &str> {
+    pub fn names(&self) -> impl Iterator<Item = &str> + Clone {
         self.pins.tools.keys().map(String::as_str)
     }
 
@@ -91,12 +91,8 @@ impl Tools {
     }
 
     pub fn pin(&self, name: &str) -> Result<&Pin> {
-        self.pins.tools.get(name).ok_or_else(|| {
-            let hint = nearest(name, self.names()).map_or_else(String::new, |nearest| {
-                format!("; did you mean {nearest:?}?")
-            });
-            anyhow!("config/tools.toml pins no {name:?}{hint}")
-        })
+        let pin = self.pins.tools.get(name);
+        pin.ok_or_else(|| unknown("tool in config/tools.toml", name, self.names()))
     }
 
     /// The version that is there; `None` where it is missing, too old or another one than pinned.
@@ -105,7 +101,7 @@ impl Tools {
             return Ok(super::images::noted());
         }
         let pin = self.pin(name)?;
-        if self.home(name, pin).is_dir() {
+        if self.home(name, pin).join(Self::inside(name)).is_file() {
             return Ok(Some(pin.version.to_string()));
         }
         Ok(self
@@ -154,6 +150,10 @@ impl Tools {
             let program = building.join(Self::inside(name));
             if !program.is_file() {
                 bail!("its package has no {}", Self::inside(name));
+            }
+            if !home.join(Self::inside(name)).is_file() {
+                // Half of one, which somebody cleared away in part.
+                let _ = fs::remove_dir_all(&home);
             }
             match fs::rename(&building, &home) {
                 Ok(()) => Ok(()),
@@ -272,14 +272,17 @@ fn pip(shell: &Shell, package: &str, version: &str, dir: &Path, output: &Output)
         "--no-deps",
         "--only-binary=:all:",
         "--disable-pip-version-check",
-        "--root-user-action=ignore",
     ];
     let install = cmd!(
         shell,
         "pip3 install {words...} --target {dir} {package}=={version}"
     );
     output.command(&install);
-    install.quiet().run()?;
+    // As a variable, because older versions do not know the flag. It goes to a directory of ours.
+    install
+        .env("PIP_ROOT_USER_ACTION", "ignore")
+        .quiet()
+        .run()?;
     Ok(())
 }
 

@@ -6,17 +6,22 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use saphyr::{LoadableYamlNode, MarkedYaml, YamlData};
+use saphyr::{LoadableYamlNode, MarkedYaml};
 
 use super::{ALLOWED, finding};
 use crate::ci::steps;
 use crate::cli::{Cli, Command};
 use crate::findings::Finding;
+use crate::yaml::{Node, entries, get, items, line, text};
 
 /// The workflow whose jobs must run every step.
 const REQUIRED: &str = "workflows/ci.yml";
 
-type Node<'a> = MarkedYaml<'a>;
+/// The variables that a command may get, with their values.
+const VARIABLES: &[(&str, &str)] = &[
+    ("CARGO_ALIAS_XTASK", "${{ steps.xtask.outputs.alias }}"),
+    ("NEEDS", "${{ toJSON(needs) }}"),
+];
 
 /// Collects what is wrong in one file.
 struct File<'t> {
@@ -120,13 +125,14 @@ impl File<'_> {
             }
         }
         let for_forks = trigger("pull_request").is_some();
-        if for_forks && let Some(at) = self.text.find("secrets.") {
-            let line = self.text[..at].matches('\n').count() + 1;
-            self.wrong(
-                line,
-                "secret",
-                "a fork's pull request must not get a secret",
-            );
+        if for_forks {
+            self.secrets();
+        }
+        for name in ["defaults", "env"] {
+            if let Some(node) = get(document, name) {
+                let message = format!("`{name}` could change what every command means");
+                self.wrong(line(node), "meaning", message);
+            }
         }
         let Some(jobs) = get(document, "jobs") else {
             return self.wrong(1, "jobs", "there are no jobs");
@@ -146,7 +152,27 @@ impl File<'_> {
         }
     }
 
+    /// Expressions that speak of secrets, in whatever spelling.
+    fn secrets(&mut self) {
+        for (at, text) in self.text.lines().enumerate() {
+            let expressions = text.split("${{").skip(1);
+            let mut inner = expressions.filter_map(|rest| rest.split("}}").next());
+            if inner.any(|expression| expression.to_lowercase().contains("secrets")) {
+                self.wrong(
+                    at + 1,
+                    "secret",
+                    "a fork's pull request must not get a secret",
+                );
+            }
+        }
+    }
+
     fn job(&mut self, name: &str, job: &Node<'_>, for_forks: bool) {
+        self.meaning(job);
+        if let Some(when) = get(job, "if").filter(|when| text(when) != Some("always()")) {
+            let message = format!("job {name} may be skipped, and a skipped job proves nothing");
+            self.wrong(line(when), "condition", message);
+        }
         if get(job, "timeout-minutes").is_none() {
             let message = format!("job {name} has no `timeout-minutes`");
             self.wrong(line(job), "time-out", message);
@@ -172,8 +198,41 @@ impl File<'_> {
         }
     }
 
+    /// Keys that make a failure look like a success, or a command mean something else.
+    fn meaning(&mut self, node: &Node<'_>) {
+        for name in [
+            "continue-on-error",
+            "shell",
+            "defaults",
+            "working-directory",
+        ] {
+            if let Some(value) = get(node, name) {
+                let message = format!("`{name}` changes what the commands here mean or prove");
+                self.wrong(line(value), "meaning", message);
+            }
+        }
+        for (name, value) in get(node, "env").into_iter().flat_map(entries) {
+            let pair = (
+                text(name).unwrap_or_default(),
+                text(value).unwrap_or_default(),
+            );
+            if !VARIABLES.contains(&pair) {
+                let message = format!("`{}` is no variable that a command here needs", pair.0);
+                self.wrong(line(name), "meaning", message);
+            }
+        }
+    }
+
     /// Checks one step and returns the steps of `ci` that it runs.
     fn step(&mut self, step: &Node<'_>) -> Vec<String> {
+        self.meaning(step);
+        if let (Some(when), Some(_)) = (get(step, "if"), get(step, "run")) {
+            self.wrong(
+                line(when),
+                "condition",
+                "a command that may be skipped proves nothing",
+            );
+        }
         if let Some(uses) = get(step, "uses") {
             self.uses(uses, step);
         }
@@ -187,7 +246,16 @@ impl File<'_> {
         let Some(text) = uses.data.as_str() else {
             return self.wrong(line(uses), "uses", "`uses` must be text");
         };
-        if text.starts_with("./") || text.starts_with("$/") {
+        if let Some(path) = text.strip_prefix("./").or(text.strip_prefix("$/")) {
+            // Only what lies where this check looks has been checked.
+            let below = path.strip_prefix(".github/actions/");
+            if below.is_none_or(|name| name.contains(['/', '.'])) {
+                self.wrong(
+                    line(uses),
+                    "allow-list",
+                    format!("{text} is not in .github/actions/"),
+                );
+            }
             return;
         }
         let (name, commit) = text.split_once('@').unwrap_or((text, ""));
@@ -277,8 +345,10 @@ impl File<'_> {
                 self.wrong(at, "unknown-step", format!("there is no step {name:?}"));
             }
         }
-        let narrowed = args.failed || args.affected || args.dry_run || args.list;
-        if narrowed || args.profile != crate::cli::Profile::All {
+        let looks = args.dry_run || args.list || args.graph || args.fix;
+        let asks = args.explain.is_some() || args.why.is_some() || !args.compare.is_empty();
+        let narrows = args.failed || args.affected || args.profile != crate::cli::Profile::All;
+        if looks || asks || narrows || args.steps.is_some() || !args.arguments.is_empty() {
             self.wrong(
                 at,
                 "narrowed",
@@ -350,16 +420,6 @@ impl File<'_> {
     }
 }
 
-fn line(node: &Node<'_>) -> usize {
-    node.span.start.line().max(1)
-}
-
-fn get<'n, 'a>(node: &'n Node<'a>, name: &str) -> Option<&'n Node<'a>> {
-    entries(node)
-        .find(|(key, _)| key.data.as_str() == Some(name))
-        .map(|(_, value)| value)
-}
-
 /// A key of a mapping, an item of a list, or the text itself: the ways to name a trigger.
 fn key<'n, 'a>(node: &'n Node<'a>, name: &str) -> Option<&'n Node<'a>> {
     let is = |node: &&'n Node<'a>| node.data.as_str() == Some(name);
@@ -368,20 +428,4 @@ fn key<'n, 'a>(node: &'n Node<'a>, name: &str) -> Option<&'n Node<'a>> {
         .find(is)
         .or_else(|| items(node).find(is))
         .or_else(|| Some(node).filter(is))
-}
-
-fn entries<'n, 'a>(node: &'n Node<'a>) -> impl Iterator<Item = (&'n Node<'a>, &'n Node<'a>)> {
-    let entries = match &node.data {
-        YamlData::Mapping(entries) => Some(entries.iter()),
-        _ => None,
-    };
-    entries.into_iter().flatten()
-}
-
-fn items<'n, 'a>(node: &'n Node<'a>) -> impl Iterator<Item = &'n Node<'a>> {
-    match &node.data {
-        YamlData::Sequence(items) => items.as_slice(),
-        _ => &[],
-    }
-    .iter()
 }

@@ -38,6 +38,15 @@ const CACHE: Action = Action {
     commit: "0057852bfaa89a56745cba8c7296529d2fc39830",
     version: "v4.3.0",
 };
+/// The two halves of the one above, for what must be kept whatever happens in between.
+const CACHE_RESTORE: Action = Action {
+    name: "actions/cache/restore",
+    ..CACHE
+};
+const CACHE_SAVE: Action = Action {
+    name: "actions/cache/save",
+    ..CACHE
+};
 const UPLOAD_ARTIFACT: Action = Action {
     name: "actions/upload-artifact",
     commit: "ea165f8d65b6e75b540449e92b4886f43607fa02",
@@ -48,7 +57,14 @@ const UPLOAD_SARIF: Action = Action {
     commit: "0499de31b99561a6d14a36a5f662c2a54f91beee",
     version: "v4.31.2",
 };
-const ALLOWED: &[Action] = &[CHECKOUT, CACHE, UPLOAD_ARTIFACT, UPLOAD_SARIF];
+const ALLOWED: &[Action] = &[
+    CHECKOUT,
+    CACHE,
+    CACHE_RESTORE,
+    CACHE_SAVE,
+    UPLOAD_ARTIFACT,
+    UPLOAD_SARIF,
+];
 
 pub fn run(command: &WorkflowsCommand, output: &Output) -> Result<Finished> {
     match command {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Action, CACHE, CHECKOUT, UPLOAD_ARTIFACT, UPLOAD_SARIF};
+use super::{Action, CACHE, CACHE_RESTORE, CACHE_SAVE, CHECKOUT, UPLOAD_ARTIFACT, UPLOAD_SARIF};
 use crate::ci::steps;
 
 const HEAD: &str =
@@ -31,7 +31,7 @@ permissions: {{}}
 
 concurrency:
   group: ci-${{{{ github.ref }}}}
-  cancel-in-progress: true
+  cancel-in-progress: ${{{{ github.event_name == 'pull_request' }}}}
 
 jobs:
   # Builds xtask once; the other jobs find it in the cache.
@@ -73,6 +73,12 @@ jobs:
         env:
           CARGO_ALIAS_XTASK: ${{{{ steps.xtask.outputs.alias }}}}
         run: cargo xtask ci --setup --only {}
+      - name: keep passes
+        if: always()
+        uses: {}
+        with:
+          path: target/xtask/ci/cache
+          key: passes-{job}-${{{{ github.run_id }}}}-${{{{ github.run_attempt }}}}
       - name: receipt
         if: always()
         uses: {}
@@ -87,6 +93,7 @@ jobs:
             prepare(true),
             passes(job),
             names.join(","),
+            uses(&CACHE_SAVE),
             uses(&UPLOAD_ARTIFACT)
         );
     }
@@ -121,6 +128,8 @@ fn audit() -> String {
         "{HEAD}name: audit
 
 on:
+  push:
+    branches: [main]
   schedule:
     - cron: \"17 4 * * 1\"
   workflow_dispatch:
@@ -201,7 +210,7 @@ fn prepare(history: bool) -> String {
     )
 }
 
-/// The passes that earlier runs remembered. Each is named by the key that xtask computes, the same
+/// The passes that earlier runs remembered, failed ones too. Each is named by the key that xtask computes, the same
 /// one as on a laptop, so an old pass is harmless.
 fn passes(job: &str) -> String {
     format!(
@@ -212,7 +221,7 @@ fn passes(job: &str) -> String {
           key: passes-{job}-${{{{ github.run_id }}}}-${{{{ github.run_attempt }}}}
           restore-keys: passes-{job}-
 ",
-        uses(&CACHE)
+        uses(&CACHE_RESTORE)
     )
 }
 

@@ -92,7 +92,8 @@ USER 10001
 
 /// A copy of a database of advisories with one in it.
 fn advisories(workspace: &Workspace, package: &str, dir: &str) {
-    let today = jiff::Timestamp::now();
+    // The same for a whole day, so that copies of copies do not pile up.
+    let today = jiff::Timestamp::now().strftime("%FT00:00:00Z").to_string();
     workspace.write(
         &format!("{dir}/SOURCE"),
         &format!("commit 0123{package}\ndate {today}\n"),
@@ -264,7 +265,61 @@ const PLANTED: &[(Plant, Wanted)] = &[
     ),
     (
         |w| w.write("Dockerfile", &DOCKERFILE.replace("USER 10001\n", "")),
-        ("manifests", "user", "Dockerfile", 1),
+        ("manifests", "user", "Dockerfile", 3),
+    ),
+    (
+        // The build's user says nothing of the last stage's.
+        |w| {
+            let moved = DOCKERFILE.replace("USER 10001\n", "");
+            w.write(
+                "Dockerfile",
+                &moved.replace("RUN cargo", "USER 10001\nRUN cargo"),
+            );
+        },
+        ("manifests", "user", "Dockerfile", 4),
+    ),
+    (
+        |w| w.write("Dockerfile", &DOCKERFILE.replace("USER 10001", "USER 0")),
+        ("manifests", "user", "Dockerfile", 5),
+    ),
+    (
+        |w| {
+            w.write(
+                "Dockerfile",
+                &DOCKERFILE.replace("FROM scratch", "FROM alpine AS alpine"),
+            )
+        },
+        ("manifests", "base-by-digest", "Dockerfile", 3),
+    ),
+    (
+        |w| {
+            w.write(
+                "Dockerfile",
+                &DOCKERFILE.replace("cargo build", "curl x://y | bash"),
+            )
+        },
+        ("manifests", "no-piped-script", "Dockerfile", 2),
+    ),
+    (
+        |w| {
+            let item = MANIFEST.replace("runAsNonRoot: true", "runAsNonRoot: false");
+            let item = item.replace('\n', "\n    ");
+            w.write(
+                "k8s/list.yaml",
+                &format!("kind: List\nitems:\n  - {}\n", item.trim_end()),
+            );
+        },
+        ("manifests", "non-root", "k8s/list.yaml", 11),
+    ),
+    (
+        |w| {
+            let own = "readOnlyRootFilesystem: true\n            runAsUser: 0";
+            w.write(
+                "k8s/base.yaml",
+                &MANIFEST.replace("readOnlyRootFilesystem: true", own),
+            );
+        },
+        ("manifests", "non-root", "k8s/base.yaml", 20),
     ),
     (
         |w| {

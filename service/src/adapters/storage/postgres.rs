@@ -5,9 +5,9 @@ use std::str::FromStr;
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, PgConnection, PgPool};
 
 use super::{Storage, StorageError, rows};
 use crate::config::Database;
@@ -35,6 +35,20 @@ impl Postgres {
         } else {
             options
         };
+        // A pool would try again until its time is up and then say only that; this says why.
+        let first = tokio::time::timeout(
+            config.acquire_timeout.0,
+            PgConnection::connect_with(&options),
+        );
+        let reach = || {
+            format!(
+                "connecting to {}; is it running, and reachable?",
+                config.url
+            )
+        };
+        let first = first.await.with_context(reach)?.with_context(reach)?;
+        // It has served its purpose, however its end goes.
+        let _ = first.close().await;
         let pool = PgPoolOptions::new()
             .max_connections(config.max_connections.get())
             .acquire_timeout(config.acquire_timeout.0)
