@@ -53,15 +53,15 @@ fn change() -> impl Strategy<Value = Change> {
     let file = 0u8..4;
     let good = prop::bool::weighted(0.7);
     prop_oneof![
-        (file.clone(), good.clone()).prop_map(|(f, g)| Change::Write(f, g)),
-        (file.clone(), good.clone()).prop_map(|(f, g)| Change::Append(f, g)),
-        (file.clone(), file.clone(), good.clone()).prop_map(|(a, b, g)| Change::Rename(a, b, g)),
-        (file.clone(), good.clone()).prop_map(|(f, g)| Change::Mode(f, g)),
+        (file.clone(), good).prop_map(|(f, g)| Change::Write(f, g)),
+        (file.clone(), good).prop_map(|(f, g)| Change::Append(f, g)),
+        (file.clone(), file.clone(), good).prop_map(|(a, b, g)| Change::Rename(a, b, g)),
+        (file.clone(), good).prop_map(|(f, g)| Change::Mode(f, g)),
         file.clone().prop_map(Change::Remove),
-        (file, good.clone()).prop_map(|(f, g)| Change::Link(f, g)),
+        (file, good).prop_map(|(f, g)| Change::Link(f, g)),
         Just(Change::DropOutput),
         Just(Change::SpoilOutput),
-        good.clone().prop_map(Change::Mood),
+        good.prop_map(Change::Mood),
         Just(Change::Commit),
         Just(Change::Tear),
         good.prop_map(Change::Script),
