@@ -212,6 +212,25 @@ fn environment(step: &Step, around: &Surroundings) -> BTreeMap<OsString, OsStrin
     environment
 }
 
+/// How many processes of the group still run; `None` where the system does not tell.
+fn members(group: i32) -> Option<usize> {
+    let processes = std::fs::read_dir("/proc").ok()?;
+    let runs = |entry: &std::fs::DirEntry| {
+        // proc_pid_stat(5): after the name, in parentheses, come state, parent and group.
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+        let state = fields.next()?;
+        let its: i32 = fields.nth(1)?.parse().ok()?;
+        Some(its == group && !["Z", "X"].contains(&state))
+    };
+    Some(
+        processes
+            .flatten()
+            .filter(|entry| runs(entry) == Some(true))
+            .count(),
+    )
+}
+
 /// `scheme://user:password@host` with stars for the password.
 fn without_password(text: &str) -> String {
     let masked = text.split_once("://").and_then(|(scheme, rest)| {
@@ -252,12 +271,13 @@ impl Running {
 
     /// Whether a process of its group is still there.
     pub fn is_alive(self) -> bool {
-        test_kill_process_group(self.group).is_ok()
+        // The call counts what has ended and was not yet waited for by whoever inherited it.
+        test_kill_process_group(self.group).is_ok() && members(self.group()) != Some(0)
     }
 
     /// Whether all of its group end within a moment, as those that were about to will.
     fn is_gone_soon(self) -> bool {
-        let patience = Instant::now() + Duration::from_millis(300);
+        let patience = Instant::now() + Duration::from_secs(1);
         while self.is_alive() {
             if Instant::now() > patience {
                 return false;
