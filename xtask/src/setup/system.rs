@@ -50,7 +50,7 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|path| is_executable(path))
 }
 
-pub fn is_executable(path: &std::path::Path) -> bool {
+fn is_executable(path: &std::path::Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
     std::fs::metadata(path)
         .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)

@@ -82,7 +82,7 @@ impl Tools {
         Ok(Self { dir, pins })
     }
 
-    pub fn names(&self) -> impl Iterator<Item = &str> + Clone {
+    fn names(&self) -> impl Iterator<Item = &str> + Clone {
         self.pins.tools.keys().map(String::as_str)
     }
 

@@ -414,22 +414,12 @@ fn advisories_that_are_too_old_are_refused() {
 #[test]
 fn a_shallow_history_is_not_taken_for_a_clean_one() {
     let workspace = clean();
-    let to = tempfile::tempdir().unwrap();
-    let clone = to.path().join("clone");
-    let source = format!("file://{}", workspace.root().display());
     workspace.commit();
-    workspace.git(&[
-        "clone",
-        "--quiet",
-        "--depth",
-        "1",
-        &source,
-        clone.to_str().unwrap(),
-    ]);
+    let clone = workspace.shallow_clone();
     let output = workspace
         .xtask()
         .args(["audit", "--only", "secrets", "--strict"])
-        .current_dir(&clone)
+        .current_dir(clone.path())
         .output()
         .unwrap();
     let ended = ended(output).expect(2, "unavailable");

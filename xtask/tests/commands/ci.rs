@@ -506,21 +506,11 @@ effect = "somewhere else"
     );
     assert_eq!(outcomes(everything.finished()).len(), 3);
 
-    let shallow = tempfile::tempdir().unwrap();
-    let source = format!("file://{}", workspace.root().display());
-    let to = shallow.path().join("clone");
-    workspace.git(&[
-        "clone",
-        "--quiet",
-        "--depth",
-        "1",
-        &source,
-        to.to_str().unwrap(),
-    ]);
-    std::fs::write(to.join("steps.toml"), table).unwrap();
+    let clone = workspace.shallow_clone();
+    std::fs::write(clone.path().join("steps.toml"), table).unwrap();
     let output = workspace
         .command(&["--affected", "--dry-run"])
-        .current_dir(&to)
+        .current_dir(clone.path())
         .output()
         .unwrap();
     let shallow = ended(output).expect(0, "passed");

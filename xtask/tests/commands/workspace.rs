@@ -61,6 +61,15 @@ impl Workspace {
         self.git(&["commit", "--quiet", "--allow-empty", "--message", "change"]);
     }
 
+    /// A clone that has only the last commit.
+    pub fn shallow_clone(&self) -> TempDir {
+        let clone = tempfile::tempdir().unwrap();
+        let source = format!("file://{}", self.root().display());
+        let to = clone.path().to_str().unwrap();
+        self.git(&["clone", "--quiet", "--depth", "1", &source, to]);
+        clone
+    }
+
     /// xtask in this repository, as it is outside of Actions.
     pub fn xtask(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
