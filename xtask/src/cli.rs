@@ -73,6 +73,9 @@ pub enum Command {
     /// The servers that tests use: PostgreSQL, Redis, RabbitMQ, Kafka, a registry.
     #[command(subcommand)]
     Servers(ServersCommand),
+    /// A Kubernetes cluster on this machine, for tests and for trying things.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Build the service into an OCI image and record it as a release.
     Image(ImageArgs),
     /// List the releases.
@@ -272,6 +275,47 @@ pub struct ServersRunArgs {
     pub command: Vec<String>,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Start it, building it first where that was never done: real pods, Services, DNS, a gateway.
+    Up,
+    /// End it, with everything that runs in it.
+    Down,
+    /// Show its node and its pods.
+    Status,
+    /// Print where its kubeconfig is.
+    Kubeconfig,
+    /// Make an image known to it: what `docker save` writes, or an OCI layout in a tar archive.
+    Load(ClusterLoadArgs),
+    /// Run a command with a cluster, whose kubeconfig `XTASK_KUBECONFIG` names; then end it, unless
+    /// it was there before.
+    Run(ClusterRunArgs),
+    /// Its node; started by `up`.
+    #[command(hide = true)]
+    Node(ClusterNodeArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ClusterLoadArgs {
+    /// The archive.
+    #[arg(value_name = "ARCHIVE")]
+    pub archive: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ClusterRunArgs {
+    /// The command.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ClusterNodeArgs {
+    /// Where its files are.
+    #[arg(long)]
+    pub dir: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     /// The image's version; the service package's own unless given.
@@ -410,6 +454,13 @@ impl Command {
             Self::Workflows(WorkflowsCommand::Conclude) => "workflows conclude",
             Self::Servers(ServersCommand::Run(_)) => "servers run",
             Self::Servers(ServersCommand::Sweep) => "servers sweep",
+            Self::Cluster(ClusterCommand::Up) => "cluster up",
+            Self::Cluster(ClusterCommand::Down) => "cluster down",
+            Self::Cluster(ClusterCommand::Status) => "cluster status",
+            Self::Cluster(ClusterCommand::Kubeconfig) => "cluster kubeconfig",
+            Self::Cluster(ClusterCommand::Load(_)) => "cluster load",
+            Self::Cluster(ClusterCommand::Run(_)) => "cluster run",
+            Self::Cluster(ClusterCommand::Node(_)) => "cluster node",
             Self::Image(_) => "image",
             Self::Releases => "releases",
             Self::DeployStaging(_) => "deploy-staging",
@@ -435,6 +486,7 @@ impl Command {
             | Self::Audit(_)
             | Self::Setup(_)
             | Self::Workflows(_)
+            | Self::Cluster(_)
             | Self::Image(_)
             | Self::Releases => None,
             Self::Servers(_) => Some("servers"),

@@ -12,6 +12,7 @@ mod audit;
 mod cargo;
 mod ci;
 mod cli;
+mod cluster;
 mod config;
 #[cfg(feature = "rollout")]
 mod demo;
@@ -62,6 +63,7 @@ fn run(cli: &Cli, output: &Output) -> Result<Finished> {
         Command::Workflows(command) => workflows::run(command, output),
         #[cfg(feature = "servers")]
         Command::Servers(command) => servers::run(command, output),
+        Command::Cluster(command) => cluster::run(command, output),
         Command::Image(args) => image::run(args, cli, output),
         Command::Releases => release::list(cli, output),
         #[cfg(feature = "rollout")]

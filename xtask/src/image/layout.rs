@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use super::layer;
 use crate::files;
 
-const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
@@ -179,7 +179,7 @@ impl Layout {
     }
 
     /// The blob with this digest, whose content was compared with it.
-    fn read(&self, digest: &str) -> Result<Vec<u8>> {
+    pub fn read(&self, digest: &str) -> Result<Vec<u8>> {
         let path = self.blob(digest);
         let content = fs::read(&path).with_context(|| {
             format!(

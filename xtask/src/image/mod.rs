@@ -3,8 +3,9 @@
 //! The same source gives the same digest: the build maps away directory names, the layer has
 //! fixed times and owners, and the compressor is pinned by `Cargo.lock`.
 
+mod archive;
 mod build;
-mod layer;
+pub mod layer;
 pub mod layout;
 
 use std::time::Instant;

@@ -2,7 +2,7 @@
 
 mod engine;
 mod images;
-mod system;
+pub mod system;
 pub mod target;
 pub mod tools;
 

@@ -74,6 +74,11 @@ pub fn install(package: Package, output: &Output) -> Result<()> {
     if find(package.program).is_some() {
         return Ok(());
     }
+    install_anyway(package, output)
+}
+
+/// Installs the package, whose program is not where others' are.
+pub fn install_anyway(package: Package, output: &Output) -> Result<()> {
     let shell = cargo::shell()?;
     match manager() {
         Some(Manager::Apt { sudo }) => apt(&shell, sudo, package.debian, output),

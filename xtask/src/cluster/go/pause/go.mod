@@ -1,0 +1,3 @@
+module xtask.local/pause
+
+go 1.24.0

@@ -1,0 +1,465 @@
+//! `cargo xtask cluster`: a Kubernetes cluster on this machine, for tests and for trying things.
+//!
+//! One node, with real pods, Services and DNS, in namespaces of its own: private mounts, processes
+//! and network. Nothing of the machine's own network or container engine is touched, nothing in
+//! it can leave the machine, and ending one process ends all of it. Its programs are built once
+//! from Go modules ([`build`]); the node's packages are the distribution's.
+
+mod build;
+mod gateway;
+mod node;
+mod places;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use xshell::{Cmd, Shell, cmd};
+
+use crate::cargo;
+use crate::cli::{ClusterCommand, ClusterRunArgs};
+use crate::files;
+use crate::image::layer;
+use crate::image::layout::{ImageConfig, Layout};
+use crate::output::{Exit, Finished, Output};
+use crate::setup::system::{self, Package};
+use build::Programs;
+use places::Places;
+
+/// The variable that names the kubeconfig of a cluster for tests; what it names is used instead of
+/// a cluster of our own. A user's current context is never taken.
+pub const KUBECONFIG: &str = "XTASK_KUBECONFIG";
+
+/// How long the cluster may take to answer, and then its node to be ready.
+const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(100);
+
+const NODE_PACKAGES: [Package; 8] = [
+    package("containerd", &["containerd"]),
+    package("runc", &["runc"]),
+    package("bridge", &["containernetworking-plugins"]),
+    package("nft", &["nftables"]),
+    package("conntrack", &["conntrack"]),
+    package("ip", &["iproute2"]),
+    package("unshare", &["util-linux"]),
+    package("sysctl", &["procps"]),
+];
+
+const fn package(program: &'static str, debian: &'static [&'static str]) -> Package {
+    Package {
+        program,
+        debian,
+        brew: &[],
+    }
+}
+
+pub fn run(command: &ClusterCommand, output: &Output) -> Result<Finished> {
+    match command {
+        ClusterCommand::Up => {
+            let cluster = Cluster::open()?;
+            cluster.up(output)?;
+            output.line(format_args!("export KUBECONFIG={}", cluster.kubeconfig()));
+            Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", cluster.places.kubeconfig()))
+        }
+        ClusterCommand::Down => Cluster::open()?.down(output),
+        ClusterCommand::Status => Cluster::open()?.status(output),
+        ClusterCommand::Kubeconfig => {
+            let cluster = Cluster::open()?;
+            cluster.check_running()?;
+            output.line(cluster.kubeconfig());
+            Ok(Finished::passed().with("kubeconfig", cluster.places.kubeconfig()))
+        }
+        ClusterCommand::Load(args) => {
+            let cluster = Cluster::open()?;
+            cluster.check_running()?;
+            cluster.load(&args.archive, output)?;
+            Ok(Finished::passed())
+        }
+        ClusterCommand::Run(args) => run_with(args, output),
+        ClusterCommand::Node(args) => node::run(&args.dir),
+    }
+}
+
+/// Runs a command with a cluster, which is taken down again unless it was there before.
+fn run_with(args: &ClusterRunArgs, output: &Output) -> Result<Finished> {
+    let given = std::env::var_os(KUBECONFIG);
+    let cluster = Cluster::open()?;
+    let ours = given.is_none() && !cluster.is_running();
+    if given.is_none() {
+        cluster.up(output)?;
+    }
+    let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
+    let (program, arguments) = args.command.split_first().context("there is no command")?;
+    output.command(args.command.join(" "));
+    let ended = Command::new(program)
+        .args(arguments)
+        .env(KUBECONFIG, kubeconfig)
+        .status();
+    if ours {
+        cluster.down(output)?;
+    }
+    let ended = ended.with_context(|| format!("starting {program}"))?;
+    Ok(match ended.code() {
+        Some(0) => Finished::passed(),
+        Some(2) => Finished::new(Exit::Unknown, "failed"),
+        _ => Finished::new(Exit::No, "failed"),
+    })
+}
+
+/// What a machine lacks for a cluster; `None` where one could be started.
+pub fn missing() -> Option<String> {
+    if std::env::var_os(KUBECONFIG).is_some() {
+        return None;
+    }
+    let missing: Vec<&str> = NODE_PACKAGES
+        .iter()
+        .filter(|package| !is_installed(**package))
+        .flat_map(|package| package.debian)
+        .copied()
+        .collect();
+    let built = build::missing();
+    let missing = [missing, built].concat();
+    (!missing.is_empty()).then(|| missing.join(" "))
+}
+
+/// Which versions the cluster's programs are of.
+pub fn version() -> Option<String> {
+    missing()
+        .is_none()
+        .then(|| match std::env::var(KUBECONFIG) {
+            Ok(given) => format!("the one of {given}"),
+            Err(_) => build::version(),
+        })
+}
+
+/// Installs and builds what a cluster needs; starts none.
+pub fn install(output: &Output) -> Result<()> {
+    if std::env::var_os(KUBECONFIG).is_some() {
+        return Ok(());
+    }
+    check_machine()?;
+    for package in NODE_PACKAGES {
+        if !is_installed(package) {
+            system::install_anyway(package, output)?;
+        }
+    }
+    build::ensure(output)?;
+    output.detail(format_args!(
+        "a cluster can be started: {}",
+        build::version()
+    ));
+    Ok(())
+}
+
+fn is_installed(package: Package) -> bool {
+    match package.program {
+        "bridge" => Path::new("/usr/lib/cni/bridge").is_file(),
+        program => system::find(program).is_some(),
+    }
+}
+
+/// Refuses a machine on which no node can be started.
+fn check_machine() -> Result<()> {
+    if !cfg!(target_os = "linux") {
+        bail!(
+            "a cluster of its own can be started on Linux only; start one (kind, k3s, …) and name \
+             its kubeconfig in {KUBECONFIG}"
+        );
+    }
+    if !system::is_root() {
+        bail!(
+            "only root can start a cluster of its own; start one (kind, k3s, …) and name its \
+             kubeconfig in {KUBECONFIG}"
+        );
+    }
+    Ok(())
+}
+
+/// The machine's one cluster of its own.
+pub struct Cluster {
+    places: Places,
+    shell: Shell,
+}
+
+impl Cluster {
+    pub fn open() -> Result<Self> {
+        Ok(Self {
+            places: Places::open()?,
+            shell: cargo::shell()?,
+        })
+    }
+
+    pub fn kubeconfig(&self) -> String {
+        self.places.kubeconfig().display().to_string()
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.places.init().is_some_and(|init| init.is_alive())
+    }
+
+    fn check_running(&self) -> Result<()> {
+        if self.is_running() {
+            return Ok(());
+        }
+        bail!("the cluster is not running; `cargo xtask cluster up` starts it");
+    }
+
+    /// Starts the cluster, unless it runs.
+    pub fn up(&self, output: &Output) -> Result<()> {
+        let _lock = files::try_lock(&self.places.lock())?
+            .context("another command is starting or stopping the cluster")?;
+        if self.is_running() {
+            output.good(format_args!(
+                "the cluster is running: {}",
+                self.kubeconfig()
+            ));
+            return Ok(());
+        }
+        install(output)?;
+        let began = Instant::now();
+        let programs = Programs::built()?;
+        self.clear()?;
+        self.prepare(&programs)?;
+        let started = self.start(&programs, output);
+        if started.is_err() {
+            self.quote_logs(output);
+            self.clear()?;
+        }
+        started?;
+        output.good(format_args!(
+            "the cluster is running after {:.1} s: {}",
+            began.elapsed().as_secs_f64(),
+            self.kubeconfig()
+        ));
+        Ok(())
+    }
+
+    /// Files that the node's parts read.
+    fn prepare(&self, programs: &Programs) -> Result<()> {
+        let places = &self.places;
+        places.create()?;
+        let kubernetes = &programs.kubernetes;
+        let pki = cmd!(self.shell, "{kubernetes} pki")
+            .arg("-dir")
+            .arg(places.pki())
+            .args(["-node", places::NODE, "-server", &places::server()])
+            .args([
+                "-names",
+                &format!("127.0.0.1,{},{}", places::ADDRESS, places::API),
+            ]);
+        pki.quiet()
+            .run()
+            .context("making the cluster's certificates")?;
+        files::write_json(&places.programs(), programs)?;
+        for (path, template) in places::FILES {
+            files::replace(&places.dir.join(path), places.fill(template).as_bytes())?;
+        }
+        self.assemble_pause(programs)
+    }
+
+    /// The image that holds pods' namespaces: the one program, and nothing else.
+    fn assemble_pause(&self, programs: &Programs) -> Result<()> {
+        let content = std::fs::read(&programs.pause)
+            .with_context(|| format!("reading {}", programs.pause.display()))?;
+        let layout = Layout::open(self.places.dir.join("images"))?;
+        let layer = layout.layer(&layer::Entry {
+            path: "pause",
+            content: &content,
+        })?;
+        let digest = layout.image(
+            &layer,
+            &ImageConfig {
+                entrypoint: vec!["/pause".to_owned()],
+                variables: Vec::new(),
+                version: "1".to_owned(),
+                revision: "unknown".to_owned(),
+                created: 0,
+            },
+        )?;
+        layout.archive(&digest, places::PAUSE, &self.places.pause())
+    }
+
+    fn start(&self, programs: &Programs, output: &Output) -> Result<()> {
+        let places = &self.places;
+        let shell = &self.shell;
+        places::make_cgroups()?;
+        let init = node::start(places)?;
+        let deadline = Instant::now() + PATIENCE;
+        let (host, pid) = (places::HOST_LINK, init.pid.to_string());
+        let node = places::NODE_LINK;
+        cmd!(
+            shell,
+            "ip link add {host} type veth peer name {node} netns {pid}"
+        )
+        .quiet()
+        .run()?;
+        let address = format!("{}/30", places::GATEWAY);
+        cmd!(shell, "ip addr add {address} dev {host}")
+            .quiet()
+            .run()?;
+        cmd!(shell, "ip link set {host} up").quiet().run()?;
+        for range in [places::PODS, places::SERVICES] {
+            let via = places::ADDRESS;
+            cmd!(shell, "ip route add {range} via {via}")
+                .quiet()
+                .run()?;
+        }
+        let kubectl = Kubectl::administrator(shell, places, programs);
+        let wait = |what: &str, words: &[&str], wanted: &str| -> Result<()> {
+            output.progress(format_args!("waiting for {what}"));
+            while !kubectl
+                .read(words)
+                .is_some_and(|said| said.contains(wanted))
+            {
+                if !init.is_alive() {
+                    bail!("the cluster ended while it was starting");
+                }
+                if Instant::now() > deadline {
+                    bail!("{what}: not there within {} s", PATIENCE.as_secs());
+                }
+                std::thread::sleep(POLL);
+            }
+            Ok(())
+        };
+        wait("the API server", &["get", "--raw", "/readyz"], "ok")?;
+        let node = format!("/api/v1/nodes/{}", places::NODE);
+        wait(
+            "the node",
+            &["get", "--raw", &node],
+            r#""type":"Ready","status":"True""#,
+        )
+        .or_else(|error| {
+            // The field's order within a condition is not promised.
+            match kubectl.read(&["get", "nodes", "--no-headers"]) {
+                Some(said) if said.contains(" Ready ") => Ok(()),
+                _ => Err(error),
+            }
+        })?;
+        wait(
+            "the first service account",
+            &["--namespace", "default", "get", "serviceaccount", "default"],
+            "default",
+        )?;
+        gateway::wait(&kubectl, deadline)
+    }
+
+    fn quote_logs(&self, output: &Output) {
+        for name in self.places.logs() {
+            let lines = files::last_lines(&name, 5);
+            if !lines.is_empty() {
+                output.detail(name.display());
+                output.quote(&lines);
+            }
+        }
+    }
+
+    fn down(&self, output: &Output) -> Result<Finished> {
+        let _lock = files::try_lock(&self.places.lock())?
+            .context("another command is starting or stopping the cluster")?;
+        let was_running = self.is_running();
+        self.clear()?;
+        output.good(match was_running {
+            true => "the cluster is gone",
+            false => "no cluster is running",
+        });
+        Ok(Finished::new(Exit::Yes, "stopped"))
+    }
+
+    /// Ends what runs, and removes all that it left on the machine.
+    fn clear(&self) -> Result<()> {
+        if let Some(init) = self.places.init() {
+            init.kill()?;
+        }
+        let link = places::HOST_LINK;
+        if Path::new("/sys/class/net").join(link).exists() {
+            cmd!(self.shell, "ip link del {link}").quiet().run()?;
+        }
+        places::remove_cgroups()?;
+        self.places.remove()
+    }
+
+    fn status(&self, output: &Output) -> Result<Finished> {
+        if !self.is_running() {
+            if self.places.init().is_some() {
+                output.bad("the cluster has ended by itself");
+                self.quote_logs(output);
+                return Ok(Finished::new(Exit::No, "failed"));
+            }
+            output.line("no cluster is running; `cargo xtask cluster up` starts one");
+            return Ok(Finished::new(Exit::Yes, "stopped"));
+        }
+        output.good(format_args!(
+            "the cluster is running: {}",
+            self.kubeconfig()
+        ));
+        let programs = self.places.running_programs()?;
+        let kubectl = Kubectl::administrator(&self.shell, &self.places, &programs);
+        let pods = ["get", "nodes,pods", "--all-namespaces", "--output", "wide"];
+        output.line(kubectl.read(&pods).context("asking the cluster")?);
+        Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", self.places.kubeconfig()))
+    }
+
+    /// Makes the images of an archive known to the node: `docker save`'s, or an OCI layout's.
+    pub fn load(&self, archive: &Path, output: &Output) -> Result<()> {
+        let archive = std::path::absolute(archive).context("resolving the archive's path")?;
+        let import = self
+            .inside("ctr")?
+            .args(["--namespace", "k8s.io", "images", "import"]);
+        let import = import
+            .args(["--digests", "--snapshotter", "overlayfs"])
+            .arg(archive);
+        output.command(&import);
+        import
+            .quiet()
+            .ignore_stdout()
+            .run()
+            .context("loading the image")
+    }
+
+    /// A command that runs on the node.
+    fn inside(&self, program: &str) -> Result<Cmd<'_>> {
+        let init = self.places.init().context("the cluster is not running")?;
+        let pid = init.pid.to_string();
+        Ok(cmd!(
+            self.shell,
+            "nsenter --target {pid} --mount --net --pid --uts --ipc -- {program}"
+        ))
+    }
+}
+
+/// kubectl, with a certain user's rights.
+struct Kubectl<'a> {
+    shell: &'a Shell,
+    program: &'a Path,
+    kubeconfig: PathBuf,
+}
+
+impl<'a> Kubectl<'a> {
+    fn administrator(shell: &'a Shell, places: &Places, programs: &'a Programs) -> Self {
+        Self {
+            shell,
+            program: &programs.kubernetes,
+            kubeconfig: places.kubeconfig(),
+        }
+    }
+
+    fn command(&self) -> Cmd<'_> {
+        let (program, kubeconfig) = (self.program, &self.kubeconfig);
+        cmd!(self.shell, "{program} kubectl --kubeconfig {kubeconfig}").quiet()
+    }
+
+    /// What it prints; `None` where it fails.
+    fn read(&self, words: &[&str]) -> Option<String> {
+        self.command().args(words).ignore_stderr().read().ok()
+    }
+
+    fn apply(&self, manifests: &str) -> Result<()> {
+        self.command()
+            .args(["apply", "--server-side", "--filename", "-"])
+            .stdin(manifests)
+            .ignore_stdout()
+            .run()
+            .context("applying what the cluster needs")
+    }
+}
