@@ -8,6 +8,7 @@ mod report;
 mod steps;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -63,6 +64,8 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
 /// The demo's own settings, configurations and ports.
 struct Stage {
     dir: PathBuf,
+    /// What is in `settings`.
+    pipeline: Arc<Pipeline>,
     settings: PathBuf,
     address: String,
     plain: PathBuf,
@@ -111,6 +114,7 @@ impl Stage {
         copy_with(&plain, &mistaken, &demo.mistake)?;
         Ok(Self {
             dir,
+            pipeline: Arc::new(Pipeline::load(&settings)?),
             settings,
             address,
             plain,
@@ -169,7 +173,7 @@ fn show(
     let load = Load::start(stage.address.clone(), &pipeline.load, args.rate)?;
     let mut rollouts = Vec::new();
     let mut roll = |ended: Ended, expected: Expected| -> Result<()> {
-        let rollout = Rollout::read(&stage.dir, ended, expected)?;
+        let rollout = Rollout::read(&stage.pipeline, ended, expected)?;
         output.event("rollout", rollout.json());
         rollouts.push(rollout);
         Ok(())

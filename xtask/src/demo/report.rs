@@ -1,16 +1,19 @@
 //! What the demo showed: a table, a page, and whether it is what was promised.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::load::Measured;
 use super::steps::{Ended, PRODUCTION};
+use crate::config::Pipeline;
 use crate::output::Output;
+use crate::platform;
+use crate::rollout::commands::block_on;
 use crate::rollout::engine::Outcome;
-use crate::rollout::journal::{Desk, Journal};
+use crate::rollout::journal::Journal;
 use crate::rollout::report::{self, Summary, escape, outcome_name};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +31,11 @@ pub struct Rollout {
 
 impl Rollout {
     /// Reads the journal of the rollout that just ended.
-    pub fn read(dir: &Path, ended: Ended, expected: Expected) -> Result<Self> {
-        let journal = Desk::new(&dir.join("state"), PRODUCTION).newest()?;
+    pub fn read(pipeline: &Arc<Pipeline>, ended: Ended, expected: Expected) -> Result<Self> {
+        let journal = block_on(async {
+            let desk = platform::desk(pipeline, PRODUCTION).await?;
+            desk.newest().await
+        })?;
         let Some(journal) =
             journal.filter(|j| ended.finished["rollout"] == j.plan().rollout.as_str())
         else {

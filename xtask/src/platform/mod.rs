@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Pipeline, PlatformKind};
 use crate::release::{Recorded, ReleaseId};
+use crate::rollout::desk::{Desk, Files};
 use crate::rollout::engine::{Action, Mark, Plan};
 use crate::rollout::windows::Counts;
 
@@ -125,6 +126,13 @@ pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn
         PlatformKind::Sandbox => Ok(Box::new(
             sandbox::Sandbox::open(pipeline, environment).await?,
         )),
+    }
+}
+
+/// Where the journals, the lock and the requests of an environment are.
+pub async fn desk(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn Desk>> {
+    match pipeline.environment(environment)?.platform {
+        PlatformKind::Sandbox => Ok(Box::new(Files::new(&pipeline.state_dir(), environment))),
     }
 }
 

@@ -1,6 +1,5 @@
 //! `deploy-staging`, `canary …` and `rollback`: preflight, plan, then drive.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,9 +7,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::checks::SmokeChecks;
+use super::desk::{Desk, Writer};
 use super::driver::{Driver, End, Pace, WallClock, view};
 use super::engine::{self, Kind, Outcome, Request, RequestKind, State};
-use super::journal::{Desk, Entry, Journal, Started, Writer, millis};
+use super::journal::{Entry, Journal, Started, millis};
 use super::judge_file;
 use super::metrics::{self, Metrics};
 use super::narrator::Narrator;
@@ -32,7 +32,7 @@ const HEARD_WITHIN: Duration = Duration::from_secs(10);
 /// `cargo xtask deploy-staging`
 pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     block_on(async {
-        let session = Session::open(cli, &args.environment, output)?;
+        let session = Session::open(cli, &args.environment, output).await?;
         let release = session.store.resolve(&args.release)?;
         if session.settings.promotes_from.is_some() {
             let status = platform::open(&session.pipeline, &session.name)
@@ -55,8 +55,8 @@ pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished>
 /// `cargo xtask rollback`
 pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     block_on(async {
-        let session = Session::open(cli, &args.environment.environment, output)?;
-        session.check_idle()?;
+        let session = Session::open(cli, &args.environment.environment, output).await?;
+        session.check_idle().await?;
         let wanted = args
             .to
             .as_ref()
@@ -74,21 +74,38 @@ pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finis
 
 /// `cargo xtask canary …`
 pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Finished> {
-    let open = |name: &str| Session::open(cli, name, output);
     match command {
         CanaryCommand::Start(args) => block_on(start(args, cli, output)),
-        CanaryCommand::Resume(args) => block_on(async { open(&args.environment)?.resume().await }),
-        CanaryCommand::Promote(args) => {
-            block_on(async { open(&args.environment)?.promote().await })
-        }
-        CanaryCommand::Abort(args) => block_on(async { open(&args.environment)?.abort().await }),
-        CanaryCommand::Status(args) => block_on(async { open(&args.environment)?.status().await }),
+        CanaryCommand::Resume(args) => block_on(async {
+            Session::open(cli, &args.environment, output)
+                .await?
+                .resume()
+                .await
+        }),
+        CanaryCommand::Promote(args) => block_on(async {
+            Session::open(cli, &args.environment, output)
+                .await?
+                .promote()
+                .await
+        }),
+        CanaryCommand::Abort(args) => block_on(async {
+            Session::open(cli, &args.environment, output)
+                .await?
+                .abort()
+                .await
+        }),
+        CanaryCommand::Status(args) => block_on(async {
+            Session::open(cli, &args.environment, output)
+                .await?
+                .status()
+                .await
+        }),
         CanaryCommand::Judge(args) => judge_file::run(args, cli, output),
     }
 }
 
 async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Finished> {
-    let session = Session::open(cli, &args.environment.environment, output)?;
+    let session = Session::open(cli, &args.environment.environment, output).await?;
     let release = match (&args.release, &session.settings.promotes_from) {
         (Some(text), _) => session.store.resolve(text)?,
         (None, Some(from)) => {
@@ -110,7 +127,8 @@ async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Fin
     session.begin(Kind::Canary, release).await
 }
 
-fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+/// Runs what waits for others on this thread.
+pub fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -123,16 +141,16 @@ struct Session<'a> {
     name: String,
     settings: Environment,
     store: Store,
-    desk: Desk,
+    desk: Box<dyn Desk>,
     output: &'a Output,
 }
 
 impl<'a> Session<'a> {
-    fn open(cli: &Cli, name: &str, output: &'a Output) -> Result<Self> {
+    async fn open(cli: &Cli, name: &str, output: &'a Output) -> Result<Self> {
         let pipeline = Arc::new(Pipeline::load(&cli.pipeline)?);
         let settings = pipeline.environment(name)?.clone();
         let store = Store::open(&pipeline);
-        let desk = Desk::new(&pipeline.state_dir(), name);
+        let desk = platform::desk(&pipeline, name).await?;
         Ok(Self {
             pipeline,
             name: name.to_owned(),
@@ -145,8 +163,8 @@ impl<'a> Session<'a> {
 
     /// Starts a rollout and drives it to its end.
     async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
-        let writer = self.become_writer()?;
-        self.check_idle()?;
+        let writer = self.become_writer().await?;
+        self.check_idle().await?;
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         let status = platform.status().await?;
         if status.stable.as_ref() == Some(&candidate.id) {
@@ -201,7 +219,11 @@ impl<'a> Session<'a> {
             Kind::Deploy | Kind::Rollback => None,
         };
         // A request of a time before this rollout is none for this one.
-        let request = self.desk.request()?.map_or(0, |request| request.number);
+        let request = self
+            .desk
+            .request()
+            .await?
+            .map_or(0, |request| request.number);
         let started = Started {
             judge: self.pipeline.judge.clone(),
             bounds,
@@ -215,13 +237,13 @@ impl<'a> Session<'a> {
             request,
             ..State::start(millis(jiff::Timestamp::now()))
         };
-        let mut journal = self.desk.create(&writer, started, state)?;
+        let mut journal = self.desk.create(&writer, started, state).await?;
         self.drive(&*platform, &writer, &mut journal).await
     }
 
     /// Refuses to begin while a rollout has not ended.
-    fn check_idle(&self) -> Result<()> {
-        if let Some(journal) = self.desk.unfinished()? {
+    async fn check_idle(&self) -> Result<()> {
+        if let Some(journal) = self.desk.unfinished().await? {
             bail!(
                 "the rollout {} has not ended; go on with it by `cargo xtask canary resume \
                  --environment {1}`, or give it up by `cargo xtask canary abort --environment {1}`",
@@ -233,8 +255,8 @@ impl<'a> Session<'a> {
     }
 
     /// The right to change the environment, or a word on who has it.
-    fn become_writer(&self) -> Result<Writer> {
-        match self.desk.lock()? {
+    async fn become_writer(&self) -> Result<Writer> {
+        match self.desk.lock().await? {
             Some(writer) => Ok(writer),
             None => bail!(
                 "another command is at work on {0}; `cargo xtask canary status --environment {0}` \
@@ -279,7 +301,7 @@ impl<'a> Session<'a> {
             checks: &checks,
             clock: &WallClock,
             decide: engine::decide,
-            desk: &self.desk,
+            desk: &*self.desk,
             writer,
             pace: Pace {
                 window: rollout.window.0,
@@ -352,7 +374,7 @@ impl<'a> Session<'a> {
         };
         status::totals(&summary, self.output);
         self.output
-            .detail(format_args!("journal: {}", journal.path().display()));
+            .detail(format_args!("journal: {}", journal.place()));
         let mut finished = Finished::new(exit, outcome).with("environment", name);
         if let serde_json::Value::Object(fields) = json!(summary) {
             finished.fields.extend(fields);
@@ -361,8 +383,8 @@ impl<'a> Session<'a> {
     }
 
     async fn resume(&self) -> Result<Finished> {
-        let writer = self.become_writer()?;
-        let Some(mut journal) = self.desk.unfinished_to_write(&writer)? else {
+        let writer = self.become_writer().await?;
+        let Some(mut journal) = self.desk.unfinished_to_write(&writer).await? else {
             bail!(
                 "there is nothing to resume in {}: no rollout is unfinished",
                 self.name
@@ -382,14 +404,16 @@ impl<'a> Session<'a> {
             "{}: going on with rollout {}",
             self.name, plan.rollout
         ));
-        journal.append([Entry::Resumed {
-            token: writer.token,
-        }])?;
+        journal
+            .append([Entry::Resumed {
+                token: writer.token,
+            }])
+            .await?;
         self.drive(&*platform, writer, journal).await
     }
 
     async fn promote(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.unfinished()? else {
+        let Some(journal) = self.desk.unfinished().await? else {
             bail!(
                 "there is nothing to promote in {}: no rollout is unfinished",
                 self.name
@@ -397,20 +421,24 @@ impl<'a> Session<'a> {
         };
         let asked = self
             .desk
-            .request()?
+            .request()
+            .await?
             .filter(|asked| asked.number > journal.state().request);
         if asked.is_some_and(|asked| asked.kind == RequestKind::Abort) {
             bail!("the rollout is being given up: abort was asked for, and wins");
         }
-        let number = self.ask(RequestKind::Promote {
-            stage: journal.state().stage,
-        })?;
-        if let Some(writer) = self.desk.lock()? {
-            let mut journal = journal.for_writing(&writer)?;
+        let number = self
+            .ask(RequestKind::Promote {
+                stage: journal.state().stage,
+            })
+            .await?;
+        if let Some(writer) = self.desk.lock().await? {
+            let mut journal = self.desk.for_writing(&writer, journal).await?;
             return self.take_over(&writer, &mut journal).await;
         }
         let deadline = Instant::now() + HEARD_WITHIN;
-        while self.read(journal.path())?.state().request < number {
+        let rollout = &journal.plan().rollout;
+        while self.desk.read(rollout).await?.state().request < number {
             if Instant::now() > deadline {
                 bail!("asked for, but not yet heard: the candidate is not ready for its weight");
             }
@@ -422,22 +450,23 @@ impl<'a> Session<'a> {
     }
 
     async fn abort(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.unfinished()? else {
+        let Some(journal) = self.desk.unfinished().await? else {
             self.output
                 .line(format_args!("there is nothing to abort in {}", self.name));
             return Ok(Finished::new(Exit::Yes, "idle"));
         };
-        self.ask(RequestKind::Abort)?;
-        let path = journal.path().to_owned();
+        self.ask(RequestKind::Abort).await?;
+        let rollout = journal.plan().rollout.clone();
         let ended = loop {
-            if let Some(writer) = self.desk.lock()? {
-                let mut journal = self.read(&path)?.for_writing(&writer)?;
+            if let Some(writer) = self.desk.lock().await? {
+                let journal = self.desk.read(&rollout).await?;
+                let mut journal = self.desk.for_writing(&writer, journal).await?;
                 if journal.state().outcome().is_none() {
                     self.take_over(&writer, &mut journal).await?;
                 }
                 break journal;
             }
-            let journal = self.read(&path)?;
+            let journal = self.desk.read(&rollout).await?;
             if journal.state().outcome().is_some() {
                 break journal;
             }
@@ -464,24 +493,20 @@ impl<'a> Session<'a> {
         Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
     }
 
-    fn read(&self, path: &Path) -> Result<Journal> {
-        Journal::read(path)?.with_context(|| format!("the journal {} is gone", path.display()))
-    }
-
-    fn ask(&self, kind: RequestKind) -> Result<u64> {
+    async fn ask(&self, kind: RequestKind) -> Result<u64> {
         let number = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
-        self.desk.ask(Request { number, kind })?;
+        self.desk.ask(Request { number, kind }).await?;
         Ok(number)
     }
 
     async fn status(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.newest()? else {
+        let Some(journal) = self.desk.newest().await? else {
             self.output
                 .line(format_args!("there has been no rollout in {}", self.name));
             return Ok(Finished::new(Exit::Yes, "idle"));
         };
         let looked = platform::look(&self.pipeline, &self.name).await?;
-        let driven = self.desk.is_busy();
+        let driven = self.desk.is_busy().await?;
         let now = looked.as_ref().map(|(now, _)| now);
         let seen = now.map(|now| view(journal.plan(), now));
         status::rollout(&journal, seen.as_ref(), driven, self.output);

@@ -5,11 +5,12 @@ use std::time::Duration;
 use anyhow::Result;
 use async_trait::async_trait;
 
+use super::desk::{Desk, Writer};
 use super::engine::{
     Action, Arm, Decide, Hold, HoldReason, Kind, Millis, Observation, Outcome, Phase, Plan, State,
     Verdict, View,
 };
-use super::journal::{ArmTotals, Desk, Entry, Journal, Totals, Writer, millis};
+use super::journal::{ArmTotals, Entry, Journal, Totals, millis};
 use super::judge::{Judge, Judgement};
 use super::metrics::{self, Metrics};
 use super::windows::{Window, WindowLine};
@@ -83,7 +84,7 @@ pub struct Driver<'a> {
     pub checks: &'a dyn Checks,
     pub clock: &'a dyn Clock,
     pub decide: Decide,
-    pub desk: &'a Desk,
+    pub desk: &'a dyn Desk,
     pub writer: &'a Writer,
     pub pace: Pace,
     pub audience: &'a (dyn Fn(Notice<'_>) + Send + Sync),
@@ -127,9 +128,11 @@ impl Driver<'_> {
         let plan = journal.plan().clone();
         let mut state = journal.state().resumed();
         if state != journal.state() {
-            journal.append([Entry::State {
-                state: state.clone(),
-            }])?;
+            journal
+                .append([Entry::State {
+                    state: state.clone(),
+                }])
+                .await?;
         }
         let mut counting = self.replay(journal);
         let mut claimed = false;
@@ -147,7 +150,7 @@ impl Driver<'_> {
             if platform.is_some() && state.phase == Phase::Watch {
                 self.count(&plan, &state, &mut counting, journal).await?;
             }
-            let request = self.desk.request()?;
+            let request = self.desk.request().await?;
             let now = self.clock.now();
             let seen = Observation {
                 platform,
@@ -156,9 +159,11 @@ impl Driver<'_> {
             };
             let (next, action) = (self.decide)(&plan, &state, &seen, now);
             if next != state {
-                journal.append([Entry::State {
-                    state: next.clone(),
-                }])?;
+                journal
+                    .append([Entry::State {
+                        state: next.clone(),
+                    }])
+                    .await?;
                 if (&next.phase, next.stage) != (&state.phase, state.stage) {
                     counting.enter(&plan, &next, now, self.pace.warm_up);
                 }
@@ -170,7 +175,7 @@ impl Driver<'_> {
             }
             if let Some(outcome) = state.outcome() {
                 let totals = self.totals(journal, &plan).await;
-                journal.append([Entry::Ended { totals }])?;
+                journal.append([Entry::Ended { totals }]).await?;
                 return Ok(End::Outcome(outcome));
             }
             if let Some(hold) = state.hold.as_ref().filter(|hold| hold.deadline <= now) {
@@ -209,13 +214,15 @@ impl Driver<'_> {
         let again = refused.filter(|refused| refused.action == action);
         if again.is_none() {
             (self.audience)(Notice::Acting(&action));
-            journal.append([Entry::Intent {
-                action: action.clone(),
-            }])?;
+            journal
+                .append([Entry::Intent {
+                    action: action.clone(),
+                }])
+                .await?;
         }
         match self.platform.apply(plan, &action, self.writer.token).await {
             Ok(()) => {
-                journal.append([Entry::Done { action }])?;
+                journal.append([Entry::Done { action }]).await?;
                 Ok(None)
             }
             Err(error) if error.is::<StaleWriter>() => Err(error),
@@ -226,10 +233,12 @@ impl Driver<'_> {
                     None => {
                         (self.audience)(Notice::Trouble(why.clone()));
                         let error = why.clone();
-                        journal.append([Entry::Failed {
-                            action: action.clone(),
-                            error,
-                        }])?;
+                        journal
+                            .append([Entry::Failed {
+                                action: action.clone(),
+                                error,
+                            }])
+                            .await?;
                         Refused {
                             action,
                             why,
@@ -293,7 +302,7 @@ impl Driver<'_> {
         let lines = window.lines(|arm, i| Some(format!("{arm:?}-{i}").to_lowercase()));
         let mut entries: Vec<Entry> = lines.into_iter().map(Entry::Window).collect();
         entries.push(Entry::Judged(judgement.clone()));
-        journal.append(entries)?;
+        journal.append(entries).await?;
         (self.audience)(Notice::Judged {
             plan,
             state,

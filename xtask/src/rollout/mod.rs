@@ -5,6 +5,7 @@
 
 pub mod checks;
 pub mod commands;
+pub mod desk;
 pub mod driver;
 pub mod engine;
 mod evidence;

@@ -10,11 +10,12 @@ use anyhow::{Result, bail};
 use async_trait::async_trait;
 use tokio::sync::Notify;
 
+use super::desk::{Desk, Files};
 use super::driver::{Checks, Clock, Driver, End, Pace};
 use super::engine::{
     Action, Kind, Limits, Mark, Millis, Outcome, Plan, Request, RequestKind, State, decide,
 };
-use super::journal::{Desk, Entry, Started};
+use super::journal::{Entry, Started};
 use super::metrics::Metrics;
 use super::windows::Counts;
 use crate::config::{Judge, Probability, Ratio, Stage, Time};
@@ -91,7 +92,7 @@ struct World {
 struct Memory {
     world: Mutex<World>,
     now: AtomicU64,
-    desk: Desk,
+    desk: Files,
     scenario: Scenario,
     /// Points at which the driver could be killed, counted; the one at which it is.
     points: AtomicU64,
@@ -100,7 +101,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(desk: Desk, scenario: Scenario) -> Self {
+    fn new(desk: Files, scenario: Scenario) -> Self {
         let mut world = World {
             counted_until: 0,
             ..World::default()
@@ -119,6 +120,16 @@ impl Memory {
             deadly: u64::MAX,
             killed: Notify::new(),
         }
+    }
+
+    /// Somebody else gives the rollout up when the candidate has half of the traffic.
+    async fn abort_in_the_middle(&self) -> Result<()> {
+        let half = self.world().weights.contains(&("candidate".into(), 50));
+        if self.scenario == Scenario::Aborted && half && self.desk.request().await?.is_none() {
+            let kind = RequestKind::Abort;
+            self.desk.ask(Request { number: 5, kind }).await?;
+        }
+        Ok(())
     }
 
     /// A point at which the process may die: then this never returns.
@@ -191,6 +202,7 @@ impl Checks for Memory {
 #[async_trait]
 impl Platform for Memory {
     async fn status(&self) -> Result<Status> {
+        self.abort_in_the_middle().await?;
         let now = self.now();
         let mut world = self.world();
         self.serve(&mut world);
@@ -201,13 +213,6 @@ impl Platform for Memory {
                 .find(|(other, _)| other == id)
                 .map_or(0, |(_, weight)| *weight)
         };
-        let candidate = weight(&"candidate".into());
-        if self.scenario == Scenario::Aborted && candidate == 50 && self.desk.request()?.is_none() {
-            self.desk.ask(Request {
-                number: 5,
-                kind: RequestKind::Abort,
-            })?;
-        }
         let releases = world
             .releases
             .iter()
@@ -344,20 +349,23 @@ async fn drive(memory: &Memory) -> Option<End> {
     let desk = &memory.desk;
     let writer = desk
         .lock()
+        .await
         .unwrap()
         .expect("the killed writer's lock is free");
-    let mut journal = match desk.unfinished_to_write(&writer).unwrap() {
+    let mut journal = match desk.unfinished_to_write(&writer).await.unwrap() {
         Some(mut journal) => {
             journal
                 .append([Entry::Resumed {
                     token: writer.token,
                 }])
+                .await
                 .unwrap();
             journal
         }
         None => {
             let state = State::start(Clock::now(memory));
             desk.create(&writer, start_of(memory.scenario), state)
+                .await
                 .unwrap()
         }
     };
@@ -384,7 +392,7 @@ async fn drive(memory: &Memory) -> Option<End> {
 /// Runs a scenario with kills at these points; returns the end and the number of points.
 async fn run(scenario: Scenario, kills: &[u64]) -> (End, String, u64) {
     let dir = tempfile::tempdir().unwrap();
-    let mut memory = Memory::new(Desk::new(dir.path(), "production"), scenario);
+    let mut memory = Memory::new(Files::new(dir.path(), "production"), scenario);
     for kill in kills {
         memory.deadly = memory.points.load(Ordering::SeqCst) + kill;
         if let Some(end) = drive(&memory).await {
@@ -397,7 +405,7 @@ async fn run(scenario: Scenario, kills: &[u64]) -> (End, String, u64) {
     memory.deadly = u64::MAX;
     let end = drive(&memory).await.expect("nobody kills this one");
     let points = memory.points.load(Ordering::SeqCst);
-    assert!(memory.desk.unfinished().unwrap().is_none());
+    assert!(memory.desk.unfinished().await.unwrap().is_none());
     (end, memory.end(), points)
 }
 
@@ -449,7 +457,7 @@ async fn a_first_deployment_survives_every_kill() {
 #[tokio::test]
 async fn a_stale_writer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let memory = Memory::new(Desk::new(dir.path(), "production"), Scenario::Good);
+    let memory = Memory::new(Files::new(dir.path(), "production"), Scenario::Good);
     memory.claim(7).await.unwrap();
     let action = Action::Route {
         weights: vec![("stable".into(), 100)],
