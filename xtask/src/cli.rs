@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::PlatformKind;
+
 /// The delivery pipeline: the same commands on a laptop and in GitHub Actions.
 ///
 /// Exit codes: 0 yes; 1 no (a check failed, a release was judged bad and rolled back);
@@ -94,7 +96,11 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Leave the sandbox running at the end, and say where.
+    /// Where to show it: in the sandbox, or on the cluster of `cargo xtask cluster`.
+    #[arg(long, value_enum, default_value = "sandbox", value_name = "PLATFORM")]
+    pub platform: PlatformKind,
+
+    /// Leave everything running at the end, and say where.
     #[arg(long)]
     pub keep: bool,
 
@@ -329,6 +335,11 @@ pub struct ImageArgs {
     /// Take this executable instead of building the service.
     #[arg(long, value_name = "FILE")]
     pub binary: Option<PathBuf>,
+
+    /// Make the image known to the cluster that this environment runs on: one of kind or k3s on
+    /// this machine, or the one of `cargo xtask cluster`.
+    #[arg(long, value_name = "ENVIRONMENT")]
+    pub load: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -498,12 +509,19 @@ impl Command {
         }
     }
 
-    /// The feature that the command needs and this binary lacks.
-    pub fn missing_feature(&self) -> Option<&'static str> {
-        self.feature().filter(|feature| match *feature {
-            "servers" => !cfg!(feature = "servers"),
-            _ => !cfg!(feature = "rollout"),
-        })
+    /// The feature that the command needs and this binary lacks; `on_kubernetes` where the settings
+    /// name an environment there.
+    pub fn missing_feature(&self, on_kubernetes: impl FnOnce() -> bool) -> Option<&'static str> {
+        let feature = match self.feature()? {
+            "rollout" if on_kubernetes() => "kubernetes",
+            feature => feature,
+        };
+        let there = match feature {
+            "servers" => cfg!(feature = "servers"),
+            "kubernetes" => cfg!(feature = "kubernetes"),
+            _ => cfg!(feature = "rollout"),
+        };
+        (!there).then_some(feature)
     }
 }
 

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cargo;
+use crate::cli::{Cli, Command};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -23,6 +24,7 @@ pub struct Pipeline {
     pub rollout: Rollout,
     pub judge: Judge,
     pub scrape: Scrape,
+    pub kubernetes: Option<Kubernetes>,
     #[serde(default)]
     pub load: Vec<LoadRequest>,
     pub demo: Option<Demo>,
@@ -77,25 +79,77 @@ pub struct Environment {
     pub port: u16,
     pub replicas: Replicas,
     pub promotes_from: Option<String>,
+    /// What the platform counts unless given.
+    pub metrics: Option<MetricsKind>,
+    /// What `[kubernetes]` says, otherwise for this environment.
     #[serde(default)]
-    pub metrics: MetricsKind,
+    pub kubernetes: KubernetesChanges,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum PlatformKind {
     Sandbox,
+    Kubernetes,
 }
 
 /// Where a rollout's counts come from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MetricsKind {
     /// What the platform's proxy saw.
-    #[default]
     Proxy,
     /// What the processes say of themselves, in Prometheus' format.
     Scrape,
+    /// What a server of Prometheus' query API answers.
+    Prometheus,
+}
+
+/// How environments on Kubernetes are reached, and how their traffic is split.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kubernetes {
+    /// The context of the user's kubeconfig; the cluster of `cargo xtask cluster` unless given.
+    pub context: Option<String>,
+    /// The tree of manifests that travels with each release.
+    pub manifests: PathBuf,
+    /// The directory in it that is rendered; `{environment}` is filled in.
+    pub overlay: String,
+    pub namespace: String,
+    /// The name that the manifests give the service's Deployment, Service and image.
+    pub name: String,
+    /// Where nodes pull the image from.
+    pub repository: String,
+    pub traffic: TrafficKind,
+    /// Where clients reach the environment; each must have one.
+    pub address: Option<String>,
+    /// The header in which the gateway names the release that answered.
+    pub release_header: Option<String>,
+    /// The container's port with the metrics and the readiness.
+    pub admin_port: u16,
+}
+
+/// For one environment.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KubernetesChanges {
+    pub context: Option<String>,
+    pub overlay: Option<String>,
+    pub namespace: Option<String>,
+    pub traffic: Option<TrafficKind>,
+    pub address: Option<String>,
+}
+
+/// What splits the traffic between two releases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrafficKind {
+    /// The numbers of pods behind one Service.
+    Replicas,
+    /// The weights of a Gateway API HTTPRoute.
+    Gateway,
+    /// The weights of a Contour HTTPProxy.
+    HttpProxy,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -249,10 +303,28 @@ impl Pipeline {
                 ));
             }
         }
+        for name in pipeline.environments.keys() {
+            problems.extend(pipeline.problems_of(name));
+        }
         if problems.is_empty() {
             Ok(pipeline)
         } else {
             bail!("{}", problems.join("\n"))
+        }
+    }
+
+    /// What does not fit together in an environment's settings.
+    fn problems_of(&self, name: &str) -> Option<String> {
+        let environment = &self.environments[name];
+        match (environment.platform, environment.metrics) {
+            (PlatformKind::Kubernetes, Some(MetricsKind::Proxy)) => Some(format!(
+                "environments.{name}.metrics = \"proxy\": only the sandbox has a proxy that counts; \
+                 take \"scrape\" or \"prometheus\""
+            )),
+            (PlatformKind::Kubernetes, _) => {
+                self.kubernetes(name).err().map(|error| error.to_string())
+            }
+            (PlatformKind::Sandbox, _) => None,
         }
     }
 
@@ -267,6 +339,36 @@ impl Pipeline {
                 known.join(", ")
             )
         })
+    }
+
+    /// The settings of an environment on Kubernetes.
+    pub fn kubernetes(&self, environment: &str) -> Result<Kubernetes> {
+        let changes = self.environment(environment)?.kubernetes.clone();
+        let Some(common) = self.kubernetes.clone() else {
+            bail!(
+                "environments.{environment}.platform = \"kubernetes\" needs a section [kubernetes]"
+            );
+        };
+        let fill = |text: String| text.replace("{environment}", environment);
+        let Some(address) = changes.address.or(common.address) else {
+            bail!(
+                "environments.{environment}.kubernetes.address is missing: where clients reach it"
+            );
+        };
+        Ok(Kubernetes {
+            context: changes.context.or(common.context),
+            overlay: fill(changes.overlay.unwrap_or(common.overlay)),
+            namespace: fill(changes.namespace.unwrap_or(common.namespace)),
+            traffic: changes.traffic.unwrap_or(common.traffic),
+            address: Some(fill(address)),
+            ..common
+        })
+    }
+
+    /// The tree of manifests that travels with each release, where any environment may need it.
+    pub fn manifests_dir(&self) -> Option<PathBuf> {
+        let kubernetes = self.kubernetes.as_ref()?;
+        Some(self.root.join(&kubernetes.manifests))
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -302,6 +404,18 @@ impl Pipeline {
         }
         toml::to_string(&table).context("writing TOML")
     }
+}
+
+/// Whether a command may have to do with Kubernetes. Settings that cannot be read are reported
+/// elsewhere.
+pub fn on_kubernetes(cli: &Cli) -> bool {
+    if let Command::Demo(args) = &cli.command {
+        return args.platform == PlatformKind::Kubernetes;
+    }
+    Pipeline::load(&cli.pipeline).is_ok_and(|pipeline| {
+        let mut environments = pipeline.environments.values();
+        environments.any(|environment| environment.platform == PlatformKind::Kubernetes)
+    })
 }
 
 /// TOML's message, with the nearest known name for a key that is not known.

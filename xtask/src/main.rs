@@ -48,7 +48,8 @@ fn main() -> ExitCode {
         Err(error) => return output::usage(&error),
     };
     let output = Output::new(&cli);
-    let finished = match cli.command.missing_feature() {
+    let on_kubernetes = || config::on_kubernetes(&cli);
+    let finished = match cli.command.missing_feature(on_kubernetes) {
         Some(feature) => cargo::run_again_with(feature, &output),
         None => run(&cli, &output),
     };

@@ -7,6 +7,7 @@ mod archive;
 mod build;
 pub mod layer;
 pub mod layout;
+mod load;
 
 use std::time::Instant;
 
@@ -20,7 +21,16 @@ use layout::{ImageConfig, Layout};
 
 pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let pipeline = Pipeline::load(&cli.pipeline)?;
+    // What is wrong with the target is found before the long build.
+    let target = args
+        .load
+        .as_ref()
+        .map(|environment| load::Target::of(&pipeline, environment))
+        .transpose()?;
     let recorded = make(&pipeline, args, output)?;
+    if let Some(target) = target {
+        target.load(&pipeline, &recorded.release.image, output)?;
+    }
     output.detail("next: cargo xtask deploy-staging");
     Ok(Finished::passed()
         .with("release", &recorded.id)
@@ -35,11 +45,13 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
         .config
         .clone()
         .unwrap_or_else(|| pipeline.root.join(&service.config_dir));
+    let manifests = pipeline.manifests_dir();
     // Everything that can be wrong with the arguments is found before the long build.
     let probe = Release::compose(
         String::new(),
         semver::Version::new(0, 0, 0),
         &config_dir,
+        manifests.as_deref(),
         &pipeline.root.join(&service.migrations_dir),
     )?;
     let source = build::Source::describe(&service.package)?;

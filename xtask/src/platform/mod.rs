@@ -2,15 +2,18 @@
 //!
 //! A platform never decides. It tells what is there and makes it as an action says.
 
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod sandbox;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Pipeline, PlatformKind};
+use crate::config::{MetricsKind, Pipeline, PlatformKind, Stage};
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::desk::{Desk, Files};
 use crate::rollout::engine::{Action, Mark, Plan};
@@ -49,8 +52,44 @@ pub trait Platform: Send + Sync {
     /// What the platform's own proxy counted since it started, for each instance.
     async fn counts(&self) -> Result<Vec<InstanceCounts>>;
 
+    /// What an instance answers on its operators' socket.
+    async fn ask(&self, instance: &InstanceStatus, path: &str) -> Result<String>;
+
     /// Where clients reach the environment.
     fn address(&self) -> String;
+
+    /// How often it is worth looking.
+    fn tick(&self) -> Duration {
+        Duration::from_millis(50)
+    }
+
+    /// Where counts come from unless the settings say otherwise.
+    fn metrics(&self) -> MetricsKind {
+        MetricsKind::Proxy
+    }
+
+    /// The stages that can be reached here, for those that are wanted.
+    fn stages(&self, wanted: &[Stage], _replicas: u32) -> Vec<Stage> {
+        wanted.to_vec()
+    }
+
+    /// Whether numbers of instances make the split of the traffic.
+    fn by_replicas(&self) -> bool {
+        false
+    }
+
+    /// A release that this machine does not know, where the platform keeps it.
+    async fn recall(&self, _id: &ReleaseId) -> Result<Option<Recorded>> {
+        Ok(None)
+    }
+
+    /// What helps to find out why a release does not get ready: messages, or where they are.
+    fn explain(&self, release: &ReleaseId) -> Vec<String>;
+
+    /// What a prepared release changes, for people.
+    fn changes(&self, _from: Option<&ReleaseId>, _to: &ReleaseId) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -126,6 +165,12 @@ pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn
         PlatformKind::Sandbox => Ok(Box::new(
             sandbox::Sandbox::open(pipeline, environment).await?,
         )),
+        #[cfg(feature = "kubernetes")]
+        PlatformKind::Kubernetes => Ok(Box::new(
+            kubernetes::Kubernetes::open(pipeline, environment).await?,
+        )),
+        #[cfg(not(feature = "kubernetes"))]
+        PlatformKind::Kubernetes => Err(lacking(environment)),
     }
 }
 
@@ -133,18 +178,27 @@ pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn
 pub async fn desk(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Box<dyn Desk>> {
     match pipeline.environment(environment)?.platform {
         PlatformKind::Sandbox => Ok(Box::new(Files::new(&pipeline.state_dir(), environment))),
+        #[cfg(feature = "kubernetes")]
+        PlatformKind::Kubernetes => Ok(Box::new(
+            kubernetes::Kubernetes::desk(pipeline, environment).await?,
+        )),
+        #[cfg(not(feature = "kubernetes"))]
+        PlatformKind::Kubernetes => Err(lacking(environment)),
     }
+}
+
+/// The command line's table of features sees to it that this is never read.
+#[cfg(not(feature = "kubernetes"))]
+fn lacking(environment: &str) -> anyhow::Error {
+    anyhow::anyhow!("{environment} runs on Kubernetes, and this program was built without it")
 }
 
 /// The environment as it is, without starting a platform that was stopped: then `None`.
 pub async fn look(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Option<(Status, String)>> {
-    match pipeline.environment(environment)?.platform {
-        PlatformKind::Sandbox => {
-            if !sandbox::should_run(pipeline).await? {
-                return Ok(None);
-            }
-            let platform = open(pipeline, environment).await?;
-            Ok(Some((platform.status().await?, platform.address())))
-        }
+    let is_sandbox = pipeline.environment(environment)?.platform == PlatformKind::Sandbox;
+    if is_sandbox && !sandbox::should_run(pipeline).await? {
+        return Ok(None);
     }
+    let platform = open(pipeline, environment).await?;
+    Ok(Some((platform.status().await?, platform.address())))
 }

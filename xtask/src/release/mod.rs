@@ -28,6 +28,9 @@ pub struct Release {
     pub image: String,
     /// The configuration's files by name, whole.
     pub config: BTreeMap<String, String>,
+    /// The files of Kubernetes manifests by path, whole; none where nothing runs there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub manifests: BTreeMap<String, String>,
     /// The number of the newest migration that the image carries.
     pub schema_version: u64,
     /// The image's version: part of the image already, repeated for people.
@@ -49,12 +52,17 @@ impl Release {
         image: String,
         version: semver::Version,
         config_dir: &Path,
+        manifests_dir: Option<&Path>,
         migrations_dir: &Path,
     ) -> Result<Self> {
         Ok(Self {
             image,
             version,
             config: read_config(config_dir)?,
+            manifests: match manifests_dir {
+                Some(dir) => read_manifests(dir)?,
+                None => BTreeMap::new(),
+            },
             schema_version: newest_migration(migrations_dir)?,
         })
     }
@@ -117,6 +125,27 @@ fn read_config(dir: &Path) -> Result<BTreeMap<String, String>> {
         bail!("{} holds no configuration file", dir.display());
     }
     Ok(config)
+}
+
+/// All files below `dir`, by their paths there.
+fn read_manifests(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let context = |dir: &Path| format!("reading the manifests in {}", dir.display());
+    let mut manifests = BTreeMap::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in std::fs::read_dir(&next).with_context(|| context(&next))? {
+            let path = entry.with_context(|| context(&next))?.path();
+            if path.is_dir() {
+                open.push(path);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("reading {} as text", path.display()))?;
+            let inside = path.strip_prefix(dir).unwrap_or(&path);
+            manifests.insert(inside.to_string_lossy().into_owned(), text);
+        }
+    }
+    Ok(manifests)
 }
 
 /// The highest leading number of the files in `dir`: `0002_discounts.sql` is 2.
@@ -187,6 +216,7 @@ mod tests {
         let release = Release {
             image: format!("sha256:{}", "0".repeat(64)),
             config: BTreeMap::from([("a.toml".into(), "x = 1".into())]),
+            manifests: BTreeMap::new(),
             schema_version: 1,
             version: semver::Version::new(1, 0, 0),
         };
@@ -194,13 +224,15 @@ mod tests {
         image.image = format!("sha256:{}", "1".repeat(64));
         let mut config = release.clone();
         config.config.insert("a.toml".into(), "x = 2".into());
+        let mut manifests = release.clone();
+        manifests.manifests.insert("a.yaml".into(), "x: 1".into());
         let mut schema = release.clone();
         schema.schema_version = 2;
-        let ids: std::collections::BTreeSet<_> = [&release, &image, &config, &schema]
+        let ids: std::collections::BTreeSet<_> = [&release, &image, &config, &manifests, &schema]
             .iter()
             .map(|r| r.id().unwrap())
             .collect();
-        assert_eq!(ids.len(), 4);
+        assert_eq!(ids.len(), 5);
         assert_eq!(release.id().unwrap(), release.clone().id().unwrap());
     }
 }

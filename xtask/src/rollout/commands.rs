@@ -19,10 +19,10 @@ use super::report::Summary;
 use super::status;
 use super::windows::Counts;
 use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, RollbackArgs};
-use crate::config::{Environment, Pipeline};
+use crate::config::{Environment, MetricsKind, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
-use crate::release::{Recorded, Store};
+use crate::release::{Recorded, ReleaseId, Store};
 
 /// How often a journal that another command writes is read.
 const POLL: Duration = Duration::from_millis(200);
@@ -62,12 +62,10 @@ pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finis
             .as_ref()
             .map(|text| session.store.resolve(text))
             .transpose()?;
-        let status = platform::open(&session.pipeline, &session.name)
-            .await?
-            .status()
-            .await?;
+        let platform = platform::open(&session.pipeline, &session.name).await?;
+        let status = platform.status().await?;
         let target = plan::rollback_target(&status, wanted.as_ref().map(|recorded| &recorded.id))?;
-        let target = session.store.get(&target)?;
+        let target = session.release(&*platform, &target).await?;
         session.begin(Kind::Rollback, target).await
     })
 }
@@ -109,10 +107,8 @@ async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Fin
     let release = match (&args.release, &session.settings.promotes_from) {
         (Some(text), _) => session.store.resolve(text)?,
         (None, Some(from)) => {
-            let status = platform::open(&session.pipeline, from)
-                .await?
-                .status()
-                .await?;
+            let platform = platform::open(&session.pipeline, from).await?;
+            let status = platform.status().await?;
             let Some(stable) = status.stable else {
                 bail!(
                     "nothing is in service in {from}, which {} is promoted from; deploy there \
@@ -120,7 +116,7 @@ async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Fin
                     session.name
                 );
             };
-            session.store.get(&stable)?
+            session.release(&*platform, &stable).await?
         }
         (None, None) => session.store.resolve("latest")?,
     };
@@ -164,6 +160,12 @@ impl<'a> Session<'a> {
     /// Starts a rollout and drives it to its end.
     async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
         let writer = self.become_writer().await?;
+        let ended = self.begin_as(&writer, kind, candidate).await;
+        writer.release().await;
+        ended
+    }
+
+    async fn begin_as(&self, writer: &Writer, kind: Kind, candidate: Recorded) -> Result<Finished> {
         self.check_idle().await?;
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         let status = platform.status().await?;
@@ -175,11 +177,10 @@ impl<'a> Session<'a> {
             return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
         }
         platform.prepare(&candidate).await?;
-        let stable = status
-            .stable
-            .as_ref()
-            .map(|id| self.store.get(id))
-            .transpose()?;
+        let stable = match &status.stable {
+            Some(id) => Some(self.release(&*platform, id).await?),
+            None => None,
+        };
         if let Some(stable) = &stable {
             platform.prepare(stable).await?;
         }
@@ -200,6 +201,7 @@ impl<'a> Session<'a> {
             &self.settings,
             rollout,
             kind,
+            &*platform,
             &status,
             &candidate.id,
             now,
@@ -214,6 +216,29 @@ impl<'a> Session<'a> {
             candidate,
             plan.rollout
         ));
+        for line in platform.changes(plan.stable.as_ref(), &plan.candidate) {
+            self.output.detail(line);
+        }
+        if plan.stages.iter().map(|stage| stage.weight).ne(self
+            .pipeline
+            .rollout
+            .stages
+            .0
+            .iter()
+            .map(|stage| stage.weight))
+            && kind == Kind::Canary
+        {
+            let weights: Vec<String> = plan
+                .stages
+                .iter()
+                .map(|stage| format!("{} %", stage.weight))
+                .collect();
+            self.output.detail(format_args!(
+                "the weights that {} pods can make: {}",
+                plan.replicas,
+                weights.join(", ")
+            ));
+        }
         let bounds = match kind {
             Kind::Canary => self.forecast(&*platform, &plan).await?.bounds,
             Kind::Deploy | Kind::Rollback => None,
@@ -237,8 +262,16 @@ impl<'a> Session<'a> {
             request,
             ..State::start(millis(jiff::Timestamp::now()))
         };
-        let mut journal = self.desk.create(&writer, started, state).await?;
-        self.drive(&*platform, &writer, &mut journal).await
+        let mut journal = self.desk.create(writer, started, state).await?;
+        self.drive(&*platform, writer, &mut journal).await
+    }
+
+    /// A release of this environment, from this machine or from the platform, which keeps it.
+    async fn release(&self, platform: &dyn Platform, id: &ReleaseId) -> Result<Recorded> {
+        match self.store.get(id) {
+            Ok(recorded) => Ok(recorded),
+            Err(error) => platform.recall(id).await?.ok_or(error),
+        }
     }
 
     /// Refuses to begin while a rollout has not ended.
@@ -266,9 +299,13 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn metrics(&self, platform: &dyn Platform) -> MetricsKind {
+        self.settings.metrics.unwrap_or_else(|| platform.metrics())
+    }
+
     /// Measures stable, prints what is to be expected, and refuses what cannot be decided.
     async fn forecast(&self, platform: &dyn Platform, plan: &engine::Plan) -> Result<Forecast> {
-        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform)?;
+        let metrics = metrics::open(&self.pipeline, self.metrics(platform), platform)?;
         let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
         self.output.progress("measuring stable's traffic");
         let counts = measure(&*metrics, plan, time).await?;
@@ -291,7 +328,7 @@ impl<'a> Session<'a> {
         writer: &Writer,
         journal: &mut Journal,
     ) -> Result<Finished> {
-        let metrics = metrics::open(&self.pipeline, self.settings.metrics, platform)?;
+        let metrics = metrics::open(&self.pipeline, self.metrics(platform), platform)?;
         let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke)?;
         let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
@@ -306,6 +343,7 @@ impl<'a> Session<'a> {
             pace: Pace {
                 window: rollout.window.0,
                 warm_up: rollout.warm_up.0,
+                tick: platform.tick(),
             },
             audience: &|notice| narrator.tell(notice),
         };
@@ -314,6 +352,11 @@ impl<'a> Session<'a> {
             _ = tokio::signal::ctrl_c() => return Ok(self.interrupted()),
         };
         let finished = self.conclude(&end, journal);
+        if matches!(end, End::Outcome(Outcome::Failed | Outcome::RolledBack)) {
+            for line in platform.explain(&journal.plan().candidate) {
+                self.output.detail(line);
+            }
+        }
         if journal.plan().kind == Kind::Deploy && end == End::Outcome(Outcome::Healthy) {
             let status = platform.status().await?;
             status::running(&status, &platform.address(), self.output);
@@ -367,8 +410,6 @@ impl<'a> Session<'a> {
                     "{candidate} never got ready, so nothing has changed in {name}: {}",
                     summary.why
                 ));
-                let logs = format!("cargo xtask sandbox logs --environment {name}");
-                self.output.detail(format_args!("its logs: {logs}"));
                 (Exit::Unknown, "failed")
             }
         };
@@ -384,13 +425,19 @@ impl<'a> Session<'a> {
 
     async fn resume(&self) -> Result<Finished> {
         let writer = self.become_writer().await?;
-        let Some(mut journal) = self.desk.unfinished_to_write(&writer).await? else {
+        let resumed = self.resume_as(&writer).await;
+        writer.release().await;
+        resumed
+    }
+
+    async fn resume_as(&self, writer: &Writer) -> Result<Finished> {
+        let Some(mut journal) = self.desk.unfinished_to_write(writer).await? else {
             bail!(
                 "there is nothing to resume in {}: no rollout is unfinished",
                 self.name
             );
         };
-        self.take_over(&writer, &mut journal).await
+        self.take_over(writer, &mut journal).await
     }
 
     /// Goes on with a rollout that another command began.
@@ -398,7 +445,8 @@ impl<'a> Session<'a> {
         let plan = journal.plan().clone();
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         for id in plan.stable.iter().chain([&plan.candidate]) {
-            platform.prepare(&self.store.get(id)?).await?;
+            let recorded = self.release(&*platform, id).await?;
+            platform.prepare(&recorded).await?;
         }
         self.output.step(format_args!(
             "{}: going on with rollout {}",
@@ -434,7 +482,9 @@ impl<'a> Session<'a> {
             .await?;
         if let Some(writer) = self.desk.lock().await? {
             let mut journal = self.desk.for_writing(&writer, journal).await?;
-            return self.take_over(&writer, &mut journal).await;
+            let moved = self.take_over(&writer, &mut journal).await;
+            writer.release().await;
+            return moved;
         }
         let deadline = Instant::now() + HEARD_WITHIN;
         let rollout = &journal.plan().rollout;
@@ -461,9 +511,12 @@ impl<'a> Session<'a> {
             if let Some(writer) = self.desk.lock().await? {
                 let journal = self.desk.read(&rollout).await?;
                 let mut journal = self.desk.for_writing(&writer, journal).await?;
-                if journal.state().outcome().is_none() {
-                    self.take_over(&writer, &mut journal).await?;
-                }
+                let given_up = match journal.state().outcome() {
+                    None => self.take_over(&writer, &mut journal).await.map(|_| ()),
+                    Some(_) => Ok(()),
+                };
+                writer.release().await;
+                given_up?;
                 break journal;
             }
             let journal = self.desk.read(&rollout).await?;

@@ -17,8 +17,6 @@ use super::windows::{Window, WindowLine};
 use crate::platform::{InstanceCounts, Platform, StaleWriter, Status};
 use crate::release::ReleaseId;
 
-/// How often the world is looked at while there is nothing to do.
-const TICK: Duration = Duration::from_millis(50);
 /// How long to wait after something failed.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -76,6 +74,8 @@ pub enum End {
 pub struct Pace {
     pub window: Duration,
     pub warm_up: Duration,
+    /// How often the world is looked at while there is nothing to do.
+    pub tick: Duration,
 }
 
 pub struct Driver<'a> {
@@ -189,7 +189,7 @@ impl Driver<'_> {
                     }
                 }
                 None if status.is_err() => self.clock.sleep(PAUSE).await,
-                None => self.clock.sleep(TICK).await,
+                None => self.clock.sleep(self.pace.tick).await,
             }
         }
     }

@@ -26,6 +26,9 @@ pub struct Plan {
     pub candidate: ReleaseId,
     /// The processes (pods) that carry all of the traffic.
     pub replicas: u32,
+    /// Whether the numbers of processes make the split, as behind a plain Service.
+    #[serde(default)]
+    pub by_replicas: bool,
     pub stages: Vec<Stage>,
     pub limits: Limits,
 }
@@ -278,9 +281,21 @@ impl State {
 }
 
 impl Plan {
-    /// The processes that `weight` percent of the traffic need.
-    pub fn capacity(&self, weight: u8) -> u32 {
-        (self.replicas * u32::from(weight)).div_ceil(100).max(1)
+    /// The processes that carry all of the traffic now: an autoscaler may have made more of stable
+    /// than were asked for.
+    fn full(&self, view: &View) -> u32 {
+        self.replicas.max(view.stable.desired)
+    }
+
+    /// The processes that `weight` percent of the traffic need, where `full` carry all of it.
+    pub fn capacity(&self, weight: u8, full: u32) -> u32 {
+        let weight = u32::from(weight);
+        if self.by_replicas && weight < 100 {
+            // c of (full + c) processes get c / (full + c) of the traffic.
+            let rest = 100 - weight;
+            return ((full * weight + rest / 2) / rest).max(1);
+        }
+        (full * weight).div_ceil(100).max(1)
     }
 
     /// The split of a stage.
@@ -369,7 +384,7 @@ pub fn decide(
 /// Capacity first, then weight.
 fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
     let weight = plan.stages[next.stage].weight;
-    let needed = plan.capacity(weight);
+    let needed = plan.capacity(weight, plan.full(view));
     if let Some(why) = view
         .candidate
         .broken
@@ -425,7 +440,7 @@ fn watch(
     now: Millis,
 ) -> Option<Action> {
     let stage = &plan.stages[next.stage];
-    let needed = plan.capacity(stage.weight);
+    let needed = plan.capacity(stage.weight, plan.full(view));
     if let Some(why) = view.candidate.broken.clone() {
         next.enter(
             Phase::Back {
@@ -497,7 +512,7 @@ fn advance(plan: &Plan, next: &mut State, now: Millis) {
 
 /// On record first, then the old release goes; until it does, there is a way back.
 fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
-    let carries_all = view.candidate.weight == 100 && view.candidate.ready >= plan.replicas;
+    let carries_all = view.candidate.weight == 100 && view.candidate.ready >= plan.full(view);
     if view.recorded != Some(Mark::Healthy) {
         if !carries_all {
             next.enter(Phase::Shift, now);

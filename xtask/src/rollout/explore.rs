@@ -113,6 +113,7 @@ impl Rollout {
                 stable: stable.then(|| "stable".into()),
                 candidate: "candidate".into(),
                 replicas: 2,
+                by_replicas: false,
                 stages: stages.iter().map(stage).collect(),
                 limits: Limits {
                     min_stage: 1,
@@ -168,7 +169,7 @@ impl Rollout {
             if world.candidate.weight != weight {
                 world.violated = Some("10: a stage was passed at another weight than its own");
             }
-            if world.candidate.ready < self.plan.capacity(weight) {
+            if world.candidate.ready < self.plan.capacity(weight, self.plan.replicas) {
                 world.violated = Some("10: a stage was passed with too few processes");
             }
         }
@@ -182,7 +183,7 @@ impl Rollout {
                 Reason::Aborted => next.request > before.request,
                 Reason::Broken(_) => world.candidate.broken.is_some(),
                 Reason::NotReady => {
-                    world.candidate.ready < self.plan.capacity(weight)
+                    world.candidate.ready < self.plan.capacity(weight, self.plan.replicas)
                         && before
                             .unready_since
                             .is_some_and(|since| world.now - since >= self.plan.limits.ready_within)
@@ -240,7 +241,7 @@ impl Rollout {
                 }
                 let (new, stable) = (of(candidate), self.plan.stable.as_ref().map_or(0, &of));
                 if new > world.candidate.weight {
-                    if world.candidate.ready < self.plan.capacity(new) {
+                    if world.candidate.ready < self.plan.capacity(new, self.plan.replicas) {
                         world.violated = Some("1: weight without ready capacity");
                     }
                     if turned {

@@ -90,6 +90,16 @@ pub struct Journal {
 pub trait Keeper: Send + Sync {
     /// Adds `text`, which is whole lines; they are kept for good when this returns.
     async fn append(&mut self, text: &str) -> Result<()>;
+
+    /// Whether it is time to make it shorter.
+    fn is_full(&self) -> bool {
+        false
+    }
+
+    /// Keeps `text` instead of all that was kept before.
+    async fn replace(&mut self, _text: &str) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Journal {

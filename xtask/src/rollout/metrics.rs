@@ -1,7 +1,6 @@
 //! Where counts come from: one trait, so that the judge does not care.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -10,11 +9,7 @@ use prometheus_parse::{HistogramCount, Scrape, Value};
 use super::engine::Plan;
 use super::windows::{Counts, Histogram, Window};
 use crate::config::{MetricsKind, Pipeline, Scrape as ScrapeSettings};
-use crate::http;
 use crate::platform::{InstanceCounts, Platform};
-
-/// How long an instance may take to tell its metrics.
-const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Counters that only grow, for every instance of an environment.
 #[async_trait]
@@ -31,10 +26,10 @@ pub fn open<'a>(
         MetricsKind::Proxy => Box::new(ProxyMetrics { platform }),
         MetricsKind::Scrape => Box::new(ScrapeMetrics {
             platform,
-            client: http::client()?,
             path: pipeline.service.metrics_path.clone(),
             names: pipeline.scrape.clone(),
         }),
+        MetricsKind::Prometheus => bail!("metrics = \"prometheus\" is not there yet"),
     })
 }
 
@@ -53,7 +48,6 @@ impl Metrics for ProxyMetrics<'_> {
 /// What the processes say of themselves. One that died takes its counts along.
 struct ScrapeMetrics<'a> {
     platform: &'a dyn Platform,
-    client: reqwest::Client,
     path: String,
     names: ScrapeSettings,
 }
@@ -61,36 +55,30 @@ struct ScrapeMetrics<'a> {
 #[async_trait]
 impl Metrics for ScrapeMetrics<'_> {
     async fn sample(&self) -> Result<Vec<InstanceCounts>> {
-        let status = self.platform.status().await?;
-        let mut samples = Vec::new();
-        for release in &status.releases {
-            for instance in release.instances.iter().filter(|instance| instance.ready) {
-                let Some(address) = instance.admin else {
-                    continue;
-                };
-                let url = format!("http://{address}{}", self.path);
-                let text = self
-                    .get(&url)
-                    .await
-                    .with_context(|| format!("scraping {url}"))?;
-                let counts =
-                    parse(&text, &self.names).with_context(|| format!("scraping {url}"))?;
-                samples.push(InstanceCounts {
-                    release: release.release.clone(),
-                    instance: instance.name.clone(),
-                    counts,
-                });
-            }
-        }
-        Ok(samples)
+        scrape(self.platform, &self.path, &self.names).await
     }
 }
 
-impl ScrapeMetrics<'_> {
-    async fn get(&self, url: &str) -> Result<String> {
-        let request = self.client.get(url).timeout(SCRAPE_TIMEOUT);
-        Ok(request.send().await?.error_for_status()?.text().await?)
+/// The counts of every instance that is ready, as it tells them at `path`.
+pub async fn scrape(
+    platform: &dyn Platform,
+    path: &str,
+    names: &ScrapeSettings,
+) -> Result<Vec<InstanceCounts>> {
+    let status = platform.status().await?;
+    let mut samples = Vec::new();
+    for release in &status.releases {
+        for instance in release.instances.iter().filter(|instance| instance.ready) {
+            let context = || format!("the metrics of {}", instance.name);
+            let text = platform.ask(instance, path).await.with_context(context)?;
+            samples.push(InstanceCounts {
+                release: release.release.clone(),
+                instance: instance.name.clone(),
+                counts: parse(&text, names).with_context(context)?,
+            });
+        }
     }
+    Ok(samples)
 }
 
 /// The counts in Prometheus' text format. A service that has had no request yet has no series:

@@ -7,7 +7,7 @@ use super::evidence::{requests_to_pass, requests_to_see};
 use super::judge::latency_bounds;
 use super::windows::{Counts, Histogram};
 use crate::config::{Environment, Judge, Rollout, Stage};
-use crate::platform::{HistoryEntry, Status};
+use crate::platform::{HistoryEntry, Platform, Status};
 use crate::release::ReleaseId;
 
 /// Requests from which a latency distribution is worth fixing bounds from.
@@ -18,12 +18,19 @@ pub fn plan(
     settings: &Environment,
     rollout: &Rollout,
     kind: Kind,
+    platform: &dyn Platform,
     status: &Status,
     candidate: &ReleaseId,
     now: jiff::Timestamp,
 ) -> Plan {
+    // Where an autoscaler has made more of stable, that many carry the traffic.
+    let stable = status.stable.as_ref().and_then(|id| status.release(id));
+    let replicas = settings
+        .replicas
+        .0
+        .max(stable.map_or(0, |stable| stable.desired));
     let stages = match kind {
-        Kind::Canary => rollout.stages.0.clone(),
+        Kind::Canary => platform.stages(&rollout.stages.0, replicas),
         Kind::Deploy | Kind::Rollback => vec![Stage {
             weight: 100,
             gate: None,
@@ -39,7 +46,8 @@ pub fn plan(
         kind,
         stable: status.stable.clone(),
         candidate: candidate.clone(),
-        replicas: settings.replicas.0,
+        replicas,
+        by_replicas: platform.by_replicas(),
         stages,
         limits: Limits {
             min_stage: rollout.min_stage.millis(),

@@ -40,6 +40,7 @@ pub fn started() -> Started {
             stable: Some("stable".into()),
             candidate: "candidate".into(),
             replicas: 2,
+            by_replicas: false,
             stages: [10, 50, 100].map(stage).into(),
             limits: Limits {
                 min_stage: 500,
@@ -308,6 +309,14 @@ impl Platform for Memory {
         Ok(())
     }
 
+    async fn ask(&self, _instance: &InstanceStatus, _path: &str) -> Result<String> {
+        anyhow::bail!("nobody asks")
+    }
+
+    fn explain(&self, _release: &ReleaseId) -> Vec<String> {
+        Vec::new()
+    }
+
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {
         let mut world = self.world();
         self.serve(&mut world);
@@ -380,6 +389,7 @@ async fn drive(memory: &Memory) -> Option<End> {
         pace: Pace {
             window: Duration::from_millis(200),
             warm_up: Duration::from_millis(50),
+            tick: Duration::from_millis(50),
         },
         audience: &|_| {},
     };

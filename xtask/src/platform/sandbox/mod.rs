@@ -28,9 +28,10 @@ use async_trait::async_trait;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::{InstanceCounts, Platform, StaleWriter, Status};
+use super::{InstanceCounts, InstanceStatus, Platform, StaleWriter, Status};
 use crate::config::Pipeline;
 use crate::files;
+use crate::http;
 use crate::image::layout::Layout;
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Kind, Mark, Plan};
@@ -38,6 +39,8 @@ use protocol::{Change, Places, Reply, Request, Run, VERSION};
 
 /// Longer than processes usually take to drain.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long an instance may take to answer on its operators' socket.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One environment in the sandbox.
@@ -47,6 +50,7 @@ pub struct Sandbox {
     environment: String,
     port: u16,
     runs: BTreeMap<ReleaseId, Run>,
+    client: reqwest::Client,
 }
 
 impl Sandbox {
@@ -58,6 +62,7 @@ impl Sandbox {
             environment: environment.to_owned(),
             port: pipeline.environment(environment)?.port,
             runs: BTreeMap::new(),
+            client: http::client()?,
         };
         start(&sandbox.places).await?;
         sandbox.open_port().await?;
@@ -158,8 +163,25 @@ impl Platform for Sandbox {
         }
     }
 
+    async fn ask(&self, instance: &InstanceStatus, path: &str) -> Result<String> {
+        let Some(address) = instance.admin else {
+            bail!("{} has no operators' socket yet", instance.name);
+        };
+        let url = format!("http://{address}{path}");
+        let request = self.client.get(&url).timeout(ASK_TIMEOUT);
+        let answer = async { request.send().await?.error_for_status()?.text().await };
+        answer.await.with_context(|| format!("asking {url}"))
+    }
+
     fn address(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    fn explain(&self, _release: &ReleaseId) -> Vec<String> {
+        vec![format!(
+            "its logs: cargo xtask sandbox logs --environment {}",
+            self.environment
+        )]
     }
 }
 

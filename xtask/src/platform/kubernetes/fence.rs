@@ -1,0 +1,129 @@
+//! Writes that only the newest writer can make.
+//!
+//! The API server knows no fencing tokens. So each object that a rollout changes carries the newest
+//! writer's in an annotation, and each write names the version of the object on which it found none
+//! newer than its own: once a later writer has put its token there, that version is gone, and the
+//! write is refused.
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use super::api::{self, Api, Kind};
+use crate::platform::StaleWriter;
+
+const TOKEN: &str = "xtask.dev/token";
+/// How often a write is repeated because somebody else has changed the object meanwhile. Controllers
+/// write statuses all the time; nobody writes faster than this for long.
+const ATTEMPTS: u32 = 20;
+
+pub struct Fence<'a> {
+    pub api: &'a Api,
+    pub token: u64,
+}
+
+impl Fence<'_> {
+    /// Makes an object as `wanted` says. Where somebody else owns one of its fields, this is refused,
+    /// and the refusal names the owner and the field.
+    pub async fn apply(&self, wanted: &Value) -> Result<Value> {
+        self.apply_by(wanted, false).await
+    }
+
+    /// The same, with the fields taken over from whoever owns them.
+    pub async fn take_over(&self, wanted: &Value) -> Result<Value> {
+        self.apply_by(wanted, true).await
+    }
+
+    async fn apply_by(&self, wanted: &Value, force: bool) -> Result<Value> {
+        let kind = Kind::of(wanted)?;
+        for _ in 0..ATTEMPTS {
+            let mut wanted = wanted.clone();
+            if let Some(current) = self.api.get(&kind, api::name(&wanted)).await? {
+                let current = self.stamp(&kind, current).await?;
+                self.pin(&mut wanted, &current);
+            }
+            match self.api.apply(&wanted, force, false).await {
+                Err(error) if is_race(&error) => {}
+                applied => return applied,
+            }
+        }
+        bail!("{} {} changes all the time", kind.kind, api::name(wanted))
+    }
+
+    /// Changes the object that is there by what `change` makes of it; `None` changes nothing.
+    pub async fn change(
+        &self,
+        kind: &Kind,
+        name: &str,
+        change: impl Fn(&Value) -> Option<Value>,
+    ) -> Result<()> {
+        for _ in 0..ATTEMPTS {
+            let Some(current) = self.api.get(kind, name).await? else {
+                bail!("{} {name} is gone", kind.kind);
+            };
+            let current = self.stamp(kind, current).await?;
+            let Some(mut change) = change(&current) else {
+                return Ok(());
+            };
+            self.pin(&mut change, &current);
+            match self.api.merge(kind, name, &change).await {
+                Err(error) if is_race(&error) => {}
+                changed => return changed.map(|_| ()),
+            }
+        }
+        bail!("{} {name} changes all the time", kind.kind)
+    }
+
+    /// Removes an object, unless a newer writer has it.
+    pub async fn remove(&self, kind: &Kind, name: &str) -> Result<()> {
+        match self.api.get(kind, name).await? {
+            Some(current) => {
+                let current = self.stamp(kind, current).await?;
+                self.api.delete(&current).await
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Takes an object for this writer, where there is one.
+    pub async fn claim(&self, kind: &Kind, name: &str) -> Result<()> {
+        for _ in 0..ATTEMPTS {
+            let Some(current) = self.api.get(kind, name).await? else {
+                return Ok(());
+            };
+            match self.stamp(kind, current).await {
+                Err(error) if is_race(&error) => {}
+                stamped => return stamped.map(|_| ()),
+            }
+        }
+        bail!("{} {name} changes all the time", kind.kind)
+    }
+
+    /// Puts our token on the object, unless it is there.
+    async fn stamp(&self, kind: &Kind, current: Value) -> Result<Value> {
+        let theirs = api::annotation(&current, TOKEN).and_then(|token| token.parse().ok());
+        let theirs: u64 = theirs.unwrap_or(0);
+        if theirs > self.token {
+            return Err(StaleWriter.into());
+        }
+        if theirs == self.token {
+            return Ok(current);
+        }
+        let mut change = json!({
+            "metadata": { "annotations": { TOKEN: self.token.to_string() } }
+        });
+        self.pin(&mut change, &current);
+        self.api.merge(kind, api::name(&current), &change).await
+    }
+
+    /// Makes a write one on this very version of the object.
+    fn pin(&self, wanted: &mut Value, current: &Value) {
+        for field in ["resourceVersion", "uid"] {
+            wanted["metadata"][field] = current["metadata"][field].clone();
+        }
+    }
+}
+
+/// Whether the object was changed between reading and writing it.
+fn is_race(error: &anyhow::Error) -> bool {
+    api::is_conflict(error) && !api::is_owned_by_others(error)
+}

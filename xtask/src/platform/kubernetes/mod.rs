@@ -1,0 +1,585 @@
+//! Environments on Kubernetes: one namespace each, one Deployment for each release.
+//!
+//! A release's objects carry its id in their names and never change, so going forward and going
+//! back are the same two things: numbers of pods, and a split of the traffic. Nothing is scaled to
+//! zero before something else serves, and no Deployment is rolled over in place.
+
+mod api;
+pub mod desk;
+mod diff;
+mod fence;
+mod pods;
+mod record;
+mod render;
+mod traffic;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
+use serde_json::{Value, json};
+
+use super::{HistoryEntry, InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
+use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
+use crate::http;
+use crate::release::{Recorded, ReleaseId};
+use crate::rollout::engine::{Action, Kind as RolloutKind, Mark, Plan};
+use crate::rollout::metrics;
+use api::{Api, Kind};
+use fence::Fence;
+use render::{Bundle, RELEASE, RELEASE_ID, VERSION, WORKLOAD, name_of};
+use traffic::{Known, Traffic, Weights};
+
+/// Looking costs the API server four calls.
+const TICK: Duration = Duration::from_millis(400);
+/// How long requests may take to follow a new split.
+const EFFECT: Duration = Duration::from_secs(15);
+const PROBE: Duration = Duration::from_secs(2);
+/// Requests in a row that must show a split of everything.
+const PROBES: u32 = 20;
+/// How long a job that runs before the pods may take.
+const JOB: Duration = Duration::from_secs(300);
+/// How many releases that run nothing are kept for going back to.
+const KEPT: usize = 5;
+
+/// One environment.
+pub struct Kubernetes {
+    pipeline: Arc<Pipeline>,
+    settings: Settings,
+    environment: String,
+    api: Api,
+    traffic: Box<dyn Traffic>,
+    bundles: BTreeMap<ReleaseId, Bundle>,
+    /// What was found out about a release that does not get ready, while its pods were there.
+    troubles: Mutex<BTreeMap<ReleaseId, Vec<String>>>,
+}
+
+fn deployments() -> Kind {
+    Kind::new("apps/v1", "Deployment")
+}
+
+fn autoscalers() -> Kind {
+    Kind::new("autoscaling/v2", "HorizontalPodAutoscaler")
+}
+
+fn services() -> Kind {
+    Kind::new("v1", "Service")
+}
+
+/// The release that an object belongs to.
+fn release_of(object: &Value) -> Option<ReleaseId> {
+    let id = api::annotation(object, RELEASE_ID)?;
+    serde_json::from_value(json!(id)).ok()
+}
+
+impl Kubernetes {
+    pub async fn open(pipeline: &Arc<Pipeline>, environment: &str) -> Result<Self> {
+        let settings = pipeline.kubernetes(environment)?;
+        let api = Api::open(&settings).await?;
+        Ok(Self {
+            pipeline: Arc::clone(pipeline),
+            traffic: traffic::open(&settings),
+            environment: environment.to_owned(),
+            settings,
+            api,
+            bundles: BTreeMap::new(),
+            troubles: Mutex::default(),
+        })
+    }
+
+    /// Where its journals, its lock and its requests are.
+    pub async fn desk(pipeline: &Pipeline, environment: &str) -> Result<desk::ClusterDesk> {
+        let settings = pipeline.kubernetes(environment)?;
+        Ok(desk::ClusterDesk {
+            api: Api::open(&settings).await?,
+            settings,
+            environment: environment.to_owned(),
+        })
+    }
+
+    fn labels(&self) -> String {
+        format!("{WORKLOAD}={},{RELEASE}", self.settings.name)
+    }
+
+    fn fence(&self, token: u64) -> Fence<'_> {
+        Fence {
+            api: &self.api,
+            token,
+        }
+    }
+
+    fn bundle(&self, id: &ReleaseId) -> Result<&Bundle> {
+        let bundle = self.bundles.get(id);
+        bundle.with_context(|| format!("release {} was not prepared", id.short()))
+    }
+
+    fn troubles(&self) -> std::sync::MutexGuard<'_, BTreeMap<ReleaseId, Vec<String>>> {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What runs a release, as it is.
+    async fn release(
+        &self,
+        deployment: &Value,
+        pods: &[Value],
+        weights: &Weights,
+    ) -> Option<ReleaseStatus> {
+        let id = release_of(deployment)?;
+        let short = id.short();
+        let weight = weights
+            .iter()
+            .find(|(other, _)| *other == id)
+            .map_or(0, |(_, weight)| *weight);
+        let own: Vec<&Value> = pods
+            .iter()
+            .filter(|pod| api::label(pod, RELEASE) == Some(short) && !pods::is_going(pod))
+            .collect();
+        let desired = deployment["spec"]["replicas"].as_u64().unwrap_or(1);
+        let mut broken = foreign(deployment).map(|why| (why, None));
+        if desired > 0 && broken.is_none() {
+            broken = pods::broken(deployment, &own, weight > 0);
+        }
+        if let Some((why, pod)) = &broken
+            && !self.troubles().contains_key(&id)
+        {
+            let mut lines = vec![why.clone()];
+            if let Some(pod) = pod {
+                lines.extend(pods::explain(&self.api, pod).await);
+            }
+            self.troubles().insert(id.clone(), lines);
+        }
+        Some(ReleaseStatus {
+            version: api::annotation(deployment, VERSION)
+                .unwrap_or_default()
+                .to_owned(),
+            desired: u32::try_from(desired).unwrap_or(u32::MAX),
+            weight,
+            instances: own.into_iter().map(pods::instance).collect(),
+            broken: broken.map(|(why, _)| why),
+            release: id,
+        })
+    }
+
+    /// Makes what a release needs before its first pod can start, the environment's own objects
+    /// included: those travel with the release.
+    async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
+        for object in bundle.others.iter().chain(&bundle.configs) {
+            fence.apply(object).await?;
+        }
+        fence.apply(&bundle.service).await?;
+        for job in &bundle.jobs {
+            self.run_job(job).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs a job to its end, once for each release.
+    async fn run_job(&self, job: &Value) -> Result<()> {
+        let kind = Kind::of(job)?;
+        let name = api::name(job);
+        match self.api.create(job).await {
+            Err(error) if api::is_conflict(&error) => {}
+            created => created.map(|_| ())?,
+        }
+        let deadline = Instant::now() + JOB;
+        loop {
+            let job = self.api.get(&kind, name).await?;
+            let job = job.with_context(|| format!("the job {name} is gone"))?;
+            let is = |what: &str| {
+                api::items(&job["status"]["conditions"])
+                    .find(|c| c["type"] == what && c["status"] == "True")
+            };
+            if is("Complete").is_some() {
+                return Ok(());
+            }
+            if let Some(failed) = is("Failed") {
+                bail!(
+                    "the job {name} failed: {}",
+                    failed["message"].as_str().unwrap_or_default()
+                );
+            }
+            if Instant::now() > deadline {
+                bail!("the job {name} has not ended within {} s", JOB.as_secs());
+            }
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
+        let bundle = self.bundle(release)?;
+        let name = bundle.name(&self.settings);
+        let there = self.api.get(&deployments(), &name).await?;
+        if replicas == 0 {
+            // An autoscaler would never let it go.
+            fence.remove(&autoscalers(), &name).await?;
+            if there.is_none() {
+                return Ok(());
+            }
+        } else if self.api.get(&autoscalers(), &name).await?.is_some() {
+            // The number of pods is the autoscaler's; its floor is raised instead.
+            return fence
+                .change(&autoscalers(), &name, |current| {
+                    let least = current["spec"]["minReplicas"].as_u64().unwrap_or(1);
+                    (least < u64::from(replicas))
+                        .then(|| json!({ "spec": { "minReplicas": replicas } }))
+                })
+                .await;
+        }
+        if there
+            .as_ref()
+            .is_none_or(|there| there["spec"]["replicas"] == 0)
+            && replicas > 0
+        {
+            self.provide(fence, bundle).await?;
+        }
+        let mut wanted = bundle.deployment.clone();
+        wanted["spec"]["replicas"] = json!(replicas);
+        match fence.apply(&wanted).await {
+            // Whoever scaled it by hand is told, and the number is ours again: a rollback must not
+            // wait for a person.
+            Err(error) if api::is_owned_by_others(&error) && only_replicas(&error) => {
+                self.event(release, "Warning", "ScaledByOthers", &format!("{error:#}"))
+                    .await;
+                fence.take_over(&wanted).await?;
+            }
+            applied => {
+                applied?;
+            }
+        }
+        let said = format!(
+            "{replicas} pods of {} ({})",
+            bundle.version,
+            release.short()
+        );
+        self.event(release, "Normal", "Scaled", &said).await;
+        Ok(())
+    }
+
+    async fn route(&self, fence: &Fence<'_>, weights: &Weights) -> Result<()> {
+        let bundle = match weights.last() {
+            Some((release, _)) => self.bundle(release)?,
+            // All traffic is taken away: any release's route will do.
+            None => match self.bundles.values().next() {
+                Some(bundle) => bundle,
+                None => bail!("no release was prepared"),
+            },
+        };
+        self.traffic.route(fence, bundle, weights).await?;
+        self.see_effect(weights).await?;
+        for (release, weight) in weights {
+            let said = format!("{weight} % of the traffic");
+            self.event(release, "Normal", "Routed", &said).await;
+            self.condition(release, &said).await;
+        }
+        Ok(())
+    }
+
+    /// Asks the environment itself until its answers come from where they should: a router that
+    /// says it has taken a split may yet act on the one before.
+    async fn see_effect(&self, weights: &Weights) -> Result<()> {
+        let (Some(header), false) = (&self.settings.release_header, weights.is_empty()) else {
+            return Ok(());
+        };
+        let client = http::client()?;
+        let url = format!("{}{}", self.address(), self.pipeline.service.ready_path);
+        let wanted: Vec<&str> = weights.iter().map(|(release, _)| release.short()).collect();
+        let deadline = Instant::now() + EFFECT;
+        let mut in_a_row = 0;
+        let mut last = "no answer".to_owned();
+        while in_a_row < PROBES {
+            if Instant::now() > deadline {
+                bail!(
+                    "the router has taken the split, but {url} still answers from {last}, not from \
+                     {}",
+                    wanted.join(" or ")
+                );
+            }
+            let answer = client.get(&url).timeout(PROBE).send().await;
+            let from = answer.as_ref().ok().and_then(|answer| {
+                let name = answer.headers().get(header)?;
+                name.to_str().ok().map(str::to_owned)
+            });
+            match (from, answer) {
+                (Some(from), _) if wanted.contains(&from.as_str()) => in_a_row += 1,
+                (from, answer) => {
+                    in_a_row = 0;
+                    last = from.unwrap_or_else(|| match answer {
+                        Ok(answer) => format!("nobody ({})", answer.status()),
+                        Err(error) => format!("nobody ({error})"),
+                    });
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn record(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
+        record::ensure(&self.api, &self.settings, &self.environment).await?;
+        let at = jiff::Timestamp::now();
+        let entry = |release: &ReleaseId, mark| HistoryEntry {
+            release: release.clone(),
+            rollout: plan.rollout.clone(),
+            mark,
+            at,
+        };
+        let name = record::name(&self.settings);
+        fence
+            .change(&record::kind(), &name, |object| {
+                let mut record = record::of(object).ok()?;
+                if let (RolloutKind::Rollback, Mark::Healthy, Some(replaced)) =
+                    (plan.kind, mark, &plan.stable)
+                {
+                    record.add(entry(replaced, Mark::RolledBack));
+                }
+                record.add(entry(&plan.candidate, mark));
+                record.stable = match mark {
+                    Mark::Healthy => Some(plan.candidate.clone()),
+                    Mark::RolledBack => plan.stable.clone(),
+                };
+                Some(json!({ "data": { "record": json!(record).to_string() } }))
+            })
+            .await?;
+        let stable = match mark {
+            Mark::Healthy => Some(&plan.candidate),
+            Mark::RolledBack => plan.stable.as_ref(),
+        };
+        if let Some(stable) = stable {
+            let bundle = self.bundle(stable)?;
+            // What the other release has changed around it goes back with it.
+            for object in &bundle.others {
+                fence.apply(object).await?;
+            }
+            if let Some(autoscaler) = &bundle.autoscaler {
+                fence.take_over(autoscaler).await?;
+            }
+        }
+        self.event(&plan.candidate, "Normal", "Recorded", &mark.to_string())
+            .await;
+        self.condition(&plan.candidate, &mark.to_string()).await;
+        self.forget_old(fence, plan).await
+    }
+
+    /// Removes releases that run nothing and that nobody goes back to.
+    async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+        let mut old = self.api.list(&deployments(), &self.labels()).await?;
+        old.retain(|deployment| {
+            let id = release_of(deployment);
+            deployment["spec"]["replicas"] == 0
+                && id.as_ref() != Some(&plan.candidate)
+                && id != plan.stable
+        });
+        old.sort_by_key(|deployment| {
+            deployment["metadata"]["creationTimestamp"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        });
+        let surplus = old.len().saturating_sub(KEPT);
+        for deployment in &old[..surplus] {
+            let name = api::name(deployment);
+            fence.remove(&services(), name).await?;
+            fence.remove(&autoscalers(), name).await?;
+            fence.remove(&deployments(), name).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells whoever describes the Deployment. What is only told may fail.
+    async fn event(&self, release: &ReleaseId, kind: &str, reason: &str, message: &str) {
+        let name = name_of(&self.settings, release);
+        let now = jiff::Timestamp::now();
+        let at = now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string();
+        let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let event = json!({
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": { "name": format!("{name}.{:x}", now.as_nanosecond()) },
+            "involvedObject": {
+                "apiVersion": "apps/v1", "kind": "Deployment", "name": name,
+                "namespace": self.api.namespace,
+            },
+            "type": kind, "reason": reason, "message": message, "action": reason,
+            "eventTime": at, "firstTimestamp": seconds, "lastTimestamp": seconds, "count": 1,
+            "reportingComponent": "xtask", "reportingInstance": "xtask",
+            "source": { "component": "xtask" },
+        });
+        let _ = self.api.impatient().create(&event).await;
+    }
+
+    /// The same as a condition, which stays.
+    async fn condition(&self, release: &ReleaseId, message: &str) {
+        let now = jiff::Timestamp::now()
+            .strftime("%Y-%m-%dT%H:%M:%SZ")
+            .to_string();
+        let status = json!({
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": { "name": name_of(&self.settings, release) },
+            "status": { "conditions": [{
+                "type": "xtask.dev/Rollout", "status": "True", "reason": "Rollout",
+                "message": message, "lastUpdateTime": now, "lastTransitionTime": now,
+            }] },
+        });
+        let _ = self.api.impatient().apply_status(&status).await;
+    }
+}
+
+/// Who besides us has changed what runs a release: then it is that release no more.
+fn foreign(deployment: &Value) -> Option<String> {
+    let managers = api::items(&deployment["metadata"]["managedFields"]);
+    let mut others = managers.filter(|entry| {
+        entry["manager"] != api::FIELD_MANAGER
+            && entry["subresource"].as_str().is_none_or(str::is_empty)
+            && entry["fieldsV1"]["f:spec"]
+                .as_object()
+                .is_some_and(|fields| fields.contains_key("f:template"))
+    });
+    let manager = others.next()?["manager"].as_str()?.to_owned();
+    Some(format!(
+        "{manager} has changed the pod template of the Deployment {}: it is not the release any more",
+        api::name(deployment)
+    ))
+}
+
+/// Whether a conflict is about the number of pods and nothing else.
+fn only_replicas(error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    let fields: Vec<&str> = text.matches(": .spec").collect();
+    let replicas = text.matches(".spec.replicas").count();
+    let all = text.matches(".spec.").count();
+    replicas > 0 && all == replicas && fields.len() <= 1
+}
+
+#[async_trait]
+impl Platform for Kubernetes {
+    async fn status(&self) -> Result<Status> {
+        let api = self.api.impatient();
+        let (record, _) = record::read(&api, &self.settings, &self.environment).await?;
+        let deployments = api.list(&deployments(), &self.labels()).await?;
+        let pods = api.list(&pods::kind(), &self.labels()).await?;
+        let known: Known = deployments
+            .iter()
+            .filter_map(release_of)
+            .map(|id| (id.short().to_owned(), id))
+            .collect();
+        let weights = self.traffic.weights(&api, &known).await?;
+        let mut releases = Vec::new();
+        for deployment in &deployments {
+            releases.extend(self.release(deployment, &pods, &weights).await);
+        }
+        Ok(Status {
+            releases,
+            stable: record.stable,
+            history: record.history,
+        })
+    }
+
+    async fn prepare(&mut self, release: &Recorded) -> Result<()> {
+        if let Some((_, bundle)) = record::recall(&self.api, &self.settings, &release.id).await? {
+            self.bundles.insert(release.id.clone(), bundle);
+            return Ok(());
+        }
+        let bundle = Bundle::render(release, &self.settings, &render::kubectl()?)?;
+        record::ensure(&self.api, &self.settings, &self.environment).await?;
+        // The server itself says what it would refuse, before anything is changed.
+        for object in bundle.all() {
+            let mut object = object.clone();
+            if object["kind"] == "Deployment" {
+                object["spec"]["replicas"] = json!(0);
+            }
+            self.api.apply(&object, true, true).await.with_context(|| {
+                format!(
+                    "the API server would refuse what {} renders",
+                    self.settings.overlay
+                )
+            })?;
+        }
+        record::keep(&self.api, &self.settings, release, &bundle).await?;
+        self.bundles.insert(release.id.clone(), bundle);
+        Ok(())
+    }
+
+    async fn claim(&self, token: u64) -> Result<()> {
+        let fence = self.fence(token);
+        record::ensure(&self.api, &self.settings, &self.environment).await?;
+        fence
+            .claim(&record::kind(), &record::name(&self.settings))
+            .await?;
+        for (kind, name) in self.traffic.objects() {
+            fence.claim(&kind, &name).await?;
+        }
+        for kind in [deployments(), autoscalers()] {
+            for object in self.api.list(&kind, &self.labels()).await? {
+                fence.claim(&kind, api::name(&object)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()> {
+        let fence = self.fence(token);
+        match action {
+            Action::Scale { release, replicas } => self.scale(&fence, release, *replicas).await,
+            Action::Route { weights } => self.route(&fence, weights).await,
+            Action::Record { mark } => self.record(&fence, plan, *mark).await,
+        }
+    }
+
+    async fn counts(&self) -> Result<Vec<InstanceCounts>> {
+        let path = &self.pipeline.service.metrics_path;
+        metrics::scrape(self, path, &self.pipeline.scrape).await
+    }
+
+    async fn ask(&self, instance: &InstanceStatus, path: &str) -> Result<String> {
+        let port = self.settings.admin_port;
+        self.api
+            .impatient()
+            .ask_pod(&instance.name, port, path)
+            .await
+    }
+
+    fn address(&self) -> String {
+        self.settings.address.clone().unwrap_or_default()
+    }
+
+    fn tick(&self) -> Duration {
+        TICK
+    }
+
+    fn metrics(&self) -> MetricsKind {
+        MetricsKind::Scrape
+    }
+
+    fn stages(&self, wanted: &[Stage], replicas: u32) -> Vec<Stage> {
+        self.traffic.stages(wanted, replicas)
+    }
+
+    fn by_replicas(&self) -> bool {
+        self.traffic.by_replicas()
+    }
+
+    async fn recall(&self, id: &ReleaseId) -> Result<Option<Recorded>> {
+        let recalled = record::recall(&self.api, &self.settings, id).await?;
+        Ok(recalled.map(|(recorded, _)| recorded))
+    }
+
+    fn explain(&self, release: &ReleaseId) -> Vec<String> {
+        let mut lines = self.troubles().get(release).cloned().unwrap_or_default();
+        lines.push(format!(
+            "its pods: kubectl --namespace {} get pods --selector {RELEASE}={}",
+            self.api.namespace,
+            release.short()
+        ));
+        lines
+    }
+
+    fn changes(&self, from: Option<&ReleaseId>, to: &ReleaseId) -> Vec<String> {
+        let stable = from.and_then(|id| self.bundles.get(id));
+        self.bundles
+            .get(to)
+            .map_or_else(Vec::new, |candidate| diff::lines(stable, candidate))
+    }
+}

@@ -1,0 +1,211 @@
+//! What the pods of a release are doing, and what will not heal by waiting.
+
+use serde_json::Value;
+
+use super::api::{self, Api, Kind};
+use crate::platform::InstanceStatus;
+
+/// What the kubelet and its runtime call states that end only when somebody changes something.
+/// <https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#container-states>
+const HOPELESS: [&str; 8] = [
+    "CrashLoopBackOff",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "RunContainerError",
+];
+/// A scheduler that has found no place for so long, in seconds, waits for somebody.
+const UNSCHEDULABLE: i64 = 10;
+
+pub fn kind() -> Kind {
+    Kind::new("v1", "Pod")
+}
+
+/// Whether the pod is on its way out: it gets no new requests, and counts for nothing.
+pub fn is_going(pod: &Value) -> bool {
+    !pod["metadata"]["deletionTimestamp"].is_null()
+        || matches!(
+            pod["status"]["phase"].as_str(),
+            Some("Failed" | "Succeeded")
+        )
+}
+
+fn condition<'a>(object: &'a Value, name: &str) -> Option<&'a Value> {
+    api::items(&object["status"]["conditions"]).find(|condition| condition["type"] == name)
+}
+
+fn is(object: &Value, name: &str, status: &str) -> bool {
+    condition(object, name).is_some_and(|condition| condition["status"] == status)
+}
+
+fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
+    api::items(&pod["status"]["initContainerStatuses"])
+        .chain(api::items(&pod["status"]["containerStatuses"]))
+}
+
+pub fn instance(pod: &Value) -> InstanceStatus {
+    let ready = is(pod, "Ready", "True");
+    let waiting =
+        containers(pod).find_map(|container| container["state"]["waiting"]["reason"].as_str());
+    let phase = pod["status"]["phase"].as_str().unwrap_or("Unknown");
+    let restarts: u64 = containers(pod)
+        .filter_map(|container| container["restartCount"].as_u64())
+        .sum();
+    InstanceStatus {
+        name: api::name(pod).to_owned(),
+        ready,
+        state: match (ready, waiting) {
+            (true, _) => "ready".to_owned(),
+            (false, Some(waiting)) => waiting.to_owned(),
+            (false, None) => phase.to_lowercase(),
+        },
+        pid: None,
+        admin: None,
+        restarts: u32::try_from(restarts).unwrap_or(u32::MAX),
+        in_flight: 0,
+    }
+}
+
+/// Why the release will not get ready by waiting, and the pod that shows it. What only lacks a
+/// place is left to wait where the release has traffic: its pods had places before.
+pub fn broken(
+    deployment: &Value,
+    pods: &[&Value],
+    has_traffic: bool,
+) -> Option<(String, Option<String>)> {
+    for pod in pods {
+        if let Some(why) = pod_broken(pod) {
+            return Some((why, Some(api::name(pod).to_owned())));
+        }
+    }
+    if has_traffic {
+        return None;
+    }
+    for pod in pods {
+        let scheduled = condition(pod, "PodScheduled").filter(|c| c["reason"] == "Unschedulable");
+        let since = scheduled
+            .and_then(|c| c["lastTransitionTime"].as_str())
+            .and_then(|since| since.parse::<jiff::Timestamp>().ok());
+        let waited = since.map(|since| jiff::Timestamp::now().as_second() - since.as_second());
+        if let (Some(scheduled), Some(UNSCHEDULABLE..)) = (scheduled, waited) {
+            let why = format!(
+                "no node takes the pod {}: {}",
+                api::name(pod),
+                scheduled["message"].as_str().unwrap_or_default()
+            );
+            return Some((why, Some(api::name(pod).to_owned())));
+        }
+    }
+    let message = |condition: &Value| condition["message"].as_str().unwrap_or_default().to_owned();
+    let refused = condition(deployment, "ReplicaFailure").filter(|c| c["status"] == "True");
+    if let Some(refused) = refused {
+        return Some((format!("its pods are refused: {}", message(refused)), None));
+    }
+    let late = condition(deployment, "Progressing")
+        .filter(|condition| condition["reason"] == "ProgressDeadlineExceeded")?;
+    Some((message(late), None))
+}
+
+fn pod_broken(pod: &Value) -> Option<String> {
+    let name = api::name(pod);
+    containers(pod).find_map(|container| {
+        let waiting = &container["state"]["waiting"];
+        let reason = waiting["reason"].as_str()?;
+        // The first crash may be one of what it depends on.
+        let crashes = container["restartCount"].as_u64().unwrap_or(0);
+        if !HOPELESS.contains(&reason) || (reason == "CrashLoopBackOff" && crashes < 2) {
+            return None;
+        }
+        let message = waiting["message"].as_str().unwrap_or_default();
+        Some(format!("pod {name}: {reason}: {message}"))
+    })
+}
+
+/// What people want to see of a pod that does not get ready: its events and its last lines.
+pub async fn explain(api: &Api, pod: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    // Whatever of this cannot be had is left out: it only explains.
+    let events = api
+        .text(&format!(
+            "/api/v1/namespaces/{}/events?fieldSelector=involvedObject.name%3D{pod}",
+            api.namespace
+        ))
+        .await
+        .ok()
+        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
+        .unwrap_or_default();
+    for event in api::items(&events["items"]).filter(|event| event["type"] == "Warning") {
+        lines.push(format!(
+            "event of {pod}: {}: {}",
+            event["reason"].as_str().unwrap_or_default(),
+            event["message"].as_str().unwrap_or_default()
+        ));
+    }
+    let Ok(Some(found)) = api.get(&kind(), pod).await else {
+        return lines;
+    };
+    for container in containers(&found) {
+        let name = container["name"].as_str().unwrap_or_default();
+        let crashed = container["restartCount"].as_u64().unwrap_or(0) > 0;
+        let mut said = api.logs(pod, name, crashed).await.unwrap_or_default();
+        if said.is_empty() {
+            said = api.logs(pod, name, false).await.unwrap_or_default();
+        }
+        lines.extend(said.iter().map(|line| format!("{pod}: {line}")));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn waiting(reason: &str, restarts: u32) -> Value {
+        json!({
+            "metadata": { "name": "p" },
+            "status": { "containerStatuses": [
+                { "restartCount": restarts, "state": { "waiting": { "reason": reason, "message": "m" } } }
+            ] },
+        })
+    }
+
+    #[test]
+    fn what_will_not_heal_is_told_from_what_may() {
+        let why = |pod: &Value| broken(&Value::Null, &[pod], false).map(|(why, _)| why);
+        assert_eq!(why(&waiting("ContainerCreating", 0)), None);
+        assert_eq!(why(&waiting("ErrImagePull", 0)), None);
+        assert_eq!(why(&waiting("CrashLoopBackOff", 1)), None);
+        assert!(
+            why(&waiting("CrashLoopBackOff", 2))
+                .unwrap()
+                .contains("pod p: CrashLoopBackOff")
+        );
+        assert!(why(&waiting("ImagePullBackOff", 0)).is_some());
+    }
+
+    #[test]
+    fn a_place_is_waited_for_where_there_was_one_before() {
+        let pod = json!({
+            "metadata": { "name": "p" },
+            "status": { "conditions": [{
+                "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                "message": "0/1 nodes", "lastTransitionTime": "2020-01-01T00:00:00Z",
+            }] },
+        });
+        assert!(broken(&Value::Null, &[&pod], false).is_some());
+        assert!(broken(&Value::Null, &[&pod], true).is_none());
+        let quota = json!({ "status": { "conditions": [
+            { "type": "ReplicaFailure", "status": "True", "message": "exceeded quota" }
+        ] } });
+        assert!(
+            broken(&quota, &[], false)
+                .unwrap()
+                .0
+                .contains("exceeded quota")
+        );
+    }
+}

@@ -1,0 +1,178 @@
+//! What an environment has on record in its cluster: its stable release, how rollouts ended, what
+//! people asked for, and each release whole, so that any machine can go on.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::api::{self, Api, Kind};
+use super::render::{Bundle, RELEASE, WORKLOAD};
+use crate::config::Kubernetes as Settings;
+use crate::platform::HistoryEntry;
+use crate::release::{Recorded, ReleaseId};
+use crate::rollout::engine::Request;
+
+/// How many ends of rollouts are kept.
+const HISTORY: usize = 50;
+
+/// Kept as JSON in a ConfigMap.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Record {
+    pub environment: String,
+    pub stable: Option<ReleaseId>,
+    /// Oldest first.
+    pub history: Vec<HistoryEntry>,
+}
+
+impl Record {
+    pub fn add(&mut self, entry: HistoryEntry) {
+        // What was on record of the same rollout is replaced.
+        self.history
+            .retain(|old| old.rollout != entry.rollout || old.release != entry.release);
+        self.history.push(entry);
+        let surplus = self.history.len().saturating_sub(HISTORY);
+        self.history.drain(..surplus);
+    }
+}
+
+pub fn kind() -> Kind {
+    Kind::new("v1", "ConfigMap")
+}
+
+pub fn name(settings: &Settings) -> String {
+    format!("{}-rollouts", settings.name)
+}
+
+/// What is on record, and what was asked for; nothing where there has been no rollout.
+pub async fn read(
+    api: &Api,
+    settings: &Settings,
+    environment: &str,
+) -> Result<(Record, Option<Request>)> {
+    let Some(object) = api.get(&kind(), &name(settings)).await? else {
+        return Ok((Record::default(), None));
+    };
+    let record = of(&object)?;
+    if !record.environment.is_empty() && record.environment != environment {
+        bail!(
+            "namespace {} holds the environment {} of {}; give {environment} a namespace of its own",
+            api.namespace,
+            record.environment,
+            settings.name
+        );
+    }
+    Ok((record, request_of(&object)?))
+}
+
+/// What the object says.
+pub fn of(object: &Value) -> Result<Record> {
+    let damaged = || format!("the ConfigMap {} is damaged", api::name(object));
+    match object["data"]["record"].as_str() {
+        Some(text) => serde_json::from_str(text).with_context(damaged),
+        None => Ok(Record::default()),
+    }
+}
+
+fn request_of(object: &Value) -> Result<Option<Request>> {
+    let damaged = || format!("the ConfigMap {} is damaged", api::name(object));
+    let text = object["data"]["request"].as_str();
+    text.map(|text| serde_json::from_str(text).with_context(damaged))
+        .transpose()
+}
+
+/// The object for an environment in which nothing has happened yet.
+fn empty(settings: &Settings, environment: &str) -> Value {
+    let record = Record {
+        environment: environment.to_owned(),
+        ..Record::default()
+    };
+    json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": { "name": name(settings), "labels": labels(settings) },
+        "data": { "record": json!(record).to_string() },
+    })
+}
+
+pub fn labels(settings: &Settings) -> Value {
+    json!({ "app.kubernetes.io/managed-by": "xtask", WORKLOAD: settings.name })
+}
+
+/// Makes sure that there is a record to be changed.
+pub async fn ensure(api: &Api, settings: &Settings, environment: &str) -> Result<()> {
+    if api.get(&kind(), &name(settings)).await?.is_some() {
+        return Ok(());
+    }
+    match api.create(&empty(settings, environment)).await {
+        // Another command was faster.
+        Err(error) if api::is_conflict(&error) => Ok(()),
+        Err(error) if Api::is_missing(&error) => bail!(
+            "there is no namespace {0}: create it (`kubectl create namespace {0}`) and give the \
+             deployer its rights there (k8s/deployer/)",
+            api.namespace
+        ),
+        created => created.map(|_| ()),
+    }
+}
+
+/// Leaves a request for whoever drives the rollout. It needs no lock: the newest one counts.
+pub async fn ask(
+    api: &Api,
+    settings: &Settings,
+    environment: &str,
+    request: Request,
+) -> Result<()> {
+    ensure(api, settings, environment).await?;
+    let change = json!({ "data": { "request": json!(request).to_string() } });
+    api.merge(&kind(), &name(settings), &change)
+        .await
+        .map(|_| ())
+}
+
+fn release_name(settings: &Settings, short: &str) -> String {
+    format!("{}-release-{short}", settings.name)
+}
+
+/// Keeps a release and what was rendered of it; a release never changes.
+pub async fn keep(
+    api: &Api,
+    settings: &Settings,
+    recorded: &Recorded,
+    bundle: &Bundle,
+) -> Result<()> {
+    let short = recorded.id.short();
+    let mut labels = labels(settings);
+    labels[RELEASE] = json!(short);
+    let object = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": { "name": release_name(settings, short), "labels": labels },
+        "immutable": true,
+        "data": { "release": json!(recorded).to_string(), "bundle": json!(bundle).to_string() },
+    });
+    match api.create(&object).await {
+        Err(error) if api::is_conflict(&error) => Ok(()),
+        created => created.map(|_| ()),
+    }
+}
+
+/// A release that was kept here, by its id.
+pub async fn recall(
+    api: &Api,
+    settings: &Settings,
+    id: &ReleaseId,
+) -> Result<Option<(Recorded, Bundle)>> {
+    let name = release_name(settings, id.short());
+    let Some(object) = api.get(&kind(), &name).await? else {
+        return Ok(None);
+    };
+    let damaged =
+        || format!("the ConfigMap {name} is damaged; remove it and name the release again");
+    let part = |part: &str| object["data"][part].as_str().with_context(damaged);
+    let recorded: Recorded = serde_json::from_str(part("release")?).with_context(damaged)?;
+    let bundle: Bundle = serde_json::from_str(part("bundle")?).with_context(damaged)?;
+    if recorded.release.id()? != *id {
+        bail!("{}: its content is another release's", damaged());
+    }
+    Ok(Some((recorded, bundle)))
+}

@@ -1,0 +1,252 @@
+//! A release's manifests for one environment: rendered by kustomize, then made its own.
+//!
+//! Releases live beside each other, so what runs a release carries the release's short id in its
+//! name: its Deployment, the Service of its pods, its autoscaler, its jobs. Configurations carry
+//! the hash of their content. Everything else belongs to the environment.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use xshell::{Shell, cmd};
+
+use super::api::{self, Kind};
+use crate::config::Kubernetes as Settings;
+use crate::files;
+use crate::release::{Recorded, ReleaseId};
+use crate::setup::tools::Tools;
+
+/// The Deployment that an object belongs to, as the manifests name it.
+pub const WORKLOAD: &str = "xtask.dev/workload";
+/// The short id of the release that an object belongs to.
+pub const RELEASE: &str = "xtask.dev/release";
+/// The whole id, and the version for people.
+pub const RELEASE_ID: &str = "xtask.dev/release-id";
+pub const VERSION: &str = "xtask.dev/version";
+
+const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+
+/// Kinds that no release can bring along, because they are the whole cluster's.
+const OF_THE_CLUSTER: [&str; 8] = [
+    "APIService",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+    "Namespace",
+    "PersistentVolume",
+    "StorageClass",
+    "ValidatingWebhookConfiguration",
+];
+
+/// All objects of a release in one environment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Bundle {
+    pub id: ReleaseId,
+    pub version: String,
+    pub deployment: Value,
+    /// The Service of this release's pods only.
+    pub service: Value,
+    pub autoscaler: Option<Value>,
+    /// Run to their end before the first pod starts.
+    pub jobs: Vec<Value>,
+    /// Immutable, named by their content.
+    pub configs: Vec<Value>,
+    /// The Service of all releases, and what splits the traffic in front of it.
+    pub front: Value,
+    pub route: Option<Value>,
+    /// What the environment has besides.
+    pub others: Vec<Value>,
+}
+
+impl Bundle {
+    /// Renders the release's manifests.
+    pub fn render(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result<Self> {
+        let text = kustomize(recorded, settings, kubectl)?;
+        let objects: Vec<Value> =
+            serde_saphyr::from_multiple(&text).context("reading what kustomize has rendered")?;
+        Self::sort(recorded, settings, objects)
+    }
+
+    /// Gives each object its place.
+    fn sort(recorded: &Recorded, settings: &Settings, objects: Vec<Value>) -> Result<Self> {
+        let name = settings.name.as_str();
+        let overlay = &settings.overlay;
+        let (mut deployment, mut front, mut route, mut autoscaler) = (None, None, None, None);
+        let (mut jobs, mut configs, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        for mut object in objects {
+            mark(&mut object, name);
+            let kind = object["kind"].as_str().unwrap_or_default().to_owned();
+            let is_ours = api::name(&object) == name;
+            match kind.as_str() {
+                "Deployment" if is_ours => deployment = Some(object),
+                "Service" if is_ours => front = Some(object),
+                "HTTPRoute" | "GRPCRoute" | "HTTPProxy" if is_ours => route = Some(object),
+                "HorizontalPodAutoscaler" if is_ours => autoscaler = Some(object),
+                "Job" => jobs.push(object),
+                "ConfigMap" => configs.push(object),
+                kind if OF_THE_CLUSTER.contains(&kind) => bail!(
+                    "{overlay}: {kind} {} is the whole cluster's; a release cannot bring it along",
+                    api::name(&object)
+                ),
+                _ => others.push(object),
+            }
+        }
+        let missing = |kind: &str| format!("{overlay} renders no {kind} named {name:?}");
+        let mut bundle = Self {
+            id: recorded.id.clone(),
+            version: recorded.release.version.to_string(),
+            deployment: deployment.with_context(|| missing("Deployment"))?,
+            service: Value::Null,
+            front: front.with_context(|| missing("Service"))?,
+            autoscaler,
+            jobs,
+            configs,
+            route,
+            others,
+        };
+        bundle.specialize(settings, &recorded.release.image)?;
+        Ok(bundle)
+    }
+
+    /// Makes what runs the release its own.
+    fn specialize(&mut self, settings: &Settings, digest: &str) -> Result<()> {
+        let own = self.name(settings);
+        let short = self.id.short().to_owned();
+        let selector = self.front["spec"]["selector"].clone();
+        if selector.as_object().is_none_or(serde_json::Map::is_empty) {
+            bail!(
+                "{}: the Service {} selects no pods",
+                settings.overlay,
+                settings.name
+            );
+        }
+        self.service = self.front.clone();
+        self.service["spec"]["selector"][RELEASE] = json!(short);
+        let spec = &mut self.deployment["spec"];
+        spec["selector"]["matchLabels"][RELEASE] = json!(short);
+        spec["template"]["metadata"]["labels"][RELEASE] = json!(short);
+        spec["template"]["metadata"]["labels"][WORKLOAD] = json!(settings.name);
+        let image = format!("{}@{digest}", settings.repository);
+        let runs_it = api::items(&spec["template"]["spec"]["containers"])
+            .any(|container| container["image"] == image);
+        if !runs_it {
+            bail!(
+                "{}: no container of the Deployment {} has the image {:?}, so none would run {image}",
+                settings.overlay,
+                settings.name,
+                settings.name
+            );
+        }
+        if let Some(autoscaler) = &mut self.autoscaler {
+            autoscaler["spec"]["scaleTargetRef"]["name"] = json!(own);
+        }
+        let owned = [&mut self.deployment, &mut self.service];
+        for object in owned.into_iter().chain(&mut self.autoscaler) {
+            object["metadata"]["name"] = json!(own);
+            self_label(object, &self.id, &self.version);
+        }
+        for job in &mut self.jobs {
+            job["metadata"]["name"] = json!(format!("{}-{short}", api::name(job)));
+            self_label(job, &self.id, &self.version);
+        }
+        for config in &mut self.configs {
+            config["immutable"] = json!(true);
+        }
+        Ok(())
+    }
+
+    /// The name of what runs this release.
+    pub fn name(&self, settings: &Settings) -> String {
+        name_of(settings, &self.id)
+    }
+
+    /// The pods that the manifests ask for in every case: the autoscaler's least, where it has one.
+    pub fn all(&self) -> impl Iterator<Item = &Value> {
+        let one = [&self.deployment, &self.service, &self.front];
+        self.others
+            .iter()
+            .chain(&self.configs)
+            .chain(&self.jobs)
+            .chain(one)
+            .chain(&self.autoscaler)
+            .chain(&self.route)
+    }
+
+    pub fn route_kind(&self) -> Option<Kind> {
+        self.route.as_ref().and_then(|route| Kind::of(route).ok())
+    }
+}
+
+/// The name of what runs a release.
+pub fn name_of(settings: &Settings, id: &ReleaseId) -> String {
+    format!("{}-{}", settings.name, id.short())
+}
+
+fn mark(object: &mut Value, workload: &str) {
+    object["metadata"]["labels"][MANAGED_BY] = json!("xtask");
+    object["metadata"]["labels"][WORKLOAD] = json!(workload);
+}
+
+fn self_label(object: &mut Value, id: &ReleaseId, version: &str) {
+    object["metadata"]["labels"][RELEASE] = json!(id.short());
+    object["metadata"]["annotations"][RELEASE_ID] = json!(id);
+    object["metadata"]["annotations"][VERSION] = json!(version);
+}
+
+/// What kustomize makes of the release's own copy of the manifests, with its image's digest and
+/// its configuration put in.
+fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result<String> {
+    let release = &recorded.release;
+    if release.manifests.is_empty() {
+        bail!(
+            "release {recorded} carries no manifests; make it again with `cargo xtask image`, \
+             whose settings name them in [kubernetes]"
+        );
+    }
+    let shell = Shell::new().context("finding the current directory")?;
+    let dir = shell
+        .create_temp_dir()
+        .context("making a place to render in")?;
+    for (path, text) in &release.manifests {
+        files::replace(&dir.path().join("manifests").join(path), text.as_bytes())?;
+    }
+    for (name, text) in &release.config {
+        files::replace(&dir.path().join("release").join(name), text.as_bytes())?;
+    }
+    let names: Vec<&String> = release.config.keys().collect();
+    let kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [format!("../manifests/{}", settings.overlay)],
+        "images": [{
+            "name": settings.name,
+            "newName": settings.repository,
+            "digest": release.image,
+        }],
+        "configMapGenerator": [{ "name": format!("{}-config", settings.name), "files": names }],
+    });
+    let own = dir.path().join("release/kustomization.yaml");
+    files::replace(&own, kustomization.to_string().as_bytes())?;
+    let place = dir.path().join("release");
+    let ended = cmd!(shell, "{kubectl} kustomize {place}")
+        .quiet()
+        .ignore_status()
+        .output()
+        .context("starting kubectl")?;
+    if !ended.status.success() {
+        let said = String::from_utf8_lossy(&ended.stderr);
+        let said = said.replace(&*dir.path().to_string_lossy(), "");
+        bail!(
+            "rendering {} of release {recorded}: {}",
+            settings.overlay,
+            said.trim()
+        );
+    }
+    String::from_utf8(ended.stdout).context("reading what kustomize has rendered")
+}
+
+/// The program that renders.
+pub fn kubectl() -> Result<std::path::PathBuf> {
+    Tools::open()?.program("kubectl")
+}
