@@ -104,9 +104,9 @@ pub struct DemoArgs {
     #[arg(long)]
     pub keep: bool,
 
-    /// Requests a second to send.
-    #[arg(long, default_value_t = 600, value_name = "N", value_parser = clap::value_parser!(u32).range(50..=5000))]
-    pub rate: u32,
+    /// Requests a second to send; 600 in the sandbox, 200 on Kubernetes unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(50..=5000))]
+    pub rate: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -120,6 +120,10 @@ pub struct Kubernetes {
     pub name: String,
     /// Where nodes pull the image from.
     pub repository: String,
+    /// Other images in the manifests, by the names that they have there: `REPOSITORY@sha256:…`, or
+    /// `cluster` for what the cluster of `cargo xtask cluster` has under that name.
+    #[serde(default)]
+    pub images: BTreeMap<String, String>,
     pub traffic: TrafficKind,
     /// Where clients reach the environment; each must have one.
     pub address: Option<String>,

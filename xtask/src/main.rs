@@ -64,7 +64,7 @@ fn run(cli: &Cli, output: &Output) -> Result<Finished> {
         Command::Workflows(command) => workflows::run(command, output),
         #[cfg(feature = "servers")]
         Command::Servers(command) => servers::run(command, output),
-        Command::Cluster(command) => cluster::run(command, output),
+        Command::Cluster(command) => cluster::run(command, cli, output),
         Command::Image(args) => image::run(args, cli, output),
         Command::Releases => release::list(cli, output),
         #[cfg(feature = "rollout")]

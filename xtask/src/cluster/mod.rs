@@ -10,20 +10,25 @@ mod gateway;
 mod node;
 mod places;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::cargo;
-use crate::cli::{ClusterCommand, ClusterRunArgs};
+use crate::cli::{Cli, ClusterCommand, ClusterRunArgs};
+use crate::config::Pipeline;
 use crate::files;
 use crate::image::layer;
 use crate::image::layout::{ImageConfig, Layout};
 use crate::output::{Exit, Finished, Output};
 use crate::setup::system::{self, Package};
+use crate::setup::tools::Tools;
+use crate::setup::{engine, images};
 use build::Programs;
 use places::Places;
 
@@ -54,11 +59,12 @@ const fn package(program: &'static str, debian: &'static [&'static str]) -> Pack
     }
 }
 
-pub fn run(command: &ClusterCommand, output: &Output) -> Result<Finished> {
+pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finished> {
     match command {
         ClusterCommand::Up => {
             let cluster = Cluster::open()?;
             cluster.up(output)?;
+            cluster.make_namespaces(&Pipeline::load(&cli.pipeline)?)?;
             output.line(format_args!("export KUBECONFIG={}", cluster.kubeconfig()));
             Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", cluster.places.kubeconfig()))
         }
@@ -76,18 +82,19 @@ pub fn run(command: &ClusterCommand, output: &Output) -> Result<Finished> {
             cluster.load(&args.archive, output)?;
             Ok(Finished::passed())
         }
-        ClusterCommand::Run(args) => run_with(args, output),
+        ClusterCommand::Run(args) => run_with(args, cli, output),
         ClusterCommand::Node(args) => node::run(&args.dir),
     }
 }
 
 /// Runs a command with a cluster, which is taken down again unless it was there before.
-fn run_with(args: &ClusterRunArgs, output: &Output) -> Result<Finished> {
+fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let given = std::env::var_os(KUBECONFIG);
     let cluster = Cluster::open()?;
     let ours = given.is_none() && !cluster.is_running();
     if given.is_none() {
         cluster.up(output)?;
+        cluster.make_namespaces(&Pipeline::load(&cli.pipeline)?)?;
     }
     let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
     let (program, arguments) = args.command.split_first().context("there is no command")?;
@@ -144,6 +151,10 @@ pub fn install(output: &Output) -> Result<()> {
             system::install_anyway(package, output)?;
         }
     }
+    let tools = Tools::open()?;
+    tools.install("kubectl", output)?;
+    engine::ensure(output)?;
+    images::ensure(&tools, output)?;
     build::ensure(output)?;
     output.detail(format_args!(
         "a cluster can be started: {}",
@@ -221,7 +232,9 @@ impl Cluster {
         let programs = Programs::built()?;
         self.clear()?;
         self.prepare(&programs)?;
-        let started = self.start(&programs, output);
+        let started = self
+            .start(&programs, output)
+            .and_then(|()| self.load_server("postgres", output));
         if started.is_err() {
             self.quote_logs(output);
             self.clear()?;
@@ -262,7 +275,7 @@ impl Cluster {
     fn assemble_pause(&self, programs: &Programs) -> Result<()> {
         let content = std::fs::read(&programs.pause)
             .with_context(|| format!("reading {}", programs.pause.display()))?;
-        let layout = Layout::open(self.places.dir.join("images"))?;
+        let layout = Layout::open(self.places.dir.join("layout"))?;
         let layer = layout.layer(&layer::Entry {
             path: "pause",
             content: &content,
@@ -400,21 +413,105 @@ impl Cluster {
         Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", self.places.kubeconfig()))
     }
 
+    /// The namespaces of the environments that run here, in which only restricted pods may.
+    pub fn make_namespaces(&self, pipeline: &Pipeline) -> Result<()> {
+        let mut manifests = String::new();
+        for name in pipeline.environments.keys() {
+            let Ok(settings) = pipeline.kubernetes(name) else {
+                continue;
+            };
+            if settings.context.is_none() {
+                let namespace = json!({
+                    "apiVersion": "v1",
+                    "kind": "Namespace",
+                    "metadata": {
+                        "name": settings.namespace,
+                        "labels": { "pod-security.kubernetes.io/enforce": "restricted" },
+                    },
+                });
+                manifests.push_str(&format!("---\n{namespace}\n"));
+            }
+        }
+        let programs = self.places.running_programs()?;
+        Kubectl::administrator(&self.shell, &self.places, &programs).apply(&manifests)
+    }
+
+    /// Removes namespaces with all that is in them, and waits until they are gone.
+    pub fn remove_namespaces(&self, names: &[String]) -> Result<()> {
+        let programs = self.places.running_programs()?;
+        Kubectl::administrator(&self.shell, &self.places, &programs)
+            .command()
+            .args([
+                "delete",
+                "namespace",
+                "--ignore-not-found",
+                "--wait",
+                "--timeout=120s",
+            ])
+            .args(names)
+            .ignore_stdout()
+            .run()
+            .context("removing namespaces")
+    }
+
     /// Makes the images of an archive known to the node: `docker save`'s, or an OCI layout's.
     pub fn load(&self, archive: &Path, output: &Output) -> Result<()> {
         let archive = std::path::absolute(archive).context("resolving the archive's path")?;
         let import = self
             .inside("ctr")?
             .args(["--namespace", "k8s.io", "images", "import"]);
-        let import = import
-            .args(["--digests", "--snapshotter", "overlayfs"])
-            .arg(archive);
+        let import = import.args(["--snapshotter", "overlayfs"]).arg(archive);
         output.command(&import);
         import
             .quiet()
             .ignore_stdout()
             .run()
             .context("loading the image")
+    }
+
+    /// What the node has under the name of a server: a repository and a digest.
+    pub fn image(&self, server: &str) -> Result<String> {
+        self.check_running()?;
+        let images: BTreeMap<String, String> = files::read_json(&self.places.images())?;
+        images
+            .get(server)
+            .cloned()
+            .with_context(|| format!("the cluster has no image of {server}"))
+    }
+
+    /// Gives the node the image that the integration tests start a server from.
+    fn load_server(&self, server: &str, output: &Output) -> Result<()> {
+        let image = images::of(&Tools::open()?, server)?;
+        let archive = self.places.dir.join("server.tar");
+        let save = cmd!(self.shell, "docker save --output {archive} {image}");
+        output.command(&save);
+        save.quiet()
+            .run()
+            .context("taking the image from the container engine")?;
+        self.load(&archive, output)?;
+        std::fs::remove_file(&archive).context("removing the archive")?;
+        let list = self
+            .inside("ctr")?
+            .args(["--namespace", "k8s.io", "images", "list"]);
+        let list = list.quiet().read()?;
+        let (name, digest) = list
+            .lines()
+            .filter_map(|line| {
+                let mut fields = line.split_whitespace();
+                let (name, _kind, digest) = (fields.next()?, fields.next()?, fields.next()?);
+                name.ends_with(&format!("/{image}"))
+                    .then_some((name, digest))
+            })
+            .next()
+            .with_context(|| format!("the node has no {image} after it was loaded"))?;
+        let by_digest = format!("xtask.local/{server}@{digest}");
+        let tag = self
+            .inside("ctr")?
+            .args(["--namespace", "k8s.io", "images", "tag"]);
+        let tag = tag.args(["--force", name, &by_digest]);
+        tag.quiet().ignore_stdout().run()?;
+        let images = BTreeMap::from([(server, by_digest)]);
+        files::write_json(&self.places.images(), &images)
     }
 
     /// A command that runs on the node.

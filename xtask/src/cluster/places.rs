@@ -116,6 +116,11 @@ impl Places {
         files::read_json(&self.programs())
     }
 
+    /// The images that the node was given, by name.
+    pub fn images(&self) -> PathBuf {
+        self.dir.join("images.json")
+    }
+
     pub fn init_file(&self) -> PathBuf {
         self.dir.join("init.json")
     }

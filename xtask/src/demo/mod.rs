@@ -3,6 +3,7 @@
 //! Every step is a process of its own, as it would be for a user, so one of them can be killed
 //! for real. The demo has its own state and ports and leaves a running sandbox alone.
 
+mod ground;
 mod load;
 mod report;
 mod steps;
@@ -15,15 +16,34 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cli::{Cli, DemoArgs};
-use crate::config::{Demo, Pipeline, Setting};
+use crate::config::{Demo, Pipeline, PlatformKind, Setting};
 use crate::files;
 use crate::output::{Exit, Finished, Output, seconds};
+use ground::Ground;
 use load::Load;
 use report::{Expected, Rollout};
 use steps::{Ended, Steps};
 
-/// How long stable may take to get all traffic back after a verdict, in seconds.
-const RESTORED_WITHIN: f64 = 1.0;
+/// What the demo expects of a platform.
+struct Promise {
+    /// How long stable may take to get all traffic back after a verdict, in seconds.
+    restored_within: f64,
+    /// Requests a second that it serves beside its own work on a small machine.
+    rate: u32,
+}
+
+fn promise(platform: PlatformKind) -> Promise {
+    match platform {
+        PlatformKind::Sandbox => Promise {
+            restored_within: 1.0,
+            rate: 600,
+        },
+        PlatformKind::Kubernetes => Promise {
+            restored_within: 5.0,
+            rate: 200,
+        },
+    }
+}
 
 pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let pipeline = Pipeline::load(&cli.pipeline)?;
@@ -36,25 +56,27 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
             cli.pipeline.display()
         );
     }
-    let stage = Stage::set(&pipeline, cli, &demo)?;
-    let steps = Steps::new(stage.settings.clone(), output)?;
-    steps.clear(&stage.dir)?;
-    steps.stop_on_interrupt()?;
+    let stage = Stage::set(&pipeline, cli, &demo, args.platform)?;
+    let ground = Ground::prepare(&stage, output)?;
+    let steps = Steps::new(stage.settings.clone(), ground.image_arguments(), output)?;
+    ground.clear(&steps, &stage)?;
+    ground.stop_on_interrupt(&steps)?;
 
     // The build takes as long as it takes; the show begins after it.
     output.step("building the service into an image");
     let first = steps.release("1.0.0", &stage.plain)?;
     let began = Instant::now();
-    let shown = show(args, &pipeline, &stage, &steps, &first, output);
+    let shown = show(args, &pipeline, &stage, &steps, &ground, &first, output);
     let elapsed = began.elapsed();
     if args.keep && shown.is_ok() {
         output.good(format_args!(
-            "the sandbox is still running; production is at {}\n   stop it by: cargo xtask --pipeline {} sandbox stop",
+            "everything is still running; production is at {}\n   stop it by: cargo xtask --pipeline {} {}",
             stage.address,
-            stage.settings.display()
+            stage.settings.display(),
+            ground.stop_words().join(" ")
         ));
     } else {
-        steps.quiet(&["sandbox", "stop"])?;
+        ground.leave(&steps)?;
     }
     let finished = shown?;
     output.detail(format_args!("{} after the build", seconds(elapsed)));
@@ -63,6 +85,7 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
 
 /// The demo's own settings, configurations and ports.
 struct Stage {
+    platform: PlatformKind,
     dir: PathBuf,
     /// What is in `settings`.
     pipeline: Arc<Pipeline>,
@@ -74,8 +97,11 @@ struct Stage {
 }
 
 impl Stage {
-    fn set(pipeline: &Pipeline, cli: &Cli, demo: &Demo) -> Result<Self> {
-        let dir = pipeline.state_dir().join("demo");
+    fn set(pipeline: &Pipeline, cli: &Cli, demo: &Demo, platform: PlatformKind) -> Result<Self> {
+        let dir = pipeline.state_dir().join(match platform {
+            PlatformKind::Sandbox => "demo",
+            PlatformKind::Kubernetes => "demo-kubernetes",
+        });
         let mut ports = Vec::new();
         let mut changes: Vec<(Vec<&str>, toml::Value)> =
             vec![(vec!["state_dir"], text(&dir.join("state")))];
@@ -97,6 +123,18 @@ impl Stage {
                 steps::PRODUCTION
             );
         }
+        if platform == PlatformKind::Kubernetes {
+            changes.push((
+                vec!["kubernetes", "namespace"],
+                "service-demo-{environment}".into(),
+            ));
+            for name in pipeline.environments.keys() {
+                changes.push((vec!["environments", name, "platform"], "kubernetes".into()));
+                changes.push((vec!["environments", name, "metrics"], "scrape".into()));
+            }
+            let settings = pipeline.kubernetes(steps::PRODUCTION)?;
+            address = settings.address.unwrap_or_default();
+        }
         for (section, own) in [("rollout", &demo.rollout), ("judge", &demo.judge)] {
             changes.extend(
                 own.iter()
@@ -113,6 +151,7 @@ impl Stage {
         copy_with(&plain, &changed, &demo.change)?;
         copy_with(&plain, &mistaken, &demo.mistake)?;
         Ok(Self {
+            platform,
             dir,
             pipeline: Arc::new(Pipeline::load(&settings)?),
             settings,
@@ -155,6 +194,7 @@ fn show(
     pipeline: &Pipeline,
     stage: &Stage,
     steps: &Steps<'_>,
+    ground: &Ground,
     first: &str,
     output: &Output,
 ) -> Result<Finished> {
@@ -166,11 +206,10 @@ fn show(
     steps.expect(&["deploy-staging", "--release", first], "healthy")?;
     steps.expect(&canary, "healthy")?;
 
-    output.step(format_args!(
-        "load: {} requests/s to {}",
-        args.rate, stage.address
-    ));
-    let load = Load::start(stage.address.clone(), &pipeline.load, args.rate)?;
+    let promise = promise(args.platform);
+    let rate = args.rate.unwrap_or(promise.rate);
+    output.step(format_args!("load: {rate} requests/s to {}", stage.address));
+    let load = Load::start(stage.address.clone(), &pipeline.load, rate)?;
     let mut rollouts = Vec::new();
     let mut roll = |ended: Ended, expected: Expected| -> Result<()> {
         let rollout = Rollout::read(&stage.pipeline, ended, expected)?;
@@ -196,7 +235,9 @@ fn show(
     let killed = steps.release("1.3.0", &stage.changed)?;
     steps.kill_in_the_middle(&["canary", "start", "--release", &killed])?;
     output.warn("the command was killed with SIGKILL; traffic is served all the same");
-    roll(steps.run(&["canary", "resume"])?, Expected::Healthy)?;
+    let elsewhere = ground.elsewhere(stage, output)?;
+    let resuming = elsewhere.as_ref().unwrap_or(steps);
+    roll(resuming.run(&["canary", "resume"])?, Expected::Healthy)?;
 
     output.step("back to 1.0.0, on command");
     roll(steps.run(&["rollback", "--to", first])?, Expected::Healthy)?;
@@ -204,13 +245,10 @@ fn show(
     // A little after the last change, to see that nothing failed late.
     std::thread::sleep(Duration::from_millis(500));
     let measured = load.stop()?;
-    let problems = report::problems(&rollouts, &measured, RESTORED_WITHIN);
+    let problems = report::problems(&rollouts, &measured, promise.restored_within);
     let page = stage.dir.join("report.html");
-    files::write_atomically(
-        &page,
-        report::html(&rollouts, &measured, args.rate).as_bytes(),
-    )?;
-    report::table(&rollouts, &measured, args.rate, output);
+    files::write_atomically(&page, report::html(&rollouts, &measured, rate).as_bytes())?;
+    report::table(&rollouts, &measured, rate, output);
     output.good(format_args!("report: {}", page.display()));
     for problem in &problems {
         output.bad(problem);

@@ -17,6 +17,8 @@ pub const PRODUCTION: &str = "production";
 pub struct Steps<'a> {
     program: PathBuf,
     settings: PathBuf,
+    /// What `image` is told besides.
+    image: Vec<String>,
     output: &'a Output,
 }
 
@@ -33,50 +35,40 @@ impl Ended {
 }
 
 impl<'a> Steps<'a> {
-    pub fn new(settings: PathBuf, output: &'a Output) -> Result<Self> {
+    pub fn new(settings: PathBuf, image: Vec<String>, output: &'a Output) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program")?;
         Ok(Self {
             program,
             settings,
+            image,
             output,
         })
     }
 
-    /// On Ctrl-C the sandbox, which is no child of the terminal's, is stopped as well.
-    pub fn stop_on_interrupt(&self) -> Result<()> {
-        let mut stop = self.command(&["sandbox", "stop"]);
+    /// On Ctrl-C what would go on by itself is stopped as well, by these commands.
+    pub fn stop_on_interrupt(&self, mut stops: Vec<Command>) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
         let runtime = runtime.context("starting a runtime")?;
         std::thread::spawn(move || {
             if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-                // The exit code says what happened either way.
-                let _ = stop.stdout(Stdio::null()).stderr(Stdio::null()).status();
+                for stop in &mut stops {
+                    // The exit code says what happened either way.
+                    let _ = stop.stdout(Stdio::null()).stderr(Stdio::null()).status();
+                }
                 std::process::exit(INTERRUPTED);
             }
         });
         Ok(())
     }
 
-    /// Stops and removes what an earlier demo left.
-    pub fn clear(&self, dir: &Path) -> Result<()> {
-        let state = dir.join("state");
-        if state.exists() {
-            self.quiet(&["sandbox", "stop"])?;
-            std::fs::remove_dir_all(&state)
-                .with_context(|| format!("removing {}", state.display()))?;
-        }
-        Ok(())
-    }
-
     /// Makes a release and returns its id.
     pub fn release(&self, version: &str, config: &Path) -> Result<String> {
         let config = config.to_string_lossy();
-        let ended = self.expect(
-            &["image", "--version", version, "--config", &config],
-            "passed",
-        )?;
+        let mut words = vec!["image", "--version", version, "--config", &config];
+        words.extend(self.image.iter().map(String::as_str));
+        let ended = self.expect(&words, "passed")?;
         let id = ended.finished["release"]
             .as_str()
             .context("`image` names no release")?;
@@ -152,7 +144,7 @@ impl<'a> Steps<'a> {
         Ok((child, BufReader::new(stdout).lines()))
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command
             .args(["--message-format", "json", "--pipeline"])

@@ -7,7 +7,7 @@ mod recipe;
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use xshell::{Shell, cmd};
 
 use super::tools::{Image, Tools};
@@ -34,6 +34,17 @@ pub fn noted() -> Option<String> {
 
 fn note() -> Result<PathBuf> {
     Ok(super::cache_dir()?.join("images-in-use"))
+}
+
+/// The image that a server is started from: the ordinary one where it is there.
+pub fn of(tools: &Tools, server: &str) -> Result<String> {
+    let shell = cargo::shell()?;
+    let image = tools.images().get(server);
+    let image = image.with_context(|| format!("config/tools.toml names no image for {server}"))?;
+    Ok(match is_there(&shell, &image.ordinary) {
+        true => image.ordinary.clone(),
+        false => image.offline.clone(),
+    })
 }
 
 /// What tests are going to use, for reports: `postgres:17-alpine`, or the offline one.

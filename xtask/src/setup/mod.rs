@@ -1,7 +1,7 @@
 //! What a machine lacks for the steps of `ci`, and how it is put there.
 
-mod engine;
-mod images;
+pub mod engine;
+pub mod images;
 pub mod system;
 pub mod target;
 pub mod tools;

@@ -14,7 +14,7 @@ mod render;
 mod traffic;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -39,6 +39,8 @@ const EFFECT: Duration = Duration::from_secs(15);
 const PROBE: Duration = Duration::from_secs(2);
 /// Requests in a row that must show a split of everything.
 const PROBES: u32 = 20;
+/// How often it is looked into why a release is not ready.
+const LOOK: Duration = Duration::from_secs(4);
 /// How long a job that runs before the pods may take.
 const JOB: Duration = Duration::from_secs(300);
 /// How many releases that run nothing are kept for going back to.
@@ -53,7 +55,15 @@ pub struct Kubernetes {
     traffic: Box<dyn Traffic>,
     bundles: BTreeMap<ReleaseId, Bundle>,
     /// What was found out about a release that does not get ready, while its pods were there.
-    troubles: Mutex<BTreeMap<ReleaseId, Vec<String>>>,
+    troubles: Mutex<BTreeMap<ReleaseId, Trouble>>,
+}
+
+/// What people want to know of a release that does not get ready.
+struct Trouble {
+    /// Whether waiting will not help.
+    is_final: bool,
+    at: Instant,
+    lines: Vec<String>,
 }
 
 fn deployments() -> Kind {
@@ -115,7 +125,7 @@ impl Kubernetes {
         bundle.with_context(|| format!("release {} was not prepared", id.short()))
     }
 
-    fn troubles(&self) -> std::sync::MutexGuard<'_, BTreeMap<ReleaseId, Vec<String>>> {
+    fn troubles(&self) -> MutexGuard<'_, BTreeMap<ReleaseId, Trouble>> {
         self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -141,14 +151,14 @@ impl Kubernetes {
         if desired > 0 && broken.is_none() {
             broken = pods::broken(deployment, &own, weight > 0);
         }
-        if let Some((why, pod)) = &broken
-            && !self.troubles().contains_key(&id)
-        {
-            let mut lines = vec![why.clone()];
-            if let Some(pod) = pod {
-                lines.extend(pods::explain(&self.api, pod).await);
-            }
-            self.troubles().insert(id.clone(), lines);
+        if desired > 0 && weight == 0 {
+            let unready = own.iter().find(|pod| !pods::instance(pod).ready);
+            let pod = match &broken {
+                Some((_, pod)) => pod.clone(),
+                None => unready.map(|pod| api::name(pod).to_owned()),
+            };
+            let why = broken.as_ref().map(|(why, _)| why.as_str());
+            self.look_into(&id, why, pod.as_deref()).await;
         }
         Some(ReleaseStatus {
             version: api::annotation(deployment, VERSION)
@@ -162,6 +172,26 @@ impl Kubernetes {
         })
     }
 
+    /// Finds out about a release that is not ready, now and then, until it is known why.
+    async fn look_into(&self, id: &ReleaseId, why: Option<&str>, pod: Option<&str>) {
+        let known = self.troubles().get(id).is_some_and(|trouble| {
+            trouble.is_final || (why.is_none() && trouble.at.elapsed() < LOOK)
+        });
+        if known || (why.is_none() && pod.is_none()) {
+            return;
+        }
+        let mut lines = Vec::new();
+        if let Some(pod) = pod {
+            lines.extend(pods::explain(&self.api.impatient(), pod).await);
+        }
+        let trouble = Trouble {
+            is_final: why.is_some(),
+            at: Instant::now(),
+            lines,
+        };
+        self.troubles().insert(id.clone(), trouble);
+    }
+
     /// Makes what a release needs before its first pod can start, the environment's own objects
     /// included: those travel with the release.
     async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
@@ -169,10 +199,36 @@ impl Kubernetes {
             fence.apply(object).await?;
         }
         fence.apply(&bundle.service).await?;
+        for object in bundle.others.iter().filter(|o| o["kind"] == "StatefulSet") {
+            self.await_set(object).await?;
+        }
         for job in &bundle.jobs {
             self.run_job(job).await?;
         }
         Ok(())
+    }
+
+    /// Waits for what the release's pods need to be there when they start.
+    async fn await_set(&self, set: &Value) -> Result<()> {
+        let (kind, name) = (Kind::of(set)?, api::name(set));
+        let deadline = Instant::now() + JOB;
+        loop {
+            let set = self.api.get(&kind, name).await?;
+            let set = set.with_context(|| format!("the StatefulSet {name} is gone"))?;
+            let (status, wanted) = (&set["status"], set["spec"]["replicas"].as_u64());
+            let seen =
+                status["observedGeneration"].as_u64() >= set["metadata"]["generation"].as_u64();
+            if seen && status["readyReplicas"].as_u64().unwrap_or(0) >= wanted.unwrap_or(1) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the StatefulSet {name} is not ready within {} s",
+                    JOB.as_secs()
+                );
+            }
+            tokio::time::sleep(TICK).await;
+        }
     }
 
     /// Runs a job to its end, once for each release.
@@ -567,7 +623,9 @@ impl Platform for Kubernetes {
     }
 
     fn explain(&self, release: &ReleaseId) -> Vec<String> {
-        let mut lines = self.troubles().get(release).cloned().unwrap_or_default();
+        let troubles = self.troubles();
+        let known = troubles.get(release).map(|trouble| trouble.lines.clone());
+        let mut lines = known.unwrap_or_default();
         lines.push(format!(
             "its pods: kubectl --namespace {} get pods --selector {RELEASE}={}",
             self.api.namespace,

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use xshell::{Shell, cmd};
 
 use super::api::{self, Kind};
+use crate::cluster::Cluster;
 use crate::config::Kubernetes as Settings;
 use crate::files;
 use crate::release::{Recorded, ReleaseId};
@@ -215,15 +216,26 @@ fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result
         files::replace(&dir.path().join("release").join(name), text.as_bytes())?;
     }
     let names: Vec<&String> = release.config.keys().collect();
+    let mut images = vec![json!({
+        "name": settings.name,
+        "newName": settings.repository,
+        "digest": release.image,
+    })];
+    for (name, image) in &settings.images {
+        let image = match image.as_str() {
+            "cluster" => Cluster::open()?.image(name)?,
+            image => image.to_owned(),
+        };
+        let Some((repository, digest)) = image.split_once('@') else {
+            bail!("kubernetes.images.{name} = {image:?}: expected REPOSITORY@sha256:…");
+        };
+        images.push(json!({ "name": name, "newName": repository, "digest": digest }));
+    }
     let kustomization = json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [format!("../manifests/{}", settings.overlay)],
-        "images": [{
-            "name": settings.name,
-            "newName": settings.repository,
-            "digest": release.image,
-        }],
+        "images": images,
         "configMapGenerator": [{ "name": format!("{}-config", settings.name), "files": names }],
     });
     let own = dir.path().join("release/kustomization.yaml");

@@ -128,6 +128,7 @@ mod tests {
             namespace: String::new(),
             name: "service".into(),
             repository: String::new(),
+            images: std::collections::BTreeMap::new(),
             traffic: TrafficKind::Replicas,
             address: None,
             release_header: None,
