@@ -336,6 +336,15 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     pub binary: Option<PathBuf>,
 
+    /// Push the image to a registry, with the credentials of `docker login`. Encrypted, unless the
+    /// registry is on this machine.
+    #[arg(long, value_name = "HOST/REPOSITORY[:TAG]")]
+    pub push: Option<String>,
+
+    /// Push without encryption.
+    #[arg(long, requires = "push")]
+    pub plain_http: bool,
+
     /// Make the image known to the cluster that this environment runs on: one of kind or k3s on
     /// this machine, or the one of `cargo xtask cluster`.
     #[arg(long, value_name = "ENVIRONMENT")]
@@ -498,8 +507,8 @@ impl Command {
             | Self::Setup(_)
             | Self::Workflows(_)
             | Self::Cluster(_)
-            | Self::Image(_)
             | Self::Releases => None,
+            Self::Image(args) => args.push.as_ref().map(|_| "registry"),
             Self::Servers(_) => Some("servers"),
             Self::DeployStaging(_)
             | Self::Canary(_)
@@ -519,6 +528,7 @@ impl Command {
         let there = match feature {
             "servers" => cfg!(feature = "servers"),
             "kubernetes" => cfg!(feature = "kubernetes"),
+            "registry" => cfg!(feature = "registry"),
             _ => cfg!(feature = "rollout"),
         };
         (!there).then_some(feature)

@@ -33,7 +33,7 @@ pub struct Pipeline {
     pub root: PathBuf,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
     pub package: String,

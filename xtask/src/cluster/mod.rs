@@ -8,7 +8,7 @@
 mod build;
 mod gateway;
 mod node;
-mod places;
+pub mod places;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

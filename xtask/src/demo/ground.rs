@@ -1,13 +1,76 @@
 //! Where the demo takes place: what is put up for it, and taken away afterwards.
 
-use anyhow::{Context, Result};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use super::Stage;
 use super::steps::{PRODUCTION, Steps};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, places};
 use crate::config::{Pipeline, PlatformKind};
 use crate::files;
 use crate::output::Output;
+use crate::release;
+
+/// The ports of the cluster's gateway that are the demo's, so that it disturbs nothing.
+const LISTENERS: [(&str, u16); 2] = [(PRODUCTION, 18082), ("staging", 18083)];
+
+/// Changes the settings so that all takes place on the cluster, in namespaces and behind listeners
+/// of the demo's own. `into` gets a copy of the manifests; production's address comes back.
+pub fn on_cluster<'a>(
+    pipeline: &'a Pipeline,
+    into: &Path,
+    changes: &mut Vec<(Vec<&'a str>, toml::Value)>,
+) -> Result<String> {
+    let manifests = pipeline.manifests_dir();
+    let manifests = manifests.context("the pipeline has no [kubernetes] section")?;
+    for (path, text) in release::read_manifests(&manifests)? {
+        files::replace(&into.join(path), text.as_bytes())?;
+    }
+    changes.push((vec!["kubernetes", "manifests"], super::text(into)));
+    changes.push((
+        vec!["kubernetes", "namespace"],
+        "service-demo-{environment}".into(),
+    ));
+    let mut production = String::new();
+    for name in pipeline.environments.keys() {
+        let Some((_, port)) = LISTENERS
+            .iter()
+            .find(|(environment, _)| environment == name)
+        else {
+            bail!("the cluster's gateway has no port for a demo of the environment {name:?}");
+        };
+        let settings = pipeline.kubernetes(name)?;
+        let overlay = format!("overlays/demo/{name}");
+        let kustomization = json!({
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [format!("../../../{}", settings.overlay)],
+            "patches": [{
+                "target": { "kind": "HTTPRoute", "name": settings.name },
+                "patch": json!([{
+                    "op": "replace",
+                    "path": "/spec/parentRefs/0/sectionName",
+                    "value": format!("demo-{name}"),
+                }]).to_string(),
+            }],
+        });
+        let file = into.join(&overlay).join("kustomization.yaml");
+        files::replace(&file, kustomization.to_string().as_bytes())?;
+        let address = format!("http://{}:{port}", places::ADDRESS);
+        if name == PRODUCTION {
+            production.clone_from(&address);
+        }
+        let environment = |key: &'a str| vec!["environments", name.as_str(), key];
+        let kubernetes = |key: &'a str| vec!["environments", name.as_str(), "kubernetes", key];
+        changes.push((environment("platform"), "kubernetes".into()));
+        changes.push((environment("metrics"), "scrape".into()));
+        changes.push((kubernetes("overlay"), overlay.into()));
+        changes.push((kubernetes("address"), address.into()));
+    }
+    Ok(production)
+}
 
 pub enum Ground {
     Sandbox,

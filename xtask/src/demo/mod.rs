@@ -123,17 +123,9 @@ impl Stage {
                 steps::PRODUCTION
             );
         }
+        let manifests = dir.join("manifests");
         if platform == PlatformKind::Kubernetes {
-            changes.push((
-                vec!["kubernetes", "namespace"],
-                "service-demo-{environment}".into(),
-            ));
-            for name in pipeline.environments.keys() {
-                changes.push((vec!["environments", name, "platform"], "kubernetes".into()));
-                changes.push((vec!["environments", name, "metrics"], "scrape".into()));
-            }
-            let settings = pipeline.kubernetes(steps::PRODUCTION)?;
-            address = settings.address.unwrap_or_default();
+            address = ground::on_cluster(pipeline, &manifests, &mut changes)?;
         }
         for (section, own) in [("rollout", &demo.rollout), ("judge", &demo.judge)] {
             changes.extend(

@@ -8,6 +8,8 @@ mod build;
 pub mod layer;
 pub mod layout;
 mod load;
+#[cfg(feature = "registry")]
+mod push;
 
 use std::time::Instant;
 
@@ -27,7 +29,17 @@ pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
         .as_ref()
         .map(|environment| load::Target::of(&pipeline, environment))
         .transpose()?;
+    #[cfg(feature = "registry")]
+    let registry = args
+        .push
+        .as_ref()
+        .map(|reference| push::Target::parse(reference, args.plain_http))
+        .transpose()?;
     let recorded = make(&pipeline, args, output)?;
+    #[cfg(feature = "registry")]
+    if let Some(registry) = registry {
+        registry.push(&pipeline, &recorded.release.image, output)?;
+    }
     if let Some(target) = target {
         target.load(&pipeline, &recorded.release.image, output)?;
     }

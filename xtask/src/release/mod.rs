@@ -128,7 +128,7 @@ fn read_config(dir: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// All files below `dir`, by their paths there.
-fn read_manifests(dir: &Path) -> Result<BTreeMap<String, String>> {
+pub fn read_manifests(dir: &Path) -> Result<BTreeMap<String, String>> {
     let context = |dir: &Path| format!("reading the manifests in {}", dir.display());
     let mut manifests = BTreeMap::new();
     let mut open = vec![dir.to_owned()];

@@ -189,7 +189,15 @@ impl Driver<'_> {
                     }
                 }
                 None if status.is_err() => self.clock.sleep(PAUSE).await,
-                None => self.clock.sleep(self.pace.tick).await,
+                None => {
+                    // A window that ends earlier is not kept waiting.
+                    let due = match state.phase {
+                        Phase::Watch => counting.due.saturating_sub(self.clock.now()),
+                        _ => u64::MAX,
+                    };
+                    let tick = self.pace.tick.min(Duration::from_millis(due.max(1)));
+                    self.clock.sleep(tick).await;
+                }
             }
         }
     }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
-use prometheus_parse::{HistogramCount, Scrape, Value};
 
 use super::engine::Plan;
+use super::exposition;
 use super::windows::{Counts, Histogram, Window};
 use crate::config::{MetricsKind, Pipeline, Scrape as ScrapeSettings};
 use crate::platform::{InstanceCounts, Platform};
@@ -84,32 +84,28 @@ pub async fn scrape(
 /// The counts in Prometheus' text format. A service that has had no request yet has no series:
 /// that is a count of 0, but any other series must be there, or the address is a wrong one.
 fn parse(text: &str, names: &ScrapeSettings) -> Result<Counts> {
-    let scrape = Scrape::parse(text.lines().map(|line| Ok(line.to_owned())))
-        .context("reading Prometheus' text format")?;
-    if scrape.samples.is_empty() {
+    let samples = exposition::parse(text).context("reading Prometheus' text format")?;
+    if samples.is_empty() {
         bail!("there is no metric at all");
     }
     let mut counts = Counts::default();
     let mut buckets: HashMap<u64, f64> = HashMap::new();
-    for sample in &scrape.samples {
-        match &sample.value {
-            Value::Counter(value) | Value::Untyped(value) if sample.metric == names.requests => {
-                if !(value.is_finite() && *value >= 0.0) {
-                    bail!("{} has the value {value}", sample.metric);
-                }
-                let failed = sample
-                    .labels
-                    .get(&names.error_label)
-                    .is_some_and(|label| label.starts_with(&names.error_prefix));
-                counts.requests += *value as u64;
-                counts.errors += if failed { *value as u64 } else { 0 };
+    let bucket = format!("{}_bucket", names.latency);
+    for sample in &samples {
+        if sample.name == names.requests {
+            let value = sample.value;
+            if !(value.is_finite() && value >= 0.0) {
+                bail!("{} has the value {value}", sample.name);
             }
-            Value::Histogram(parts) if sample.metric == names.latency => {
-                for HistogramCount { less_than, count } in parts {
-                    *buckets.entry(less_than.to_bits()).or_default() += count;
-                }
-            }
-            _ => {}
+            let failed = sample
+                .label(&names.error_label)
+                .is_some_and(|label| label.starts_with(&names.error_prefix));
+            counts.requests += value as u64;
+            counts.errors += if failed { value as u64 } else { 0 };
+        } else if sample.name == bucket
+            && let Some(bound) = sample.label("le").and_then(|le| le.parse::<f64>().ok())
+        {
+            *buckets.entry(bound.to_bits()).or_default() += sample.value;
         }
     }
     counts.latency = histogram(&buckets);
@@ -182,7 +178,7 @@ mod tests {
         };
         let text = "\
 # TYPE http_requests_total counter
-http_requests_total{route=\"/a\",status=\"200\"} 90
+http_requests_total{route=\"/a/{id}\",status=\"200\"} 90
 http_requests_total{route=\"/a\",status=\"503\"} 10
 # TYPE http_request_duration_seconds histogram
 http_request_duration_seconds_bucket{route=\"/a\",le=\"0.1\"} 70

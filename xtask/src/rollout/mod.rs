@@ -11,6 +11,7 @@ pub mod engine;
 mod evidence;
 #[cfg(test)]
 mod explore;
+mod exposition;
 pub mod journal;
 pub mod judge;
 mod judge_file;

@@ -91,6 +91,7 @@ fn flatten(place: &str, value: &Value, into: &mut Values) {
                 .map(str::trim)
                 .filter(|line| !line.is_empty() && !line.starts_with('#'))
             {
+                let line = line.split(" #").next().unwrap_or(line);
                 let (key, value) = line.split_once('=').unwrap_or((line, ""));
                 into.insert(format!("{place}: {}", key.trim()), value.trim().to_owned());
             }

@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 
 use super::{HistoryEntry, InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
 use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
-use crate::http;
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Kind as RolloutKind, Mark, Plan};
 use crate::rollout::metrics;
@@ -34,11 +33,6 @@ use traffic::{Known, Traffic, Weights};
 
 /// Looking costs the API server four calls.
 const TICK: Duration = Duration::from_millis(400);
-/// How long requests may take to follow a new split.
-const EFFECT: Duration = Duration::from_secs(15);
-const PROBE: Duration = Duration::from_secs(2);
-/// Requests in a row that must show a split of everything.
-const PROBES: u32 = 20;
 /// How often it is looked into why a release is not ready.
 const LOOK: Duration = Duration::from_secs(4);
 /// How long a job that runs before the pods may take.
@@ -90,7 +84,7 @@ impl Kubernetes {
         let api = Api::open(&settings).await?;
         Ok(Self {
             pipeline: Arc::clone(pipeline),
-            traffic: traffic::open(&settings),
+            traffic: traffic::open(&settings, &pipeline.service),
             environment: environment.to_owned(),
             settings,
             api,
@@ -323,51 +317,10 @@ impl Kubernetes {
             },
         };
         self.traffic.route(fence, bundle, weights).await?;
-        self.see_effect(weights).await?;
         for (release, weight) in weights {
             let said = format!("{weight} % of the traffic");
             self.event(release, "Normal", "Routed", &said).await;
             self.condition(release, &said).await;
-        }
-        Ok(())
-    }
-
-    /// Asks the environment itself until its answers come from where they should: a router that
-    /// says it has taken a split may yet act on the one before.
-    async fn see_effect(&self, weights: &Weights) -> Result<()> {
-        let (Some(header), false) = (&self.settings.release_header, weights.is_empty()) else {
-            return Ok(());
-        };
-        let client = http::client()?;
-        let url = format!("{}{}", self.address(), self.pipeline.service.ready_path);
-        let wanted: Vec<&str> = weights.iter().map(|(release, _)| release.short()).collect();
-        let deadline = Instant::now() + EFFECT;
-        let mut in_a_row = 0;
-        let mut last = "no answer".to_owned();
-        while in_a_row < PROBES {
-            if Instant::now() > deadline {
-                bail!(
-                    "the router has taken the split, but {url} still answers from {last}, not from \
-                     {}",
-                    wanted.join(" or ")
-                );
-            }
-            let answer = client.get(&url).timeout(PROBE).send().await;
-            let from = answer.as_ref().ok().and_then(|answer| {
-                let name = answer.headers().get(header)?;
-                name.to_str().ok().map(str::to_owned)
-            });
-            match (from, answer) {
-                (Some(from), _) if wanted.contains(&from.as_str()) => in_a_row += 1,
-                (from, answer) => {
-                    in_a_row = 0;
-                    last = from.unwrap_or_else(|| match answer {
-                        Ok(answer) => format!("nobody ({})", answer.status()),
-                        Err(error) => format!("nobody ({error})"),
-                    });
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            }
         }
         Ok(())
     }

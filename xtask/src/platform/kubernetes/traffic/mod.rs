@@ -4,18 +4,23 @@
 mod gateway;
 mod httpproxy;
 mod replicas;
+mod weighted;
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::api::{self, Api};
 use super::fence::Fence;
-use super::render::{Bundle, RELEASE, name_of};
-use crate::config::{Kubernetes as Settings, Stage, TrafficKind};
+use super::render::{Bundle, RELEASE};
+use crate::config::{Kubernetes as Settings, Service, Stage, TrafficKind};
 use crate::release::ReleaseId;
+use gateway::Gateway;
+use httpproxy::HttpProxy;
+use replicas::Replicas;
+use weighted::Weighted;
 
 /// The releases that are there, by their short ids.
 pub type Known = BTreeMap<String, ReleaseId>;
@@ -27,7 +32,7 @@ pub trait Traffic: Send + Sync {
     /// The split that the router was given.
     async fn weights(&self, api: &Api, known: &Known) -> Result<Weights>;
 
-    /// Gives the router this split and waits until it has taken it. `bundle` has the route.
+    /// Gives the router this split and waits until it is in effect. `bundle` has the route.
     async fn route(&self, fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()>;
 
     /// The objects that it changes: kind and name.
@@ -44,60 +49,28 @@ pub trait Traffic: Send + Sync {
     }
 }
 
-pub fn open(settings: &Settings) -> Box<dyn Traffic> {
-    let settings = settings.clone();
+pub fn open(settings: &Settings, service: &Service) -> Box<dyn Traffic> {
+    let (settings, service) = (settings.clone(), service.clone());
     match settings.traffic {
-        TrafficKind::Replicas => Box::new(replicas::Replicas { settings }),
-        TrafficKind::Gateway => Box::new(gateway::Gateway { settings }),
-        TrafficKind::HttpProxy => Box::new(httpproxy::HttpProxy { settings }),
+        TrafficKind::Replicas => Box::new(Replicas { settings }),
+        TrafficKind::Gateway => Box::new(Weighted {
+            shape: Gateway,
+            settings,
+            service,
+        }),
+        TrafficKind::HttpProxy => Box::new(Weighted {
+            shape: HttpProxy,
+            settings,
+            service,
+        }),
     }
 }
 
 /// Points the Service inside the cluster at the release with most of the traffic.
-async fn point(
-    fence: &Fence<'_>,
-    settings: &Settings,
-    bundle: &Bundle,
-    weights: &Weights,
-) -> Result<()> {
+async fn point(fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
     let mut front = bundle.front.clone();
     if let Some((release, _)) = weights.iter().max_by_key(|(_, weight)| *weight) {
         front["spec"]["selector"][RELEASE] = json!(release.short());
     }
-    let _ = settings;
     fence.apply(&front).await.map(|_| ())
-}
-
-/// The backends of a weighted list: `{name, port, weight}`, as both kinds of routes have them.
-fn backends(settings: &Settings, like: &Value, weights: &Weights) -> Vec<Value> {
-    weights
-        .iter()
-        .map(|(release, weight)| {
-            let mut backend = like.clone();
-            backend["name"] = json!(name_of(settings, release));
-            backend["weight"] = json!(weight);
-            backend
-        })
-        .collect()
-}
-
-/// The split that a weighted list of backends makes.
-fn split(settings: &Settings, backends: &Value, known: &Known) -> Weights {
-    let prefix = format!("{}-", settings.name);
-    let weighted: Vec<(ReleaseId, u64)> = api::items(backends)
-        .filter_map(|backend| {
-            let short = backend["name"].as_str()?.strip_prefix(&prefix)?;
-            let weight = backend["weight"].as_u64().unwrap_or(1);
-            Some((known.get(short)?.clone(), weight))
-        })
-        .collect();
-    let sum: u64 = weighted.iter().map(|(_, weight)| weight).sum();
-    weighted
-        .into_iter()
-        .filter(|(_, weight)| *weight > 0)
-        .map(|(release, weight)| {
-            let percent = (weight * 100 + sum / 2) / sum;
-            (release, u8::try_from(percent).unwrap_or(100))
-        })
-        .collect()
 }

@@ -1,0 +1,159 @@
+//! `image --push`: an image to a registry, byte for byte as it is in the layout, so that its digest
+//! stays what it is. <https://github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md>
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use http::HeaderValue;
+use oci_client::client::{Client, ClientConfig, ClientProtocol};
+use oci_client::secrets::RegistryAuth;
+use oci_client::{Reference, RegistryOperation};
+use serde_json::Value;
+
+use super::layout::{Layout, MANIFEST};
+use crate::config::Pipeline;
+use crate::output::Output;
+
+const CONNECT: Duration = Duration::from_secs(10);
+const READ: Duration = Duration::from_secs(60);
+
+/// Where an image goes, and by what right.
+pub struct Target {
+    reference: Reference,
+    protocol: ClientProtocol,
+    auth: RegistryAuth,
+}
+
+impl Target {
+    /// `text` is `HOST/REPOSITORY[:TAG]`. Without encryption only to this machine, unless asked for.
+    pub fn parse(text: &str, plain_http: bool) -> Result<Self> {
+        let reference: Reference = text.parse().with_context(|| {
+            format!(
+                "--push {text}: expected HOST/REPOSITORY[:TAG], such as ghcr.io/team/service:1.2.0"
+            )
+        })?;
+        if reference.digest().is_some() {
+            bail!("--push {text}: the digest is the image's own; name a tag, or none");
+        }
+        let host = reference.registry().to_owned();
+        let plain = plain_http || is_loopback(&host);
+        let protocol = match plain {
+            true => ClientProtocol::HttpsExcept(vec![host.clone()]),
+            false => ClientProtocol::Https,
+        };
+        Ok(Self {
+            reference,
+            protocol,
+            auth: credentials(&host)?,
+        })
+    }
+
+    /// Pushes what the registry lacks, the manifest last; returns the name by digest.
+    pub fn push(&self, pipeline: &Pipeline, digest: &str, output: &Output) -> Result<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let layout = Layout::open(pipeline.state_dir().join("images"))?;
+        let name = runtime
+            .context("starting a runtime")?
+            .block_on(self.send(&layout, digest, output))
+            .with_context(|| format!("pushing to {}", self.reference))?;
+        output.good(format_args!("pushed {name}"));
+        Ok(name)
+    }
+
+    async fn send(&self, layout: &Layout, digest: &str, output: &Output) -> Result<String> {
+        let client = Client::new(ClientConfig {
+            protocol: self.protocol.clone(),
+            connect_timeout: Some(CONNECT),
+            read_timeout: Some(READ),
+            ..ClientConfig::default()
+        });
+        let reference = &self.reference;
+        client
+            .auth(reference, &self.auth, RegistryOperation::Push)
+            .await
+            .context("logging in; `docker login` leaves the credentials that are used")?;
+        let manifest = layout.read(digest)?;
+        let parsed: Value = serde_json::from_slice(&manifest).context("reading the manifest")?;
+        for blob in Layout::blobs(&parsed) {
+            // A registry that does not tell is sent the blob.
+            if client.blob_exists(reference, &blob).await.unwrap_or(false) {
+                output.detail(format_args!("{blob} is there"));
+                continue;
+            }
+            let content = layout.read(&blob)?;
+            output.progress(format_args!("pushing {blob} ({} bytes)", content.len()));
+            client.push_blob(reference, content, &blob).await?;
+        }
+        let by_digest = reference.clone_with_digest(digest.to_owned());
+        let kind = HeaderValue::from_static(MANIFEST);
+        client
+            .push_manifest_raw(&by_digest, manifest.clone(), kind.clone())
+            .await?;
+        if reference.tag().is_some_and(|tag| tag != "latest") {
+            client.push_manifest_raw(reference, manifest, kind).await?;
+        }
+        Ok(format!(
+            "{}/{}@{digest}",
+            reference.registry(),
+            reference.repository()
+        ))
+    }
+}
+
+/// Whether the host is this machine. <https://www.rfc-editor.org/rfc/rfc6761#section-6.3>
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    let address = name.parse::<std::net::IpAddr>();
+    name == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
+/// What `docker login` has left for this registry; nothing where it has left nothing.
+fn credentials(host: &str) -> Result<RegistryAuth> {
+    match docker_credential::get_credential(host) {
+        Ok(DockerCredential::UsernamePassword(name, password)) => {
+            Ok(RegistryAuth::Basic(name, password))
+        }
+        Ok(DockerCredential::IdentityToken(_)) => bail!(
+            "the credentials for {host} are an identity token, which cannot push; log in with a name \
+             and a password or an access token"
+        ),
+        Err(
+            CredentialRetrievalError::NoCredentialConfigured
+            | CredentialRetrievalError::ConfigNotFound
+            | CredentialRetrievalError::ConfigReadError,
+        ) => Ok(RegistryAuth::Anonymous),
+        Err(error) => bail!("reading Docker's credentials for {host}: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_machine_is_pushed_to_without_encryption() {
+        for host in [
+            "localhost",
+            "localhost:5000",
+            "127.0.0.1:5000",
+            "[::1]:5000",
+            "127.9.9.9",
+        ] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in [
+            "ghcr.io",
+            "10.0.0.1:5000",
+            "localhost.example.com",
+            "[::2]:5000",
+        ] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+}

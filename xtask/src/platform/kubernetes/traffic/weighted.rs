@@ -1,0 +1,301 @@
+//! Routes with weighted backends, whatever their kind.
+//!
+//! A router learns of backends and of routes on separate ways. Where a route names a backend that
+//! the router has not heard of yet, or has forgotten already, requests fail. So a backend is first
+//! introduced without any traffic, and asked by a rule of its own until it answers; and one that
+//! loses its traffic stays in the route with weight 0 until the next change.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
+use serde_json::{Value, json};
+
+use super::{Known, Traffic, Weights, point};
+use crate::config::{Kubernetes as Settings, Service};
+use crate::http;
+use crate::platform::kubernetes::api::{self, Api, Kind};
+use crate::platform::kubernetes::fence::Fence;
+use crate::platform::kubernetes::render::Bundle;
+
+/// How long a router may take to say that it has taken a route.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long requests may take to follow a route.
+const EFFECT: Duration = Duration::from_secs(15);
+const POLL: Duration = Duration::from_millis(50);
+const PROBE: Duration = Duration::from_secs(2);
+/// Requests in a row that show that a route is in effect, on every one of a router's threads.
+const PROBES: u32 = 20;
+/// The header by which a backend without traffic is asked. Its value is known to nobody else.
+const PROBE_HEADER: &str = "x-xtask-probe";
+
+/// What is particular to a kind of route.
+pub trait Shape: Send + Sync {
+    /// The kinds of objects, the usual one first.
+    fn kinds(&self) -> Vec<Kind>;
+
+    /// Below `spec`: the list of rules, and in a rule the list of backends.
+    fn fields(&self) -> (&'static str, &'static str);
+
+    /// Lets a backend's answers carry a header.
+    fn mark(&self, backend: &mut Value, header: &str, value: &str);
+
+    /// Lets a rule only match requests with this header.
+    fn restrict(&self, rule: &mut Value, header: &str, value: &str);
+
+    /// Whether the router has taken this generation of the route, or why it does not.
+    fn taken(&self, route: &Value, generation: u64) -> Taken;
+}
+
+pub enum Taken {
+    Yes,
+    NotYet,
+    /// So far it refuses; what it lacks may come yet.
+    Refused(String),
+}
+
+pub struct Weighted<S> {
+    pub shape: S,
+    pub settings: Settings,
+    pub service: Service,
+}
+
+/// A backend of ours in a route: the short id of its release, and its weight.
+type Backend = (String, u64);
+
+impl<S: Shape> Weighted<S> {
+    async fn current(&self, api: &Api) -> Result<Option<Value>> {
+        for kind in self.shape.kinds() {
+            if let Some(route) = api.get(&kind, &self.settings.name).await? {
+                return Ok(Some(route));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The backends of the first rule that leads to releases.
+    fn backends(&self, route: &Value) -> Vec<Backend> {
+        let (rules, backends) = self.shape.fields();
+        let prefix = format!("{}-", self.settings.name);
+        let ours = |rule: &Value| -> Vec<Backend> {
+            api::items(&rule[backends])
+                .filter_map(|backend| {
+                    let short = backend["name"].as_str()?.strip_prefix(&prefix)?;
+                    Some((short.to_owned(), backend["weight"].as_u64().unwrap_or(1)))
+                })
+                .collect()
+        };
+        api::items(&route["spec"][rules])
+            .map(ours)
+            .find(|backends| !backends.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// The route of the manifests with these backends, and a rule for the one that is introduced.
+    fn wanted(
+        &self,
+        route: &Value,
+        split: &[Backend],
+        newcomer: Option<(&str, &str)>,
+    ) -> Result<Value> {
+        let (rules, backends) = self.shape.fields();
+        let name = self.settings.name.as_str();
+        let mut wanted = route.clone();
+        let mut introductions = Vec::new();
+        let mut ours = 0;
+        for rule in wanted["spec"][rules].as_array_mut().into_iter().flatten() {
+            let like = api::items(&rule[backends])
+                .find(|backend| backend["name"] == name)
+                .cloned();
+            // A rule that leads elsewhere is none of a rollout's business.
+            let Some(like) = like else { continue };
+            ours += 1;
+            let backend = |short: &str, weight: u64| {
+                let mut backend = like.clone();
+                backend["name"] = json!(format!("{name}-{short}"));
+                backend["weight"] = json!(weight);
+                if let Some(header) = &self.settings.release_header {
+                    self.shape.mark(&mut backend, header, short);
+                }
+                backend
+            };
+            if let Some((short, secret)) = newcomer {
+                let mut introduction = rule.clone();
+                introduction[backends] = json!([backend(short, 100)]);
+                self.shape.restrict(&mut introduction, PROBE_HEADER, secret);
+                introductions.push(introduction);
+            }
+            rule[backends] = split
+                .iter()
+                .map(|(short, weight)| backend(short, *weight))
+                .collect();
+        }
+        if ours == 0 {
+            bail!(
+                "{}: no rule of the route {} leads to the Service {name}",
+                self.settings.overlay,
+                api::name(route)
+            );
+        }
+        if let Some(rules) = wanted["spec"][rules].as_array_mut() {
+            rules.extend(introductions);
+        }
+        Ok(wanted)
+    }
+
+    async fn apply(&self, fence: &Fence<'_>, wanted: &Value) -> Result<()> {
+        let applied = fence.apply(wanted).await?;
+        let generation = applied["metadata"]["generation"].as_u64().unwrap_or(0);
+        let kind = Kind::of(wanted)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let route = fence.api.get(&kind, api::name(wanted)).await?;
+            let route = route.context("the route is gone")?;
+            let taken = self.shape.taken(&route, generation);
+            if matches!(taken, Taken::Yes) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                match taken {
+                    Taken::Refused(why) => {
+                        bail!("the route {} is refused: {why}", api::name(wanted))
+                    }
+                    _ => bail!(
+                        "no router has taken the route {} within {} s: is there the one that it \
+                         names, and is its controller running?",
+                        api::name(wanted),
+                        PATIENCE.as_secs()
+                    ),
+                }
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Asks the environment until its answers come from one of `releases`: a router that says it
+    /// has taken a route may yet act on the one before.
+    async fn see(&self, releases: &[&str], secret: Option<&str>) -> Result<()> {
+        let Some(header) = &self.settings.release_header else {
+            return Ok(());
+        };
+        let client = http::client()?;
+        let address = self.settings.address.as_deref().unwrap_or_default();
+        let url = format!("{address}{}", self.service.ready_path);
+        let deadline = Instant::now() + EFFECT;
+        let mut in_a_row = 0;
+        let mut last = "nobody".to_owned();
+        while in_a_row < PROBES {
+            if Instant::now() > deadline {
+                bail!(
+                    "the router has taken the route, but {url} still answers from {last}, not from {}",
+                    releases.join(" or ")
+                );
+            }
+            let mut request = client.get(&url).timeout(PROBE);
+            if let Some(secret) = secret {
+                request = request.header(PROBE_HEADER, secret);
+            }
+            let answer = request.send().await;
+            let from = answer
+                .as_ref()
+                .ok()
+                .filter(|answer| !answer.status().is_server_error());
+            let from = from.and_then(|answer| {
+                let name = answer.headers().get(header)?;
+                name.to_str().ok().map(str::to_owned)
+            });
+            match from {
+                Some(from) if releases.contains(&from.as_str()) => in_a_row += 1,
+                from => {
+                    in_a_row = 0;
+                    last = from.unwrap_or_else(|| match answer {
+                        Ok(answer) => format!("nobody ({})", answer.status()),
+                        Err(error) => format!("nobody ({error})"),
+                    });
+                    tokio::time::sleep(POLL).await;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<S: Shape> Traffic for Weighted<S> {
+    async fn weights(&self, api: &Api, known: &Known) -> Result<Weights> {
+        let Some(route) = self.current(api).await? else {
+            return Ok(Vec::new());
+        };
+        let backends = self.backends(&route);
+        let sum: u64 = backends.iter().map(|(_, weight)| weight).sum();
+        Ok(backends
+            .into_iter()
+            .filter(|(_, weight)| *weight > 0)
+            .filter_map(|(short, weight)| {
+                let percent = (weight * 100 + sum / 2) / sum;
+                let release = known.get(&short)?.clone();
+                Some((release, u8::try_from(percent).unwrap_or(100)))
+            })
+            .collect())
+    }
+
+    async fn route(&self, fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
+        let kinds = self.shape.kinds();
+        let route = bundle
+            .route
+            .as_ref()
+            .filter(|route| Kind::of(route).is_ok_and(|kind| kinds.contains(&kind)));
+        let route = route.with_context(|| {
+            format!(
+                "{} renders no {} named {:?}, which kubernetes.traffic asks for",
+                self.settings.overlay, kinds[0].kind, self.settings.name
+            )
+        })?;
+        let current = self.current(fence.api).await?;
+        let present = current
+            .as_ref()
+            .map_or_else(Vec::new, |route| self.backends(route));
+        let is_served = present.iter().any(|(_, weight)| *weight > 0);
+        let mut split: Vec<Backend> = weights
+            .iter()
+            .map(|(release, weight)| (release.short().to_owned(), u64::from(*weight)))
+            .collect();
+        let is_in =
+            |backends: &[Backend], short: &str| backends.iter().any(|(other, _)| other == short);
+
+        for (short, _) in split
+            .iter()
+            .filter(|(short, _)| is_served && !is_in(&present, short))
+        {
+            let mut introduced: Vec<Backend> = present.clone();
+            introduced.retain(|(_, weight)| *weight > 0);
+            introduced.push((short.clone(), 0));
+            let secret = format!("{short}-{}", fence.token);
+            let wanted = self.wanted(route, &introduced, Some((short, &secret)))?;
+            self.apply(fence, &wanted).await?;
+            self.see(&[short], Some(&secret)).await?;
+        }
+        for (short, weight) in present {
+            // What nobody gets requests from any more may go; what loses them just now stays.
+            if weight > 0 && !is_in(&split, &short) {
+                split.push((short, 0));
+            }
+        }
+        self.apply(fence, &self.wanted(route, &split, None)?)
+            .await?;
+        if !weights.is_empty() {
+            let releases: Vec<&str> = weights.iter().map(|(release, _)| release.short()).collect();
+            self.see(&releases, None).await?;
+        }
+        point(fence, bundle, weights).await
+    }
+
+    fn objects(&self) -> Vec<(Kind, String)> {
+        let mut kinds = self.shape.kinds();
+        kinds.push(Kind::new("v1", "Service"));
+        kinds
+            .into_iter()
+            .map(|kind| (kind, self.settings.name.clone()))
+            .collect()
+    }
+}
