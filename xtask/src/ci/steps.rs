@@ -3,11 +3,12 @@
 use super::facts::{ADVISORIES, HISTORY, RUST, TODAY};
 use super::step::Step;
 use crate::cargo::WHOLE_BUILD;
-use crate::setup::CONTAINERS;
+use crate::setup::{CLUSTER, CONTAINERS};
 
 /// Jobs of the workflow; each runs its steps on a machine of its own.
 pub const CHECKS: &str = "checks";
 pub const TESTS: &str = "tests";
+pub const CLUSTERS: &str = "cluster";
 
 /// cargo's directory of what is built: two builds in it would only wait for each other.
 const TARGET: &str = "target";
@@ -158,6 +159,32 @@ pub fn steps() -> Vec<Step> {
         .minutes(40)
         .job(TESTS),
         cargo_step(
+            "kubernetes",
+            "rollouts do on a real cluster what they do in the sandbox, whatever goes wrong there",
+            "cargo xtask cluster run -- \
+             cargo test --locked --workspace --all-features --test kubernetes",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**", "k8s/**"])
+        .tools(&[CONTAINERS, CLUSTER])
+        .locks(&["containers"])
+        .variable(WHOLE_BUILD, "1")
+        .needs(&["build", "image"])
+        .minutes(40)
+        .job(CLUSTERS),
+        cargo_step(
+            "demo-kubernetes",
+            "the whole path works on a real cluster, too",
+            "cargo xtask demo --platform kubernetes",
+        )
+        .packages(&["xtask", "service"])
+        .reads(&["config/**", "k8s/**"])
+        .tools(&[CONTAINERS, CLUSTER])
+        .locks(&["containers"])
+        .variable(WHOLE_BUILD, "1")
+        .needs(&["build", "image"])
+        .job(CLUSTERS),
+        cargo_step(
             "demo",
             "the whole path works under load, a bad release and a kill included",
             "cargo xtask demo",
@@ -190,7 +217,10 @@ mod tests {
         let steps = steps();
         step::verify(&steps).unwrap();
         for step in steps {
-            assert!([CHECKS, TESTS].contains(&step.job.as_str()), "{step}");
+            assert!(
+                [CHECKS, TESTS, CLUSTERS].contains(&step.job.as_str()),
+                "{step}"
+            );
             assert!(!step.proves.is_empty(), "{step}");
         }
     }

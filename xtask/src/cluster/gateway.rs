@@ -1,5 +1,6 @@
-//! The cluster's gateway: Contour steers Envoy, and both are processes of the node. It takes
-//! routes of the Gateway API and Contour's own HTTPProxy.
+//! The cluster's routers: Contour steers Envoy, and both are processes of the node. One pair takes
+//! routes of the Gateway API; Contour takes its own HTTPProxies only where there is no more than one
+//! listener, so another pair is for those.
 
 use std::fs;
 use std::process::Command;
@@ -13,8 +14,35 @@ use super::node::{Node, Part};
 use super::places;
 use super::{Kubectl, POLL};
 
-/// Where Contour tells Envoy what to do.
-const XDS_PORT: &str = "18001";
+/// A Contour and an Envoy.
+struct Pair {
+    contour: &'static str,
+    envoy: &'static str,
+    /// Contour's settings.
+    settings: &'static str,
+    /// The HTTPProxies that it takes.
+    class: &'static str,
+    /// The first of the ports that it uses inside the node: where Contour tells Envoy what to do,
+    /// then metrics, health, debugging and Envoy's statistics.
+    port: u16,
+}
+
+const PAIRS: [Pair; 2] = [
+    Pair {
+        contour: "contour",
+        envoy: "envoy",
+        settings: "contour.yaml",
+        class: "none",
+        port: 18000,
+    },
+    Pair {
+        contour: "contour-proxies",
+        envoy: "envoy-proxies",
+        settings: "contour-proxies.yaml",
+        class: "contour",
+        port: 18010,
+    },
+];
 
 /// Installs the definitions of its resources, its class and the gateway itself.
 pub fn define(kubectl: &Kubectl<'_>, programs: &Programs) -> Result<()> {
@@ -62,17 +90,26 @@ pub fn wait(kubectl: &Kubectl<'_>, deadline: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Starts both processes.
-pub fn start(node: &Node, shell: &Shell) -> Result<[Part; 2]> {
+/// Starts all of them.
+pub fn start(node: &Node, shell: &Shell) -> Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    for pair in &PAIRS {
+        parts.extend(start_pair(node, shell, pair)?);
+    }
+    Ok(parts)
+}
+
+fn start_pair(node: &Node, shell: &Shell, pair: &Pair) -> Result<[Part; 2]> {
     let places = &node.places;
     let contour = &node.programs.contour;
-    let bootstrap = places.dir.join("envoy.json");
-    let admin = places.dir.join("envoy-admin.sock");
+    let bootstrap = places.dir.join(pair.envoy).with_extension("json");
+    let admin = places.dir.join(pair.envoy).with_extension("sock");
+    let xds = pair.port.to_string();
     cmd!(
         shell,
         "{contour} bootstrap {bootstrap} --namespace xtask-gateway"
     )
-    .args(["--xds-address", "127.0.0.1", "--xds-port", XDS_PORT])
+    .args(["--xds-address", "127.0.0.1", "--xds-port", &xds])
     .arg("--admin-address")
     .arg(admin)
     .quiet()
@@ -86,23 +123,32 @@ pub fn start(node: &Node, shell: &Shell) -> Result<[Part; 2]> {
         .arg(format!("--kubeconfig={}", places.kubeconfig().display()))
         .arg(format!(
             "--config-path={}",
-            places.dir.join("contour.yaml").display()
+            places.dir.join(pair.settings).display()
         ))
-        .args(["--xds-address=127.0.0.1", &format!("--xds-port={XDS_PORT}")])
-        .arg(format!("--ingress-status-address={}", places::ADDRESS))
-        // Of the Gateway API only what its standard channel has.
-        .args(
-            ["tlsroutes", "tcproutes", "backendtlspolicies"]
-                .map(|kind| format!("--disable-feature={kind}")),
-        );
+        .arg(format!("--ingress-class-name={}", pair.class))
+        .arg(format!("--ingress-status-address={}", places::ADDRESS));
+    for (port, name) in (pair.port..).zip(["xds", "http", "health", "debug-http", "stats"]) {
+        serve.arg(format!("--{name}-address=127.0.0.1"));
+        serve.arg(format!("--{name}-port={port}"));
+    }
+    // Of the Gateway API only what its standard channel has.
+    for kind in ["tlsroutes", "tcproutes", "backendtlspolicies"] {
+        serve.arg(format!("--disable-feature={kind}"));
+    }
     let mut envoy = Command::new(&node.programs.envoy);
     envoy
         .arg("--config-path")
         .arg(&bootstrap)
         .args(["--service-cluster", "xtask", "--service-node", "xtask"])
-        .args(["--concurrency", "2", "--log-level", "warn"]);
+        .args([
+            "--concurrency",
+            "2",
+            "--log-level",
+            "warn",
+            "--disable-hot-restart",
+        ]);
     Ok([
-        node.part("contour", &mut serve)?,
-        node.part("envoy", &mut envoy)?,
+        node.part(pair.contour, &mut serve)?,
+        node.part(pair.envoy, &mut envoy)?,
     ])
 }

@@ -36,6 +36,9 @@ use places::Places;
 /// a cluster of our own. A user's current context is never taken.
 pub const KUBECONFIG: &str = "XTASK_KUBECONFIG";
 
+/// Tells a command that is run with a cluster where kubectl is.
+const KUBECTL: &str = "XTASK_KUBECTL";
+
 /// How long the cluster may take to answer, and then its node to be ready.
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
@@ -102,6 +105,7 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
     let ended = Command::new(program)
         .args(arguments)
         .env(KUBECONFIG, kubeconfig)
+        .env(KUBECTL, Tools::open()?.program("kubectl")?)
         .status();
     if ours {
         cluster.down(output)?;

@@ -32,7 +32,7 @@ pub const API_PORT: u16 = 16443;
 const CGROUP: &str = "/xtask-cluster";
 
 /// Files that the node's parts read: where, and their templates.
-pub const FILES: [(&str, &str); 7] = [
+pub const FILES: [(&str, &str); 8] = [
     ("containerd.toml", include_str!("node/containerd.toml")),
     (
         "cni/10-pods.conflist",
@@ -41,6 +41,10 @@ pub const FILES: [(&str, &str); 7] = [
     ("kubelet.yaml", include_str!("node/kubelet.yaml")),
     ("proxy.yaml", include_str!("node/proxy.yaml")),
     ("contour.yaml", include_str!("node/contour.yaml")),
+    (
+        "contour-proxies.yaml",
+        include_str!("node/contour-proxies.yaml"),
+    ),
     ("Corefile", include_str!("node/Corefile")),
     ("resolv.conf", "nameserver @dns@\nsearch cluster.local\n"),
 ];

@@ -120,6 +120,8 @@ struct Counting {
     from: Option<(Millis, Vec<InstanceCounts>)>,
     /// The newest verdict on the current stage.
     verdict: Option<Verdict>,
+    /// The newest counts of every instance so far: some are gone when they are added up.
+    seen: Vec<InstanceCounts>,
 }
 
 impl Driver<'_> {
@@ -174,7 +176,7 @@ impl Driver<'_> {
                 });
             }
             if let Some(outcome) = state.outcome() {
-                let totals = self.totals(journal, &plan).await;
+                let totals = self.totals(journal, &plan, &counting.seen).await;
                 journal.append([Entry::Ended { totals }]).await?;
                 return Ok(End::Outcome(outcome));
             }
@@ -299,6 +301,7 @@ impl Driver<'_> {
                 return Ok(());
             }
         };
+        remember(&mut counting.seen, &later);
         let Some((began, earlier)) = counting.from.replace((now, later.clone())) else {
             return Ok(());
         };
@@ -311,6 +314,7 @@ impl Driver<'_> {
         let mut entries: Vec<Entry> = lines.into_iter().map(Entry::Window).collect();
         entries.push(Entry::Judged(judgement.clone()));
         journal.append(entries).await?;
+        journal.compact(&counting.judge, counting.windows).await?;
         (self.audience)(Notice::Judged {
             plan,
             state,
@@ -332,16 +336,20 @@ impl Driver<'_> {
             due: now,
             from: None,
             verdict: None,
+            seen: Vec::new(),
         };
         counting.enter(journal.plan(), &state, now, warm_up);
         counting
     }
 
     /// Requests and failures of both arms since the start; zeros where nobody can tell.
-    async fn totals(&self, journal: &Journal, plan: &Plan) -> Totals {
-        let Ok(counts) = self.platform.counts().await else {
-            return Totals::default();
-        };
+    async fn totals(&self, journal: &Journal, plan: &Plan, seen: &[InstanceCounts]) -> Totals {
+        // What instances that are gone meanwhile had counted is part of it.
+        let mut counts = seen.to_vec();
+        remember(
+            &mut counts,
+            &self.platform.counts().await.unwrap_or_default(),
+        );
         let before = &journal.started().counts;
         let arm = |release: Option<&ReleaseId>| {
             let mut totals = ArmTotals::default();
@@ -376,6 +384,18 @@ impl Counting {
     }
 }
 
+/// Keeps the newest counts of each instance.
+fn remember(seen: &mut Vec<InstanceCounts>, newest: &[InstanceCounts]) {
+    for new in newest {
+        let same =
+            |old: &&mut InstanceCounts| old.release == new.release && old.instance == new.instance;
+        match seen.iter_mut().find(same) {
+            Some(old) => old.counts.clone_from(&new.counts),
+            None => seen.push(new.clone()),
+        }
+    }
+}
+
 /// The judge after every window of a journal, and their number: the same code that judges live.
 pub fn replay(journal: &Journal) -> (Judge, u64) {
     let started = journal.started();
@@ -391,6 +411,13 @@ pub fn replay(journal: &Journal) -> (Judge, u64) {
                 judge.stage(started.plan.stages[state.stage].weight);
             }
             Entry::Window(window) => open.push(window.clone()),
+            Entry::Snapshot {
+                judge: then,
+                windows: number,
+            } => {
+                judge = Judge::clone(then);
+                windows = *number;
+            }
             Entry::Judged(_) => {
                 windows += 1;
                 judge.window(&Window::from_lines(&std::mem::take(&mut open)));

@@ -12,6 +12,8 @@
 //! - *worse, alone*: where no request went to the baseline (the last stage), the candidate is
 //!   compared with the rate that stable had, or the tolerance if that is more.
 
+use serde::{Deserialize, Serialize};
+
 use super::windows::{Counts, Window};
 use crate::config::Judge as Settings;
 
@@ -30,6 +32,7 @@ pub const TOLERABLE: [(f64, f64); 3] = [(0.02, 0.8), (0.25, 0.1), (0.5, 0.1)];
 /// Evidence for the candidate does not pile up beyond the square of what is needed, so that
 /// news is not drowned by a long good past. Less evidence is always on the safe side.
 const CEILING: f64 = 2.0;
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Metric {
     pub name: String,
     /// `None` for errors, a bound in seconds for latency.
@@ -45,14 +48,14 @@ pub struct Metric {
     spread: Spread,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tally {
     pub requests: u64,
     bad: u64,
 }
 
 /// Pearson's statistic of bad events between baseline instances, pooled over windows.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 struct Spread {
     chi_squared: f64,
     freedom: f64,

@@ -8,10 +8,13 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use super::engine::{Action, Plan, State};
-use super::judge::Judgement;
+use super::judge::{Judge, Judgement};
 use super::windows::WindowLine;
 use crate::config::Judge as JudgeSettings;
 use crate::platform::InstanceCounts;
+
+/// Entries besides windows that a journal keeps when it is made shorter.
+const KEPT: usize = 200;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -34,6 +37,11 @@ pub enum Entry {
     },
     Window(WindowLine),
     Judged(Judgement),
+    /// The judge after all windows so far, instead of those: a journal that has grown long.
+    Snapshot {
+        judge: Box<Judge>,
+        windows: u64,
+    },
     Resumed {
         token: u64,
     },
@@ -182,6 +190,42 @@ impl Journal {
             .await
             .with_context(|| format!("writing the journal {}", self.place))?;
         self.lines.extend(lines);
+        Ok(())
+    }
+
+    /// Makes a long journal shorter: the judge itself takes the place of the windows that it was
+    /// told, so that whoever resumes judges the same.
+    pub async fn compact(&mut self, judge: &Judge, windows: u64) -> Result<()> {
+        let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.is_full()) else {
+            return Ok(());
+        };
+        let mut rest: Vec<Line> = self.lines[1..]
+            .iter()
+            .filter(|line| !matches!(line.entry, Entry::Window(_) | Entry::Snapshot { .. }))
+            .cloned()
+            .collect();
+        rest.drain(..rest.len().saturating_sub(KEPT));
+        let mut lines = vec![self.lines[0].clone()];
+        lines.append(&mut rest);
+        lines.push(Line {
+            seq: 0,
+            at: jiff::Timestamp::now(),
+            entry: Entry::Snapshot {
+                judge: Box::new(judge.clone()),
+                windows,
+            },
+        });
+        let mut text = String::new();
+        for (seq, line) in (1..).zip(&mut lines) {
+            line.seq = seq;
+            text.push_str(&serde_json::to_string(line).context("describing a journal entry")?);
+            text.push('\n');
+        }
+        keeper
+            .replace(&text)
+            .await
+            .with_context(|| format!("writing the journal {}", self.place))?;
+        self.lines = lines;
         Ok(())
     }
 

@@ -25,6 +25,7 @@ const SHARE_MIN: u64 = 200;
 /// Requests of an arm from which a window can show an outage.
 const OUTAGE_MIN: u64 = 10;
 
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judge {
     settings: Settings,
     metrics: Vec<Metric>,
@@ -35,7 +36,7 @@ pub struct Judge {
     share: Share,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Share {
     weight: Option<u8>,
     baseline: u64,
@@ -317,6 +318,21 @@ mod tests {
             .zip(windows)
             .map(|(i, (b, c))| judge.window(&window(i, *b, *c)).verdict)
             .collect()
+    }
+
+    /// A journal that has grown long keeps the judge itself instead of what it was told.
+    #[test]
+    fn a_judge_that_was_written_down_judges_the_same() {
+        let mut judge = Judge::new(&settings(), Some(&[0.1]));
+        judge.stage(10);
+        for number in 1..30 {
+            judge.window(&window(number, (900, number % 2), (100, 0)));
+            let text = serde_json::to_string(&judge).unwrap();
+            let mut again: Judge = serde_json::from_str(&text).unwrap();
+            assert_eq!(again, judge);
+            let next = window(number + 1, (900, 3), (100, 1));
+            assert_eq!(again.window(&next), judge.clone().window(&next));
+        }
     }
 
     #[test]

@@ -59,6 +59,7 @@ fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<StagedWindow>
     let mut lines: Vec<WindowLine> = Vec::new();
     let mut started: Option<Started> = None;
     let mut begun: Option<u8> = None;
+    let mut snapshot: Option<Judge> = None;
     let mut stages: BTreeMap<u64, u8> = BTreeMap::new();
     for (number, text) in (1..).zip(text.split_inclusive('\n')) {
         if text.trim().is_empty() {
@@ -85,6 +86,14 @@ fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<StagedWindow>
                         .map(|stage| stage.weight);
                 }
             }
+            // The judge itself stands for all windows before it.
+            Some("snapshot") => {
+                let line: Line = serde_json::from_value(value).with_context(context)?;
+                if let Entry::Snapshot { judge, .. } = line.entry {
+                    snapshot = Some(*judge);
+                    lines.clear();
+                }
+            }
             Some(event) if event != "window" => {}
             _ => {
                 let line: WindowLine = serde_json::from_value(value).with_context(context)?;
@@ -102,12 +111,13 @@ fn read_windows(text: &str, settings: &Path) -> Result<(Judge, Vec<StagedWindow>
         .map(Window::from_lines)
         .map(|window| (stages.get(&window.number).copied(), window))
         .collect();
-    let judge = match started {
-        Some(started) => Judge::new(
+    let judge = match (snapshot, started) {
+        (Some(snapshot), _) => snapshot,
+        (None, Some(started)) => Judge::new(
             &started.judge,
             Some(started.bounds.as_deref().unwrap_or(&[])),
         ),
-        None => Judge::new(&Pipeline::load(settings)?.judge, None),
+        (None, None) => Judge::new(&Pipeline::load(settings)?.judge, None),
     };
     Ok((judge, windows))
 }

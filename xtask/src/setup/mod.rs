@@ -17,6 +17,7 @@ use crate::ci::facts::{ADVISORIES, HISTORY, RUST, TODAY, XTASK};
 use crate::ci::step::Step;
 use crate::ci::{selection, steps};
 use crate::cli::SetupArgs;
+use crate::cluster;
 use crate::files;
 use crate::output::{Exit, Finished, Output};
 use system::{COMPILER, GIT, Package};
@@ -24,6 +25,9 @@ use tools::Tools;
 
 /// The name under which a step asks for a container engine and the servers' images.
 pub const CONTAINERS: &str = "containers";
+
+/// The name under which a step asks for a Kubernetes cluster.
+pub const CLUSTER: &str = "cluster";
 
 /// Something that steps need, and whether it is there.
 #[derive(Debug, Serialize)]
@@ -105,6 +109,7 @@ pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
                 engine::ensure(output)?;
                 images::ensure(&tools, output)?;
             }
+            CLUSTER => cluster::install(output)?,
             ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => {
                 tools.install(tool, output)?;
@@ -248,6 +253,12 @@ fn requirements(steps: &[&Step], tools: &Tools) -> Result<Vec<Requirement>> {
                     });
                 }
             }
+            CLUSTER => requirements.push(Requirement {
+                name: "Kubernetes".to_owned(),
+                needed: cluster::missing().unwrap_or_else(|| "a cluster to start".to_owned()),
+                found: cluster::version(),
+                mend: "cargo xtask setup".to_owned(),
+            }),
             ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => requirements.push(Requirement {
                 name: tool.to_owned(),

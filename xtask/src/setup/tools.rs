@@ -11,6 +11,7 @@ use xshell::{Shell, cmd};
 
 use super::system::{self, PIP};
 use crate::cargo;
+use crate::cluster;
 use crate::config::unknown;
 use crate::files;
 use crate::output::Output;
@@ -99,6 +100,9 @@ impl Tools {
     pub fn version(&self, name: &str) -> Result<Option<String>> {
         if name == super::CONTAINERS {
             return Ok(super::images::noted());
+        }
+        if name == super::CLUSTER {
+            return Ok(cluster::version());
         }
         let pin = self.pin(name)?;
         if self.home(name, pin).join(Self::inside(name)).is_file() {

@@ -325,13 +325,18 @@ pub struct Load {
 impl Load {
     /// Two reads for each write, 300 requests a second.
     pub fn start(address: String) -> Self {
+        Self::with(address, reqwest::Client::new())
+    }
+
+    /// The same with a client of the caller's.
+    pub fn with(address: String, client: reqwest::Client) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build();
-            runtime.unwrap().block_on(send(address, stopped))
+            runtime.unwrap().block_on(send(address, client, stopped))
         });
         Self { stop, thread }
     }
@@ -343,8 +348,11 @@ impl Load {
     }
 }
 
-async fn send(address: String, stop: Arc<AtomicBool>) -> BTreeMap<String, u64> {
-    let client = reqwest::Client::new();
+async fn send(
+    address: String,
+    client: reqwest::Client,
+    stop: Arc<AtomicBool>,
+) -> BTreeMap<String, u64> {
     let began = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_micros(3333));
     let mut requests = tokio::task::JoinSet::new();

@@ -38,7 +38,6 @@ pub struct Kind {
 #[derive(Debug)]
 pub struct Refusal {
     pub code: u16,
-    reason: String,
     message: String,
 }
 
@@ -244,12 +243,7 @@ impl Api {
         let wait = header
             .and_then(|value| value.to_str().ok()?.parse().ok())
             .or_else(|| status["details"]["retryAfterSeconds"].as_u64());
-        let reason = status["reason"].as_str().unwrap_or_default().to_owned();
-        let refusal = Refusal {
-            code,
-            reason,
-            message,
-        };
+        let refusal = Refusal { code, message };
         Err(Failure::Refused { refusal, wait })
     }
 

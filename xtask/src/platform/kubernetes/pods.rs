@@ -114,9 +114,9 @@ fn pod_broken(pod: &Value) -> Option<String> {
     containers(pod).find_map(|container| {
         let waiting = &container["state"]["waiting"];
         let reason = waiting["reason"].as_str()?;
-        // The first crash may be one of what it depends on.
+        // The first crash may be one of what it depends on; this is the second at least.
         let crashes = container["restartCount"].as_u64().unwrap_or(0);
-        if !HOPELESS.contains(&reason) || (reason == "CrashLoopBackOff" && crashes < 2) {
+        if !HOPELESS.contains(&reason) || (reason == "CrashLoopBackOff" && crashes < 1) {
             return None;
         }
         let message = waiting["message"].as_str().unwrap_or_default();
@@ -178,9 +178,9 @@ mod tests {
         let why = |pod: &Value| broken(&Value::Null, &[pod], false).map(|(why, _)| why);
         assert_eq!(why(&waiting("ContainerCreating", 0)), None);
         assert_eq!(why(&waiting("ErrImagePull", 0)), None);
-        assert_eq!(why(&waiting("CrashLoopBackOff", 1)), None);
+        assert_eq!(why(&waiting("CrashLoopBackOff", 0)), None);
         assert!(
-            why(&waiting("CrashLoopBackOff", 2))
+            why(&waiting("CrashLoopBackOff", 1))
                 .unwrap()
                 .contains("pod p: CrashLoopBackOff")
         );

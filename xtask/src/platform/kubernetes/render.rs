@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xshell::{Shell, cmd};
 
-use super::api::{self, Kind};
+use super::api;
 use crate::cluster::Cluster;
 use crate::config::Kubernetes as Settings;
 use crate::files;
@@ -122,7 +122,15 @@ impl Bundle {
                 settings.name
             );
         }
+        // Of the front's own it needs neither the address nor the way in from outside.
+        let mut ports = self.front["spec"]["ports"].clone();
+        for port in ports.as_array_mut().into_iter().flatten() {
+            if let Some(port) = port.as_object_mut() {
+                port.remove("nodePort");
+            }
+        }
         self.service = self.front.clone();
+        self.service["spec"] = json!({ "ports": ports, "selector": selector });
         self.service["spec"]["selector"][RELEASE] = json!(short);
         let spec = &mut self.deployment["spec"];
         spec["selector"]["matchLabels"][RELEASE] = json!(short);
@@ -162,7 +170,7 @@ impl Bundle {
         name_of(settings, &self.id)
     }
 
-    /// The pods that the manifests ask for in every case: the autoscaler's least, where it has one.
+    /// All of it, in the order in which it is needed.
     pub fn all(&self) -> impl Iterator<Item = &Value> {
         let one = [&self.deployment, &self.service, &self.front];
         self.others
@@ -172,10 +180,6 @@ impl Bundle {
             .chain(one)
             .chain(&self.autoscaler)
             .chain(&self.route)
-    }
-
-    pub fn route_kind(&self) -> Option<Kind> {
-        self.route.as_ref().and_then(|route| Kind::of(route).ok())
     }
 }
 

@@ -1,0 +1,84 @@
+//! The API server fails in every way, at every call: a rollout ends as the undisturbed one does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::fixture::Load;
+use crate::namespace::{Namespace, short};
+use crate::proxy::{Fault, Proxy};
+
+const FAULTS: [Fault; 5] = [
+    Fault::AnswerLost,
+    Fault::CallLost,
+    Fault::TooMany,
+    Fault::Broken,
+    Fault::Conflict,
+];
+
+/// Every third call fails, each time in another way. In five rollouts with the ways shifted, every
+/// call of a rollout meets every fault that fits it: a conflict is one of writes only.
+#[test]
+fn every_fault_at_every_call() {
+    let namespace = Namespace::new("faults");
+    let proxy = Proxy::start(None);
+    namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    for shift in 0..FAULTS.len() as u64 {
+        let release = namespace.release(&format!("1.{}.0", shift + 1));
+        proxy.fail(move |number, writes| {
+            if (number + shift) % 3 != 0 {
+                return Fault::None;
+            }
+            let fault = FAULTS[((number / 3 + shift) % FAULTS.len() as u64) as usize];
+            match fault {
+                Fault::Conflict if !writes => Fault::Broken,
+                fault => fault,
+            }
+        });
+        let ended = namespace.run_by(
+            &proxy.kubeconfig(),
+            &["canary", "start", "--release", &release],
+        );
+        let ended = ended.expect(0, "healthy");
+        let calls = proxy.log().len();
+        assert!(calls > 100, "a rollout of {calls} calls\n{}", ended.said);
+        assert_eq!(
+            namespace.running(),
+            [(short(&release), 2, 2)],
+            "{}",
+            ended.said
+        );
+    }
+    let failed = load.stop();
+    assert!(failed.is_empty(), "failed by release: {failed:?}");
+}
+
+/// Nothing answers for longer than a call is repeated: the rollout waits, and goes on.
+#[test]
+fn a_partition_is_waited_for() {
+    let namespace = Namespace::new("partition");
+    let proxy = Proxy::start(None);
+    namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let release = namespace.release("1.1.0");
+    let began = Instant::now();
+    let was_cut = Arc::new(AtomicBool::new(false));
+    let cut = Arc::clone(&was_cut);
+    proxy.fail(move |_, _| {
+        let partition = Duration::from_secs(6)..Duration::from_secs(30);
+        if !partition.contains(&began.elapsed()) {
+            return Fault::None;
+        }
+        cut.store(true, Ordering::SeqCst);
+        Fault::CallLost
+    });
+    let ended = namespace.run_by(
+        &proxy.kubeconfig(),
+        &["canary", "start", "--release", &release],
+    );
+    let ended = ended.expect(0, "healthy");
+    assert!(was_cut.load(Ordering::SeqCst), "{}", ended.said);
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    assert!(load.stop().is_empty());
+}

@@ -1,0 +1,331 @@
+//! An environment in a namespace of its own, behind a listener of the gateway that no other test has.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Ended, Fixture, ended, root};
+
+/// The gateway's listeners for tests; Envoy's ports are 8000 above theirs.
+const LISTENERS: [u16; 4] = [1, 2, 3, 4];
+static FREE: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+static TAKEN: Mutex<u16> = Mutex::new(0);
+static RETURNED: Condvar = Condvar::new();
+
+/// A number that no other running test has.
+struct Slot(u16);
+
+impl Slot {
+    fn take() -> Self {
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(slot) = free.pop() {
+                return Self(slot);
+            }
+            let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+            if usize::from(*taken) < LISTENERS.len() {
+                *taken += 1;
+                return Self(*taken);
+            }
+            drop(taken);
+            free = RETURNED.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        FREE.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(self.0);
+        RETURNED.notify_one();
+    }
+}
+
+pub struct Namespace {
+    pub fixture: Fixture,
+    pub name: String,
+    pub address: String,
+    pub manifests: PathBuf,
+    _slot: Slot,
+}
+
+impl Namespace {
+    /// An environment whose traffic a gateway splits.
+    pub fn new(test: &str) -> Self {
+        Self::with(test, "gateway", &[])
+    }
+
+    /// `traffic` as in the settings; `changes` on top of them.
+    pub fn with(test: &str, traffic: &str, changes: &[(&str, toml::Value)]) -> Self {
+        let slot = Slot::take();
+        let name = format!("{test}-{}", std::process::id());
+        let address = match traffic {
+            // Contour's own routes are told apart by host and share one port.
+            "httpproxy" => "http://172.31.77.2:8080".to_owned(),
+            "replicas" => format!("http://{}", cluster_ip(slot.0)),
+            _ => format!("http://172.31.77.2:{}", 18090 + slot.0),
+        };
+        let mut settings: Vec<(&str, toml::Value)> = vec![
+            ("kubernetes.namespace", name.clone().into()),
+            ("kubernetes.overlay", "overlays/test".into()),
+            ("kubernetes.traffic", traffic.into()),
+            ("environments.production.platform", "kubernetes".into()),
+            ("environments.production.metrics", "scrape".into()),
+            (
+                "environments.production.kubernetes.address",
+                address.clone().into(),
+            ),
+            ("rollout.ready_within", "40s".into()),
+            ("rollout.window", "500ms".into()),
+        ];
+        settings.extend(changes.iter().cloned());
+        let fixture = Fixture::with(&settings);
+        let manifests = fixture.settings().with_file_name("k8s");
+        copy(&root().join("k8s"), &manifests);
+        let text = std::fs::read_to_string(fixture.settings()).unwrap();
+        let own = format!("manifests = {:?}", manifests.display().to_string());
+        std::fs::write(
+            fixture.settings(),
+            text.replacen("manifests = \"k8s\"", &own, 1),
+        )
+        .unwrap();
+        let namespace = Self {
+            fixture,
+            name,
+            address,
+            manifests,
+            _slot: slot,
+        };
+        namespace.write_overlay(traffic, namespace._slot.0);
+        namespace.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {
+                "name": namespace.name,
+                "labels": { "pod-security.kubernetes.io/enforce": "restricted" },
+            },
+        }));
+        namespace
+    }
+
+    /// The service on PostgreSQL, as on the cluster of `cargo xtask cluster`.
+    fn write_overlay(&self, traffic: &str, slot: u16) {
+        let component = match traffic {
+            "httpproxy" => json!(["../../components/httpproxy", "../../components/postgres"]),
+            "gateway" => json!(["../../components/gateway", "../../components/postgres"]),
+            _ => json!(["../../components/postgres"]),
+        };
+        let deployment = json!([
+            { "op": "add", "path": "/spec/template/spec/containers/0/env/-",
+              "value": { "name": "SERVICE_ENVIRONMENT", "value": "production" } },
+            { "op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu",
+              "value": "10m" },
+            { "op": "replace", "path": "/spec/template/spec/containers/0/lifecycle/preStop/sleep/seconds",
+              "value": 2 },
+        ]);
+        let mut patches = vec![json!({
+            "target": { "kind": "Deployment", "name": "service" },
+            "patch": deployment.to_string(),
+        })];
+        if traffic == "gateway" {
+            let parent = json!([{ "op": "replace", "path": "/spec/parentRefs/0", "value": {
+                "name": "gateway", "namespace": "xtask-gateway", "sectionName": format!("test-{slot}"),
+            } }]);
+            patches.push(json!({
+                "target": { "kind": "HTTPRoute", "name": "service" },
+                "patch": parent.to_string(),
+            }));
+        }
+        if traffic == "httpproxy" {
+            let host = json!([{ "op": "replace", "path": "/spec/virtualhost/fqdn", "value": "172.31.77.2" }]);
+            patches.push(json!({
+                "target": { "kind": "HTTPProxy", "name": "service" },
+                "patch": host.to_string(),
+            }));
+        }
+        if traffic == "replicas" {
+            let address =
+                json!([{ "op": "add", "path": "/spec/clusterIP", "value": cluster_ip(slot) }]);
+            patches.push(json!({
+                "target": { "kind": "Service", "name": "service" },
+                "patch": address.to_string(),
+            }));
+        }
+        let kustomization = json!({
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": ["../../base"],
+            "components": component,
+            "patches": patches,
+        });
+        let dir = self.manifests.join("overlays/test");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("kustomization.yaml"), kustomization.to_string()).unwrap();
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Ended {
+        self.fixture.run(arguments)
+    }
+
+    /// A release that the cluster has the image of.
+    pub fn release(&self, version: &str) -> String {
+        self.release_with(version, &[])
+    }
+
+    /// A release whose `production.toml` has these lines too.
+    pub fn release_with(&self, version: &str, lines: &[&str]) -> String {
+        let release = self.fixture.release_with(version, lines);
+        let config = self
+            .fixture
+            .settings()
+            .with_file_name(format!("config-{version}"));
+        let config = config.display().to_string();
+        // The same release once more, this time for the node.
+        let loaded = self.run(&[
+            "image",
+            "--version",
+            version,
+            "--config",
+            &config,
+            "--load",
+            "production",
+        ]);
+        let loaded = loaded.expect(0, "passed");
+        assert_eq!(loaded.finished()["release"], release.as_str());
+        release
+    }
+
+    /// Runs a command with another way to the cluster.
+    pub fn run_by(&self, kubeconfig: &std::path::Path, arguments: &[&str]) -> Ended {
+        let mut command = self.fixture.command(arguments);
+        ended(
+            command
+                .env("XTASK_KUBECONFIG", kubeconfig)
+                .output()
+                .unwrap(),
+        )
+    }
+
+    pub fn deploy(&self, release: &str) -> Ended {
+        self.run(&[
+            "deploy-staging",
+            "--environment",
+            "production",
+            "--release",
+            release,
+        ])
+    }
+
+    /// A first release in service.
+    pub fn in_service(&self, version: &str) -> String {
+        let release = self.release(version);
+        self.deploy(&release).expect(0, "healthy");
+        release
+    }
+
+    pub fn kubectl(&self, words: &[&str]) -> Output {
+        Command::new(kubectl())
+            .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])
+            .args(words)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// What kubectl prints; it must succeed.
+    #[track_caller]
+    pub fn ask(&self, words: &[&str]) -> String {
+        let output = self.kubectl(words);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "kubectl {words:?}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub fn json(&self, words: &[&str]) -> Value {
+        let words = [words, &["--output", "json"]].concat();
+        serde_json::from_str(&self.ask(&words)).unwrap()
+    }
+
+    pub fn apply(&self, object: &Value) {
+        let mut child = Command::new(kubectl())
+            .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])
+            .args(["apply", "--server-side", "--filename", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(object.to_string().as_bytes()).unwrap();
+        drop(stdin);
+        assert!(child.wait().unwrap().success(), "{object}");
+    }
+
+    /// Deployments that run pods: their release's short id, pods wanted and ready.
+    pub fn running(&self) -> Vec<(String, u64, u64)> {
+        let list = self.json(&["get", "deployments"]);
+        let mut running: Vec<(String, u64, u64)> = list["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|deployment| deployment["spec"]["replicas"] != 0)
+            .map(|deployment| {
+                let release = &deployment["metadata"]["labels"]["xtask.dev/release"];
+                (
+                    release.as_str().unwrap_or("none").to_owned(),
+                    deployment["spec"]["replicas"].as_u64().unwrap(),
+                    deployment["status"]["readyReplicas"].as_u64().unwrap_or(0),
+                )
+            })
+            .collect();
+        running.sort();
+        running
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // The cluster finishes it by itself.
+        let _ = self.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
+    }
+}
+
+/// An address among the cluster's Services, known before there is one.
+fn cluster_ip(slot: u16) -> String {
+    format!("10.96.77.{}", 200 + slot)
+}
+
+/// The first digits of a release's id, as they are in names.
+pub fn short(release: &str) -> String {
+    release[..12].to_owned()
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: these tests are run by `cargo xtask ci --only kubernetes`")
+    })
+}
+
+pub fn kubeconfig() -> String {
+    variable("XTASK_KUBECONFIG")
+}
+
+pub fn kubectl() -> String {
+    variable("XTASK_KUBECTL")
+}
+
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy(&path, &to);
+        } else {
+            std::fs::copy(&path, &to).unwrap();
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What ships in `k8s/deployer` is all that is needed, and no more.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::fixture::Load;
+use crate::namespace::{Namespace, short};
+use crate::proxy::Proxy;
+
+type Right = (String, String, String);
+
+/// Every verb on every resource that the role allows.
+fn granted(role: &Value) -> BTreeSet<Right> {
+    let list = |value: &Value| -> Vec<String> {
+        let items = value.as_array().into_iter().flatten();
+        items
+            .filter_map(|item| item.as_str().map(str::to_owned))
+            .collect()
+    };
+    let mut rights = BTreeSet::new();
+    for rule in role["rules"].as_array().unwrap() {
+        for group in list(&rule["apiGroups"]) {
+            for resource in list(&rule["resources"]) {
+                for verb in list(&rule["verbs"]) {
+                    rights.insert((verb, group.clone(), resource.clone()));
+                }
+            }
+        }
+    }
+    rights
+}
+
+/// Releases come and go, one crashes, and old ones are removed, all by a user with these rights.
+#[test]
+fn the_deployer_has_exactly_the_rights_it_needs() {
+    let namespace = Namespace::with("rights", "gateway", &[]);
+    // The database of the tests is not in what ships for teams.
+    let overlay = namespace.manifests.join("overlays/test/kustomization.yaml");
+    let text = std::fs::read_to_string(&overlay).unwrap();
+    let with = r#"["../../components/gateway","../../components/postgres"]"#;
+    assert!(text.contains(with), "{text}");
+    namespace.in_service("1.0.0");
+    let autoscaled = r#"["../../components/gateway","../../components/postgres","../../components/autoscaling"]"#;
+    std::fs::write(&overlay, text.replace(with, autoscaled)).unwrap();
+    let role = concat!(env!("CARGO_MANIFEST_DIR"), "/../k8s/deployer");
+    namespace.ask(&["apply", "-k", role]);
+    let database = [
+        "create",
+        "role",
+        "database",
+        "--verb=get,create,patch",
+        "--resource=statefulsets.apps",
+    ];
+    namespace.ask(&database);
+    let account = format!("--serviceaccount={}:deployer", namespace.name);
+    namespace.ask(&[
+        "create",
+        "rolebinding",
+        "database",
+        "--role=database",
+        &account,
+    ]);
+
+    let user = format!("system:serviceaccount:{}:deployer", namespace.name);
+    let proxy = Proxy::start(Some(&user));
+    let by = proxy.kubeconfig();
+    let load = Load::start(namespace.address.clone());
+    let mut last = String::new();
+    for minor in 1..=7 {
+        last = namespace.release(&format!("1.{minor}.0"));
+        namespace
+            .run_by(&by, &["canary", "start", "--release", &last])
+            .expect(0, "healthy");
+    }
+    let broken = namespace.release_with("1.8.0", &["acquire_timeout = \"soon\""]);
+    namespace
+        .run_by(&by, &["canary", "start", "--release", &broken])
+        .expect(2, "failed");
+    namespace.run_by(&by, &["rollback"]).expect(0, "healthy");
+    assert!(load.stop().is_empty());
+    assert_ne!(namespace.running(), [(short(&last), 2, 2)]);
+
+    let granted = granted(&namespace.json(&["get", "role", "deployer"]));
+    let mut used = proxy.rights();
+    used.retain(|(_, _, resource)| resource != "statefulsets");
+    let unused: Vec<&Right> = granted.difference(&used).collect();
+    let lacking: Vec<&Right> = used.difference(&granted).collect();
+    assert!(
+        unused.is_empty() && lacking.is_empty(),
+        "granted in vain: {unused:?}; lacking: {lacking:?}"
+    );
+
+    // One verb short, it says which one.
+    let without = r#"[{"op":"remove","path":"/rules/1"}]"#;
+    namespace.ask(&[
+        "patch",
+        "role",
+        "deployer",
+        "--type=json",
+        "--patch",
+        without,
+    ]);
+    let refused = namespace.run_by(&by, &["rollback"]).expect(2, "failed");
+    for part in ["cannot", "leases", "k8s/deployer/ has the rights"] {
+        assert!(
+            refused.said.contains(part),
+            "no {part:?} in {}",
+            refused.said
+        );
+    }
+}

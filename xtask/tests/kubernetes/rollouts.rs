@@ -1,0 +1,148 @@
+//! The same outcomes as in the sandbox, behind each kind of router, under load.
+
+use serde_json::Value;
+
+use crate::fixture::{Ended, Load};
+use crate::namespace::{Namespace, short};
+
+fn start<'a>(release: &'a str) -> [&'a str; 4] {
+    ["canary", "start", "--release", release]
+}
+
+#[track_caller]
+fn nothing_failed(load: Load) {
+    let failed = load.stop();
+    assert!(failed.is_empty(), "failed by release: {failed:?}");
+}
+
+/// How often each weight was routed.
+fn weights(ended: &Ended) -> Vec<u64> {
+    let states = ended
+        .events
+        .iter()
+        .filter(|event| event["event"] == "action");
+    states
+        .filter_map(|event| event["weights"].as_array()?.last()?[1].as_u64())
+        .collect()
+}
+
+fn good_bad_and_back(namespace: &Namespace) {
+    let first = namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+
+    let second = namespace.release("1.1.0");
+    let good = namespace.run(&start(&second)).expect(0, "healthy");
+    assert_eq!(good.finished()["failed"]["candidate"], 0, "{}", good.said);
+    assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+
+    // Only its configuration differs, and it is caught and goes back as a whole.
+    let bad = namespace.release_with("1.2.0", &["read_only = true"]);
+    let caught = namespace.run(&start(&bad)).expect(1, "rolled-back");
+    assert_eq!(
+        namespace.running(),
+        [(short(&second), 2, 2)],
+        "{}",
+        caught.said
+    );
+
+    let back = namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(
+        namespace.running(),
+        [(short(&first), 2, 2)],
+        "{}",
+        back.said
+    );
+    let failed = load.stop();
+    let others: Vec<&String> = failed
+        .keys()
+        .filter(|release| **release != short(&bad))
+        .collect();
+    assert!(
+        others.is_empty(),
+        "failed besides the bad release: {failed:?}"
+    );
+}
+
+#[test]
+fn behind_a_gateway() {
+    let namespace = Namespace::new("gateway");
+    good_bad_and_back(&namespace);
+
+    // Whoever looks with kubectl sees it too.
+    let events = namespace.ask(&["get", "events"]);
+    assert!(
+        events.contains("Routed") && events.contains("Recorded"),
+        "{events}"
+    );
+    let deployments = namespace.json(&["get", "deployments"]);
+    let conditions = deployments.to_string();
+    assert!(conditions.contains("xtask.dev/Rollout"), "{conditions}");
+}
+
+#[test]
+fn behind_contours_own_route() {
+    good_bad_and_back(&Namespace::with("httpproxy", "httpproxy", &[]));
+}
+
+#[test]
+fn behind_a_plain_service() {
+    let namespace = Namespace::with("replicas", "replicas", &[]);
+    let first = namespace.in_service("1.0.0");
+    // A plain Service splits connections, so each request has one of its own.
+    let client = reqwest::Client::builder().pool_max_idle_per_host(0);
+    let load = Load::with(namespace.address.clone(), client.build().unwrap());
+    let second = namespace.release("1.1.0");
+    let good = namespace.run(&start(&second)).expect(0, "healthy");
+    // 25 % are wanted, a third is what two pods and one more make.
+    assert!(
+        good.said
+            .contains("the weights that 2 pods can make: 33 %, 100 %"),
+        "{}",
+        good.said
+    );
+    assert_eq!(weights(&good), [33, 100], "{}", good.said);
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    nothing_failed(load);
+}
+
+/// The command is killed at each of its actions; another machine, which knows of no release and no
+/// rollout, goes on with it.
+#[test]
+fn a_killed_rollout_is_resumed_from_elsewhere() {
+    let namespace = Namespace::new("killed");
+    namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let mut undisturbed = 0;
+    for (minor, point) in (1..).zip([usize::MAX, 1, 2, 3, 4, 5]) {
+        let release = namespace.release(&format!("1.{minor}.0"));
+        let mut actions = 0;
+        let running = namespace
+            .fixture
+            .start_until(&start(&release), |event: &Value| {
+                actions += usize::from(event["event"] == "action");
+                actions == point
+            });
+        if actions < point {
+            running.wait().expect(0, "healthy");
+            undisturbed = actions;
+        } else {
+            running.kill();
+            std::fs::remove_dir_all(namespace.fixture.state()).unwrap();
+            let resumed = namespace.run(&["canary", "resume"]).expect(0, "healthy");
+            assert_eq!(
+                resumed.finished()["failed"]["candidate"],
+                0,
+                "{}",
+                resumed.said
+            );
+        }
+        assert_eq!(
+            namespace.running(),
+            [(short(&release), 2, 2)],
+            "killed at action {point}"
+        );
+    }
+    assert_eq!(undisturbed, 6, "the run to compare with had its actions");
+    nothing_failed(load);
+}

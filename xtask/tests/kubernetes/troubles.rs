@@ -1,0 +1,253 @@
+//! What goes wrong in a cluster: each ends as documented, and says what it is.
+
+use serde_json::json;
+
+use crate::fixture::{Load, eventually};
+use crate::namespace::{Namespace, short};
+
+/// Each of `parts` must have been said.
+#[track_caller]
+fn says(said: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(said.contains(part), "no {part:?} in:\n{said}");
+    }
+}
+
+#[test]
+fn an_image_that_cannot_be_pulled_is_no_long_wait() {
+    let namespace = Namespace::new("no-image");
+    // Made, but never loaded: the node would have to pull it from a registry that does not exist.
+    let release = namespace.fixture.release_with("9.9.1", &["# only here"]);
+    let failed = namespace.deploy(&release).expect(2, "failed");
+    says(
+        &failed.said,
+        &[
+            "ImagePullBackOff",
+            "xtask.local/service@sha256:",
+            "event of service-",
+        ],
+    );
+    assert!(namespace.running().is_empty());
+}
+
+#[test]
+fn a_release_that_crashes_shows_its_last_words() {
+    let namespace = Namespace::new("crashes");
+    let first = namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let broken = namespace.release_with("1.1.0", &["acquire_timeout = \"soon\""]);
+    let failed = namespace
+        .run(&["canary", "start", "--release", &broken])
+        .expect(2, "failed");
+    says(
+        &failed.said,
+        &[
+            "CrashLoopBackOff",
+            "database.acquire_timeout",
+            "such as \"5s\"",
+        ],
+    );
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
+#[test]
+fn a_quota_is_named() {
+    let namespace = Namespace::new("quota");
+    namespace.in_service("1.0.0");
+    namespace.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": { "name": "few-pods" },
+        "spec": { "hard": { "pods": "3" } },
+    }));
+    let load = Load::start(namespace.address.clone());
+    let next = namespace.release("1.1.0");
+    let failed = namespace
+        .run(&["canary", "start", "--release", &next])
+        .expect(2, "failed");
+    says(&failed.said, &["exceeded quota: few-pods"]);
+    assert!(load.stop().is_empty());
+}
+
+#[test]
+fn what_admission_refuses_is_refused_before_anything_is_changed() {
+    let namespace = Namespace::new("admission");
+    let policy = format!("no-{}", namespace.name);
+    namespace.apply(&json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": { "name": policy },
+        "spec": {
+            "matchConstraints": { "resourceRules": [{
+                "apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"],
+                "resources": ["deployments"],
+            }] },
+            "validations": [{ "expression": "false", "message": "Deployments need a cost centre" }],
+        },
+    }));
+    namespace.apply(&json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": { "name": policy },
+        "spec": {
+            "policyName": policy, "validationActions": ["Deny"],
+            "matchResources": { "namespaceSelector": { "matchLabels": {
+                "kubernetes.io/metadata.name": namespace.name,
+            } } },
+        },
+    }));
+    let release = namespace.release("1.0.0");
+    // The API server takes a moment to learn of a policy.
+    let mut refused = None;
+    eventually("the policy", || {
+        let ended = namespace.deploy(&release);
+        let is_refused = ended.said.contains("cost centre");
+        refused = Some(ended);
+        is_refused
+    });
+    namespace.ask(&["delete", "validatingadmissionpolicybinding", &policy]);
+    namespace.ask(&["delete", "validatingadmissionpolicy", &policy]);
+    says(
+        &refused.unwrap().expect(2, "failed").said,
+        &["the API server would refuse", "cost centre"],
+    );
+    assert!(namespace.running().is_empty());
+}
+
+/// Somebody edits the candidate: then it is not the release any more, and is not promoted.
+#[test]
+fn an_edited_candidate_is_not_the_release() {
+    let namespace = Namespace::with("edited", "gateway", &[("rollout.min_stage", "20s".into())]);
+    let first = namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let next = namespace.release("1.1.0");
+    let running = namespace
+        .fixture
+        .start_until(&["canary", "start", "--release", &next], |event| {
+            event["event"] == "judgement"
+        });
+    let name = format!("service-{}", short(&next));
+    namespace.ask(&[
+        "set",
+        "env",
+        &format!("deployment/{name}"),
+        "RUST_LOG=debug",
+    ]);
+    let ended = running.wait().expect(1, "rolled-back");
+    says(
+        &ended.said,
+        &["kubectl-set has changed the pod template", &name],
+    );
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
+/// Somebody has scaled stable by hand: a rollback takes the number over and says so.
+#[test]
+fn a_number_of_pods_set_by_hand_does_not_stop_a_rollback() {
+    let namespace = Namespace::new("scaled");
+    let first = namespace.in_service("1.0.0");
+    let second = namespace.release("1.1.0");
+    namespace.deploy(&second).expect(2, "failed");
+    let load = Load::start(namespace.address.clone());
+    namespace
+        .run(&["canary", "start", "--release", &second])
+        .expect(0, "healthy");
+    let old = format!("deployment/service-{}", short(&first));
+    namespace.ask(&["scale", &old, "--replicas", "1"]);
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    says(&namespace.ask(&["get", "events"]), &["ScaledByOthers"]);
+    assert!(load.stop().is_empty());
+}
+
+/// A second operator is told who is at work, and can end it.
+#[test]
+fn two_operators_do_not_fight() {
+    let namespace = Namespace::with(
+        "operators",
+        "gateway",
+        &[("rollout.min_stage", "60s".into())],
+    );
+    let first = namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let next = namespace.release("1.1.0");
+    let running = namespace
+        .fixture
+        .start_until(&["canary", "start", "--release", &next], |event| {
+            event["event"] == "judgement"
+        });
+    let refused = namespace.run(&["rollback"]).expect(2, "failed");
+    says(&refused.said, &["has not ended"]);
+    let seen = namespace.run(&["canary", "status"]).expect(0, "running");
+    says(&seen.said, &["watching 25 %"]);
+    namespace.run(&["canary", "abort"]).expect(0, "aborted");
+    running.wait().expect(1, "aborted");
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
+/// An autoscaler makes more of stable during the ramp: the candidate follows, and nothing is
+/// undersized when the old release goes.
+#[test]
+fn the_candidate_follows_an_autoscaler() {
+    let namespace = Namespace::with(
+        "autoscaler",
+        "gateway",
+        &[("rollout.min_stage", "5s".into())],
+    );
+    let overlay = namespace.manifests.join("overlays/test/kustomization.yaml");
+    let text = std::fs::read_to_string(&overlay).unwrap();
+    let both = r#"["../../components/gateway","../../components/autoscaling"]"#;
+    std::fs::write(
+        &overlay,
+        text.replace(r#"["../../components/gateway"]"#, both),
+    )
+    .unwrap();
+    let first = namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let next = namespace.release("1.1.0");
+    let running = namespace
+        .fixture
+        .start_until(&["canary", "start", "--release", &next], |event| {
+            event["event"] == "judgement"
+        });
+    let autoscaler = format!("hpa/service-{}", short(&first));
+    namespace.ask(&[
+        "patch",
+        &autoscaler,
+        "--patch",
+        r#"{"spec":{"minReplicas":4}}"#,
+    ]);
+    running.wait().expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&next), 4, 4)]);
+    let autoscalers = namespace.json(&["get", "hpa"]);
+    let names: Vec<_> = autoscalers["items"].as_array().unwrap().iter().collect();
+    assert_eq!(names.len(), 1, "{autoscalers}");
+    assert_eq!(
+        names[0]["spec"]["scaleTargetRef"]["name"],
+        format!("service-{}", short(&next))
+    );
+    assert!(load.stop().is_empty());
+}
+
+/// The candidate's pods are evicted, as when a node is drained: they come back elsewhere, and the
+/// rollout goes on.
+#[test]
+fn evicted_pods_come_back() {
+    let namespace = Namespace::with("evicted", "gateway", &[("rollout.min_stage", "8s".into())]);
+    namespace.in_service("1.0.0");
+    let load = Load::start(namespace.address.clone());
+    let next = namespace.release("1.1.0");
+    let running = namespace
+        .fixture
+        .start_until(&["canary", "start", "--release", &next], |event| {
+            event["event"] == "judgement"
+        });
+    let own = format!("xtask.dev/release={}", short(&next));
+    namespace.ask(&["delete", "pods", "--selector", &own, "--wait=false"]);
+    running.wait().expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&next), 2, 2)]);
+    let _ = load.stop();
+}
