@@ -5,8 +5,10 @@ use std::fs;
 use anyhow::{Context as _, Result};
 use saphyr::{LoadableYamlNode, MarkedYaml};
 use serde::Deserialize;
+use xshell::cmd;
 
 use super::{Context, Report};
+use crate::cargo;
 use crate::findings::{Finding, Level};
 use crate::yaml::{Node, get, items};
 
@@ -74,7 +76,7 @@ pub fn check(context: &Context) -> Result<Report> {
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         // The rules of this workspace hold for what is looked at elsewhere.
-        Err(_) => fs::read_to_string(crate::cargo::root()?.join(POLICY))
+        Err(_) => fs::read_to_string(cargo::root()?.join(POLICY))
             .with_context(|| format!("reading {POLICY}"))?,
     };
     let policy: Policy = toml::from_str(&text).with_context(|| format!("in {POLICY}"))?;
@@ -100,11 +102,60 @@ pub fn check(context: &Context) -> Result<Report> {
             findings.extend(dockerfile(&policy.dockerfile, &path, &text));
         }
     }
+    let (rendered, unavailable) = overlays(context, &policy.manifest, &mut findings)?;
     Ok(Report {
         findings,
-        looked_at: format!("{manifests} manifests, {dockerfiles} Dockerfiles"),
-        unavailable: None,
+        looked_at: format!(
+            "{manifests} manifests, {rendered} overlays rendered, {dockerfiles} Dockerfiles"
+        ),
+        unavailable,
     })
+}
+
+/// What the overlays render must keep the rules too: a patch can take back what its base promises.
+/// Returns how many there were, and why they could not be rendered.
+fn overlays(
+    context: &Context,
+    rules: &[ManifestRule],
+    findings: &mut Vec<Finding>,
+) -> Result<(usize, Option<String>)> {
+    let mut overlays = context.files()?;
+    overlays
+        .retain(|path| path.starts_with("k8s/overlays/") && path.ends_with("/kustomization.yaml"));
+    if overlays.is_empty() {
+        return Ok((0, None));
+    }
+    let kubectl = match context.tools.program("kubectl") {
+        Ok(kubectl) => kubectl,
+        Err(error) => return Ok((0, Some(format!("{error:#}")))),
+    };
+    let shell = cargo::shell()?;
+    shell.change_dir(&context.root);
+    for path in &overlays {
+        let dir = path.trim_end_matches("/kustomization.yaml");
+        let rendered = cmd!(shell, "{kubectl} kustomize {dir}")
+            .quiet()
+            .ignore_status()
+            .output()?;
+        if !rendered.status.success() {
+            let said = String::from_utf8_lossy(&rendered.stderr);
+            findings.push(finding("kustomize", path, 1, 1, said.trim().to_owned()));
+            continue;
+        }
+        let text = String::from_utf8_lossy(&rendered.stdout);
+        findings.extend(
+            manifest(rules, path, &text)
+                .into_iter()
+                .map(|found| Finding {
+                    // Lines of what is rendered are nobody's.
+                    line: 1,
+                    column: 1,
+                    message: format!("as rendered: {}", found.message),
+                    ..found
+                }),
+        );
+    }
+    Ok((overlays.len(), None))
 }
 
 fn manifest(rules: &[ManifestRule], path: &str, text: &str) -> Vec<Finding> {

@@ -33,6 +33,7 @@ const AUDIT: &[&str] = &[
     "zizmor",
     "workflow-parser",
     "node",
+    "kubectl",
 ];
 
 /// In the order in which they start where several can: the quickest to fail first.
@@ -162,7 +163,7 @@ pub fn steps() -> Vec<Step> {
             "kubernetes",
             "rollouts do on a real cluster what they do in the sandbox, whatever goes wrong there",
             "cargo xtask cluster run -- \
-             cargo test --locked --workspace --all-features --test kubernetes",
+             cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 3",
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**", "k8s/**"])

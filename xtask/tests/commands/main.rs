@@ -9,6 +9,7 @@ mod ci;
 mod fixture;
 mod judge;
 mod killed;
+mod push;
 mod reproducible;
 mod rollouts;
 mod servers;

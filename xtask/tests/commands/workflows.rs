@@ -241,5 +241,5 @@ fn the_shared_program_is_a_cargo_command() {
         .env("CARGO_ALIAS_XTASK", "ready-xtask")
         .output();
     let listed = ended(listed.unwrap()).expect(0, "passed");
-    assert_eq!(listed.finished()["steps"], 12);
+    assert_eq!(listed.finished()["steps"], 14);
 }

@@ -1,4 +1,5 @@
 //! Rollouts on a real cluster, which `cargo xtask cluster run` has started.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 #[expect(dead_code, reason = "some of it is for the sandbox only")]
 #[path = "../commands/fixture.rs"]

@@ -167,6 +167,16 @@ impl Namespace {
         std::fs::write(dir.join("kustomization.yaml"), kustomization.to_string()).unwrap();
     }
 
+    /// Releases that are made from now on have this component of `k8s/components` too.
+    pub fn add_component(&self, name: &str) {
+        let overlay = self.manifests.join("overlays/test/kustomization.yaml");
+        let text = std::fs::read_to_string(&overlay).unwrap();
+        let mut kustomization: Value = serde_json::from_str(&text).unwrap();
+        let components = kustomization["components"].as_array_mut().unwrap();
+        components.push(json!(format!("../../components/{name}")));
+        std::fs::write(&overlay, kustomization.to_string()).unwrap();
+    }
+
     pub fn run(&self, arguments: &[&str]) -> Ended {
         self.fixture.run(arguments)
     }

@@ -48,8 +48,11 @@ struct State {
     inner: String,
     client: reqwest::Client,
     plan: Mutex<Plan>,
-    log: Mutex<Vec<(String, String)>>,
+    log: Mutex<Vec<Call>>,
 }
+
+/// Method and path, and whether an object came into being.
+type Call = (String, String, bool);
 
 impl Proxy {
     /// In front of the cluster; `user` is who makes the calls, the administrator unless given.
@@ -110,7 +113,7 @@ impl Proxy {
         self.log().clear();
     }
 
-    pub fn log(&self) -> std::sync::MutexGuard<'_, Vec<(String, String)>> {
+    pub fn log(&self) -> std::sync::MutexGuard<'_, Vec<Call>> {
         self.state
             .log
             .lock()
@@ -120,8 +123,17 @@ impl Proxy {
     /// The rights that the calls so far have needed: verb, group and resource.
     pub fn rights(&self) -> BTreeSet<(String, String, String)> {
         let log = self.log();
+        // Whoever applies an object that is not there needs the right to create it, too.
+        let applied = log
+            .iter()
+            .filter(|(method, _, created)| method == "PATCH" && *created);
+        let created = applied.filter_map(|(_, path, _)| {
+            let (_, group, resource) = right("PATCH", path)?;
+            Some(("create".to_owned(), group, resource))
+        });
         log.iter()
-            .filter_map(|(method, path)| right(method, path))
+            .filter_map(|(method, path, _)| right(method, path))
+            .chain(created)
             .collect()
     }
 }
@@ -208,7 +220,7 @@ async fn serve(
         .to_owned();
     let number = {
         let mut log = state.log.lock().unwrap_or_else(PoisonError::into_inner);
-        log.push((head.method.to_string(), path.clone()));
+        log.push((head.method.to_string(), path.clone(), false));
         log.len() as u64 - 1
     };
     let plan = Arc::clone(&state.plan.lock().unwrap_or_else(PoisonError::into_inner));
@@ -248,6 +260,12 @@ async fn serve(
     let answered = forward.send().await.map_err(|_| Cut)?;
     let (status, headers) = (answered.status(), answered.headers().clone());
     let body = answered.bytes().await.map_err(|_| Cut)?;
+    if status.as_u16() == 201 {
+        let mut log = state.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(call) = log.get_mut(number as usize) {
+            call.2 = true;
+        }
+    }
     if fault == Fault::AnswerLost {
         return Err(Cut);
     }

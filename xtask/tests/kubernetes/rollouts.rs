@@ -114,7 +114,7 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
     namespace.in_service("1.0.0");
     let load = Load::start(namespace.address.clone());
     let mut undisturbed = 0;
-    for (minor, point) in (1..).zip([usize::MAX, 1, 2, 3, 4, 5]) {
+    for (minor, point) in (1..).zip([usize::MAX, 1, 2, 4]) {
         let release = namespace.release(&format!("1.{minor}.0"));
         let mut actions = 0;
         let running = namespace

@@ -197,14 +197,7 @@ fn the_candidate_follows_an_autoscaler() {
         "gateway",
         &[("rollout.min_stage", "5s".into())],
     );
-    let overlay = namespace.manifests.join("overlays/test/kustomization.yaml");
-    let text = std::fs::read_to_string(&overlay).unwrap();
-    let both = r#"["../../components/gateway","../../components/autoscaling"]"#;
-    std::fs::write(
-        &overlay,
-        text.replace(r#"["../../components/gateway"]"#, both),
-    )
-    .unwrap();
+    namespace.add_component("autoscaling");
     let first = namespace.in_service("1.0.0");
     let load = Load::start(namespace.address.clone());
     let next = namespace.release("1.1.0");

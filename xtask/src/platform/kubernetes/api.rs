@@ -23,6 +23,10 @@ pub const FIELD_MANAGER: &str = "xtask";
 const CALL: Duration = Duration::from_secs(10);
 /// How long a call is repeated for before its failure counts.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How often a write that names no version is repeated because the object was just changed.
+const ATTEMPTS: u32 = 5;
+/// The same where waiting would keep other things from being seen.
+const GLANCE: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -38,6 +42,7 @@ pub struct Kind {
 #[derive(Debug)]
 pub struct Refusal {
     pub code: u16,
+    reason: String,
     message: String,
 }
 
@@ -140,6 +145,18 @@ pub fn is_conflict(error: &anyhow::Error) -> bool {
         .is_some_and(|r| r.code == 409)
 }
 
+/// Whether `error` says that the object was changed between reading and writing it.
+pub fn is_race(error: &anyhow::Error) -> bool {
+    is_conflict(error) && !is_owned_by_others(error) && !is_there_already(error)
+}
+
+/// Whether `error` says that there is an object of that name.
+pub fn is_there_already(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<Refusal>()
+        .is_some_and(|refusal| refusal.reason == "AlreadyExists")
+}
+
 /// Whether `error` says that another manager owns a field, and not that the object has changed.
 pub fn is_owned_by_others(error: &anyhow::Error) -> bool {
     error
@@ -197,13 +214,19 @@ impl Api {
         })
     }
 
-    /// The same for calls whose failure somebody else repeats.
+    /// The same, whose calls are repeated for so long.
     #[must_use]
-    pub fn impatient(&self) -> Self {
+    pub fn patient(&self, patience: Duration) -> Self {
         Self {
-            patience: Duration::ZERO,
+            patience,
             ..self.clone()
         }
+    }
+
+    /// The same for calls whose failure matters to nobody, or is dealt with by whoever calls.
+    #[must_use]
+    pub fn impatient(&self) -> Self {
+        self.patient(GLANCE)
     }
 
     async fn once(
@@ -243,8 +266,32 @@ impl Api {
         let wait = header
             .and_then(|value| value.to_str().ok()?.parse().ok())
             .or_else(|| status["details"]["retryAfterSeconds"].as_u64());
-        let refusal = Refusal { code, message };
+        let reason = status["reason"].as_str().unwrap_or_default().to_owned();
+        let refusal = Refusal {
+            code,
+            reason,
+            message,
+        };
         Err(Failure::Refused { refusal, wait })
+    }
+
+    /// A write that names no version: that somebody else was quicker is no reason to give up.
+    async fn call_unpinned(
+        &self,
+        method: Method,
+        path: &str,
+        kind: &str,
+        body: &Value,
+    ) -> Result<Value> {
+        let text = body.to_string();
+        let is_pinned = !body["metadata"]["resourceVersion"].is_null();
+        for _ in 1..ATTEMPTS {
+            match self.json(method.clone(), path, kind, text.as_bytes()).await {
+                Err(error) if !is_pinned && is_race(&error) => {}
+                answer => return answer,
+            }
+        }
+        self.json(method, path, kind, text.as_bytes()).await
     }
 
     /// A call, repeated while it may yet succeed. Every write of ours can be repeated: it names the
@@ -318,10 +365,9 @@ impl Api {
             name(wanted),
             if dry_run { "&dryRun=All" } else { "" }
         );
-        let body = wanted.to_string();
         let content = "application/apply-patch+yaml";
         let applied = self
-            .json(Method::PATCH, &path, content, body.as_bytes())
+            .call_unpinned(Method::PATCH, &path, content, wanted)
             .await;
         applied.with_context(|| format!("{} {}", kind.kind, name(wanted)))
     }
@@ -333,8 +379,7 @@ impl Api {
             "{}?fieldManager={FIELD_MANAGER}",
             kind.path(&self.namespace)
         );
-        let body = object.to_string();
-        self.json(Method::POST, &path, "application/json", body.as_bytes())
+        self.call_unpinned(Method::POST, &path, "application/json", object)
             .await
     }
 
@@ -345,9 +390,8 @@ impl Api {
             "{}/{name}?fieldManager={FIELD_MANAGER}",
             kind.path(&self.namespace)
         );
-        let body = change.to_string();
         let content = "application/merge-patch+json";
-        self.json(Method::PATCH, &path, content, body.as_bytes())
+        self.call_unpinned(Method::PATCH, &path, content, change)
             .await
     }
 

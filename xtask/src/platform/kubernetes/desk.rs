@@ -206,7 +206,7 @@ impl Desk for ClusterDesk {
         });
         self.api.create(&object).await.or_else(|error| {
             // Repeated after its answer was lost; the name is this rollout's alone.
-            if api::is_conflict(&error) {
+            if api::is_there_already(&error) {
                 Ok(object)
             } else {
                 Err(error)

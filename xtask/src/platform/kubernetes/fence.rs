@@ -36,17 +36,20 @@ impl Fence<'_> {
     async fn apply_by(&self, wanted: &Value, force: bool) -> Result<Value> {
         let kind = Kind::of(wanted)?;
         for _ in 0..ATTEMPTS {
-            let mut wanted = wanted.clone();
-            if let Some(current) = self.api.get(&kind, api::name(&wanted)).await? {
-                let current = self.stamp(&kind, current).await?;
-                self.pin(&mut wanted, &current);
-            }
-            match self.api.apply(&wanted, force, false).await {
-                Err(error) if is_race(&error) => {}
+            match self.apply_once(&kind, wanted.clone(), force).await {
+                Err(error) if api::is_race(&error) => {}
                 applied => return applied,
             }
         }
         bail!("{} {} changes all the time", kind.kind, api::name(wanted))
+    }
+
+    async fn apply_once(&self, kind: &Kind, mut wanted: Value, force: bool) -> Result<Value> {
+        if let Some(current) = self.api.get(kind, api::name(&wanted)).await? {
+            let current = self.stamp(kind, current).await?;
+            self.pin(&mut wanted, &current);
+        }
+        self.api.apply(&wanted, force, false).await
     }
 
     /// Changes the object that is there by what `change` makes of it; `None` changes nothing.
@@ -57,29 +60,36 @@ impl Fence<'_> {
         change: impl Fn(&Value) -> Option<Value>,
     ) -> Result<()> {
         for _ in 0..ATTEMPTS {
-            let Some(current) = self.api.get(kind, name).await? else {
-                bail!("{} {name} is gone", kind.kind);
-            };
-            let current = self.stamp(kind, current).await?;
-            let Some(mut change) = change(&current) else {
-                return Ok(());
-            };
-            self.pin(&mut change, &current);
-            match self.api.merge(kind, name, &change).await {
-                Err(error) if is_race(&error) => {}
-                changed => return changed.map(|_| ()),
+            match self.change_once(kind, name, &change).await {
+                Err(error) if api::is_race(&error) => {}
+                changed => return changed,
             }
         }
         bail!("{} {name} changes all the time", kind.kind)
     }
 
+    async fn change_once(
+        &self,
+        kind: &Kind,
+        name: &str,
+        change: impl Fn(&Value) -> Option<Value>,
+    ) -> Result<()> {
+        let Some(current) = self.api.get(kind, name).await? else {
+            bail!("{} {name} is gone", kind.kind);
+        };
+        let current = self.stamp(kind, current).await?;
+        let Some(mut change) = change(&current) else {
+            return Ok(());
+        };
+        self.pin(&mut change, &current);
+        self.api.merge(kind, name, &change).await.map(|_| ())
+    }
+
     /// Removes an object, unless a newer writer has it.
     pub async fn remove(&self, kind: &Kind, name: &str) -> Result<()> {
+        self.claim(kind, name).await?;
         match self.api.get(kind, name).await? {
-            Some(current) => {
-                let current = self.stamp(kind, current).await?;
-                self.api.delete(&current).await
-            }
+            Some(current) => self.api.delete(&current).await,
             None => Ok(()),
         }
     }
@@ -91,7 +101,7 @@ impl Fence<'_> {
                 return Ok(());
             };
             match self.stamp(kind, current).await {
-                Err(error) if is_race(&error) => {}
+                Err(error) if api::is_race(&error) => {}
                 stamped => return stamped.map(|_| ()),
             }
         }
@@ -121,9 +131,4 @@ impl Fence<'_> {
             wanted["metadata"][field] = current["metadata"][field].clone();
         }
     }
-}
-
-/// Whether the object was changed between reading and writing it.
-fn is_race(error: &anyhow::Error) -> bool {
-    api::is_conflict(error) && !api::is_owned_by_others(error)
 }

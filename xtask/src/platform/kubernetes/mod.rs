@@ -96,8 +96,11 @@ impl Kubernetes {
     /// Where its journals, its lock and its requests are.
     pub async fn desk(pipeline: &Pipeline, environment: &str) -> Result<desk::ClusterDesk> {
         let settings = pipeline.kubernetes(environment)?;
+        // While nothing can be written down nothing may be done: an API server that is away is waited
+        // for as long as a hold may last.
+        let patience = pipeline.rollout.max_hold.0;
         Ok(desk::ClusterDesk {
-            api: Api::open(&settings).await?,
+            api: Api::open(&settings).await?.patient(patience),
             settings,
             environment: environment.to_owned(),
         })
@@ -230,7 +233,7 @@ impl Kubernetes {
         let kind = Kind::of(job)?;
         let name = api::name(job);
         match self.api.create(job).await {
-            Err(error) if api::is_conflict(&error) => {}
+            Err(error) if api::is_there_already(&error) => {}
             created => created.map(|_| ())?,
         }
         let deadline = Instant::now() + JOB;

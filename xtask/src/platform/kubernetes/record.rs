@@ -105,7 +105,7 @@ pub async fn ensure(api: &Api, settings: &Settings, environment: &str) -> Result
     }
     match api.create(&empty(settings, environment)).await {
         // Another command was faster.
-        Err(error) if api::is_conflict(&error) => Ok(()),
+        Err(error) if api::is_there_already(&error) => Ok(()),
         Err(error) if Api::is_missing(&error) => bail!(
             "there is no namespace {0}: create it (`kubectl create namespace {0}`) and give the \
              deployer its rights there (k8s/deployer/)",
@@ -151,7 +151,7 @@ pub async fn keep(
         "data": { "release": json!(recorded).to_string(), "bundle": json!(bundle).to_string() },
     });
     match api.create(&object).await {
-        Err(error) if api::is_conflict(&error) => Ok(()),
+        Err(error) if api::is_there_already(&error) => Ok(()),
         created => created.map(|_| ()),
     }
 }

@@ -1,0 +1,83 @@
+//! Images to a real registry.
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use test_servers::{Server, lease};
+
+use crate::fixture::Fixture;
+
+async fn get(client: &reqwest::Client, url: String) -> (u16, Vec<u8>) {
+    let manifest = "application/vnd.oci.image.manifest.v1+json";
+    let answer = client
+        .get(url)
+        .header("accept", manifest)
+        .send()
+        .await
+        .unwrap();
+    let status = answer.status().as_u16();
+    (status, answer.bytes().await.unwrap().to_vec())
+}
+
+fn digest(content: &[u8]) -> String {
+    let digits: String = Sha256::digest(content)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("sha256:{digits}")
+}
+
+#[tokio::test]
+async fn an_image_arrives_as_it_is() {
+    let registry = lease(Server::Registry).await.unwrap();
+    let address = registry.address.clone();
+    let host = address.strip_prefix("http://").unwrap().to_owned();
+    let name = format!("test-{}/service", std::process::id());
+    let reference = format!("{host}/{name}:1.0.0");
+    let fixture = Fixture::new();
+    // The engine may have it on a network of its own.
+    let push = [
+        "image",
+        "--version",
+        "1.0.0",
+        "--plain-http",
+        "--push",
+        &reference,
+    ];
+    let pushed = fixture.run(&push).expect(0, "passed");
+    let image = pushed.finished()["image"].as_str().unwrap().to_owned();
+    assert!(
+        pushed
+            .said
+            .contains(&format!("pushed {host}/{name}@{image}")),
+        "{}",
+        pushed.said
+    );
+
+    // What is there under the digest and under the tag is what was made, with all that it names.
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    for by in [image.as_str(), "1.0.0"] {
+        let (status, manifest) = get(&client, format!("{address}/v2/{name}/manifests/{by}")).await;
+        assert_eq!((status, digest(&manifest)), (200, image.clone()), "by {by}");
+        let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+        for blob in [&manifest["config"], &manifest["layers"][0]] {
+            let blob = blob["digest"].as_str().unwrap();
+            let (status, content) = get(&client, format!("{address}/v2/{name}/blobs/{blob}")).await;
+            assert_eq!((status, digest(&content)), (200, blob.to_owned()));
+        }
+    }
+    let again = fixture.run(&push).expect(0, "passed");
+    assert!(again.said.contains("is there"), "{}", again.said);
+}
+
+#[test]
+fn what_cannot_be_pushed_to_is_refused_before_the_build() {
+    let fixture = Fixture::new();
+    let refused = |reference: &str| {
+        let ended = fixture.run(&["image", "--push", reference]);
+        assert!(!ended.said.contains("cargo build"), "{}", ended.said);
+        ended.expect(2, "failed").said
+    };
+    assert!(refused("NOT A NAME").contains("HOST/REPOSITORY[:TAG]"));
+    let digest = format!("localhost:1/service@sha256:{}", "0".repeat(64));
+    assert!(refused(&digest).contains("name a tag, or none"));
+}
