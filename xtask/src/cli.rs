@@ -525,13 +525,13 @@ impl Command {
             "rollout" if on_kubernetes() => "kubernetes",
             feature => feature,
         };
-        let there = match feature {
-            "servers" => cfg!(feature = "servers"),
-            "kubernetes" => cfg!(feature = "kubernetes"),
-            "registry" => cfg!(feature = "registry"),
-            _ => cfg!(feature = "rollout"),
-        };
-        (!there).then_some(feature)
+        let there = [
+            ("kubernetes", cfg!(feature = "kubernetes")),
+            ("registry", cfg!(feature = "registry")),
+            ("rollout", cfg!(feature = "rollout")),
+            ("servers", cfg!(feature = "servers")),
+        ];
+        (!there.contains(&(feature, true))).then_some(feature)
     }
 }
 

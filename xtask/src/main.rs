@@ -1,7 +1,7 @@
 //! `cargo xtask`: the whole delivery pipeline as one program. Parse, one match, exit code.
 
 #![cfg_attr(
-    not(feature = "rollout"),
+    not(feature = "kubernetes"),
     expect(
         dead_code,
         reason = "what only rollouts use is compiled, and so checked, in every build"

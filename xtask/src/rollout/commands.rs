@@ -195,17 +195,15 @@ impl<'a> Session<'a> {
             _ => kind,
         };
         let now = jiff::Timestamp::now();
-        let rollout = &self.pipeline.rollout;
         let plan = plan::plan(
+            &self.pipeline,
             &self.name,
-            &self.settings,
-            rollout,
             kind,
             &*platform,
             &status,
             &candidate.id,
             now,
-        );
+        )?;
         self.output.step(format_args!(
             "{}: {} {} (rollout {})",
             self.name,

@@ -6,7 +6,7 @@ use super::engine::{Kind, Limits, Mark, Plan};
 use super::evidence::{requests_to_pass, requests_to_see};
 use super::judge::latency_bounds;
 use super::windows::{Counts, Histogram};
-use crate::config::{Environment, Judge, Rollout, Stage};
+use crate::config::{Judge, Pipeline, Stage};
 use crate::platform::{HistoryEntry, Platform, Status};
 use crate::release::ReleaseId;
 
@@ -14,21 +14,19 @@ use crate::release::ReleaseId;
 const ENOUGH_FOR_BOUNDS: u64 = 100;
 
 pub fn plan(
+    pipeline: &Pipeline,
     environment: &str,
-    settings: &Environment,
-    rollout: &Rollout,
     kind: Kind,
     platform: &dyn Platform,
     status: &Status,
     candidate: &ReleaseId,
     now: jiff::Timestamp,
-) -> Plan {
+) -> Result<Plan> {
+    let rollout = &pipeline.rollout;
     // Where an autoscaler has made more of stable, that many carry the traffic.
     let stable = status.stable.as_ref().and_then(|id| status.release(id));
-    let replicas = settings
-        .replicas
-        .0
-        .max(stable.map_or(0, |stable| stable.desired));
+    let replicas = pipeline.environment(environment)?.replicas.0;
+    let replicas = replicas.max(stable.map_or(0, |stable| stable.desired));
     let stages = match kind {
         Kind::Canary => platform.stages(&rollout.stages.0, replicas),
         Kind::Deploy | Kind::Rollback => vec![Stage {
@@ -36,7 +34,7 @@ pub fn plan(
             gate: None,
         }],
     };
-    Plan {
+    Ok(Plan {
         rollout: format!(
             "{}-{}",
             now.strftime("%Y%m%dT%H%M%S%.3fZ"),
@@ -55,7 +53,7 @@ pub fn plan(
             max_hold: rollout.max_hold.millis(),
             ready_within: rollout.ready_within.millis(),
         },
-    }
+    })
 }
 
 /// The release to go back to: `wanted`, or the last one before stable that earned healthy.

@@ -148,7 +148,8 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
         "--patch",
         without,
     ]);
-    let refused = namespace.run_by(&by, &["rollback"]).expect(2, "failed");
+    let again = ["canary", "start", "--release", &broken];
+    let refused = namespace.run_by(&by, &again).expect(2, "failed");
     for part in ["cannot", "leases", "k8s/deployer/ has the rights"] {
         assert!(
             refused.said.contains(part),

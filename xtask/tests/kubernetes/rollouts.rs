@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::fixture::{Ended, Load};
 use crate::namespace::{Namespace, short};
 
-fn start<'a>(release: &'a str) -> [&'a str; 4] {
+fn start(release: &str) -> [&str; 4] {
     ["canary", "start", "--release", release]
 }
 

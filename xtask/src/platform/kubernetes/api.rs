@@ -347,10 +347,15 @@ impl Api {
         let mut list = self
             .json(Method::GET, &path, "application/json", b"")
             .await?;
-        match list["items"].take() {
-            Value::Array(items) => Ok(items),
-            _ => Ok(Vec::new()),
+        let Value::Array(mut items) = list["items"].take() else {
+            return Ok(Vec::new());
+        };
+        // In a list the items do not say what they are.
+        for item in &mut items {
+            item["apiVersion"] = json!(kind.api_version);
+            item["kind"] = json!(kind.kind);
         }
+        Ok(items)
     }
 
     /// Makes the object as `wanted` says, and leaves what it does not mention. A resource version in
