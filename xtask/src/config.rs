@@ -101,8 +101,6 @@ pub enum MetricsKind {
     Proxy,
     /// What the processes say of themselves, in Prometheus' format.
     Scrape,
-    /// What a server of Prometheus' query API answers.
-    Prometheus,
 }
 
 /// How environments on Kubernetes are reached, and how their traffic is split.
@@ -323,7 +321,7 @@ impl Pipeline {
         match (environment.platform, environment.metrics) {
             (PlatformKind::Kubernetes, Some(MetricsKind::Proxy)) => Some(format!(
                 "environments.{name}.metrics = \"proxy\": only the sandbox has a proxy that counts; \
-                 take \"scrape\" or \"prometheus\""
+                 take \"scrape\""
             )),
             (PlatformKind::Kubernetes, _) => {
                 self.kubernetes(name).err().map(|error| error.to_string())

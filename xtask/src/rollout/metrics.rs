@@ -29,7 +29,6 @@ pub fn open<'a>(
             path: pipeline.service.metrics_path.clone(),
             names: pipeline.scrape.clone(),
         }),
-        MetricsKind::Prometheus => bail!("metrics = \"prometheus\" is not there yet"),
     })
 }
 

@@ -37,7 +37,7 @@ const TICK: Duration = Duration::from_millis(400);
 const LOOK: Duration = Duration::from_secs(4);
 /// How long a job that runs before the pods may take.
 const JOB: Duration = Duration::from_secs(300);
-/// How many releases that run nothing are kept for going back to.
+/// How many releases that run nothing are kept, besides those that can be gone back to.
 const KEPT: usize = 5;
 
 /// One environment.
@@ -376,12 +376,15 @@ impl Kubernetes {
 
     /// Removes releases that run nothing and that nobody goes back to.
     async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+        let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
+        let earned = record.earned();
         let mut old = self.api.list(&deployments(), &self.labels()).await?;
         old.retain(|deployment| {
             let id = release_of(deployment);
             deployment["spec"]["replicas"] == 0
                 && id.as_ref() != Some(&plan.candidate)
                 && id != plan.stable
+                && id.is_none_or(|id| !earned.contains(&id))
         });
         old.sort_by_key(|deployment| {
             deployment["metadata"]["creationTimestamp"]
@@ -395,6 +398,10 @@ impl Kubernetes {
             fence.remove(&services(), name).await?;
             fence.remove(&autoscalers(), name).await?;
             fence.remove(&deployments(), name).await?;
+            if let Some(short) = api::label(deployment, RELEASE) {
+                let kept = record::release_name(&self.settings, short);
+                fence.remove(&record::kind(), &kept).await?;
+            }
         }
         Ok(())
     }

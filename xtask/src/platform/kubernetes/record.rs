@@ -10,10 +10,13 @@ use super::render::{Bundle, RELEASE, WORKLOAD};
 use crate::config::Kubernetes as Settings;
 use crate::platform::HistoryEntry;
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::Request;
+use crate::rollout::engine::{Mark, Request};
 
 /// How many ends of rollouts are kept.
 const HISTORY: usize = 50;
+
+/// How many releases to go back to are kept.
+const EARNED: usize = 5;
 
 /// Kept as JSON in a ConfigMap.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -25,6 +28,22 @@ pub struct Record {
 }
 
 impl Record {
+    /// The newest releases that can be gone back to: those whose last mark is a good one.
+    pub fn earned(&self) -> Vec<ReleaseId> {
+        let mut seen: Vec<&ReleaseId> = Vec::new();
+        let mut earned = Vec::new();
+        for entry in self.history.iter().rev() {
+            if seen.contains(&&entry.release) {
+                continue;
+            }
+            seen.push(&entry.release);
+            if entry.mark == Mark::Healthy && earned.len() < EARNED {
+                earned.push(entry.release.clone());
+            }
+        }
+        earned
+    }
+
     pub fn add(&mut self, entry: HistoryEntry) {
         // What was on record of the same rollout is replaced.
         self.history
@@ -129,7 +148,7 @@ pub async fn ask(
         .map(|_| ())
 }
 
-fn release_name(settings: &Settings, short: &str) -> String {
+pub fn release_name(settings: &Settings, short: &str) -> String {
     format!("{}-release-{short}", settings.name)
 }
 

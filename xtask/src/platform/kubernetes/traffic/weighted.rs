@@ -26,7 +26,7 @@ const POLL: Duration = Duration::from_millis(50);
 const PROBE: Duration = Duration::from_secs(2);
 /// Requests in a row that show that a route is in effect, on every one of a router's threads.
 const PROBES: u32 = 20;
-/// The header by which a backend without traffic is asked. Its value is known to nobody else.
+/// The header by which a backend without traffic is asked, for the moment that this takes.
 const PROBE_HEADER: &str = "x-xtask-probe";
 
 /// What is particular to a kind of route.
