@@ -250,7 +250,12 @@ impl<'a> Session<'a> {
         let started = Started {
             judge: self.pipeline.judge.clone(),
             bounds,
-            counts: platform.counts().await?,
+            counts: match (platform.counts().await, kind) {
+                (Ok(counts), _) => counts,
+                (Err(error), Kind::Canary) => return Err(error),
+                // Where nothing is judged, nothing waits for metrics.
+                (Err(_), Kind::Deploy | Kind::Rollback) => Vec::new(),
+            },
             stable_name: stable.as_ref().map(ToString::to_string),
             candidate_name: candidate.to_string(),
             token: writer.token,
@@ -545,7 +550,10 @@ impl<'a> Session<'a> {
     }
 
     async fn ask(&self, kind: RequestKind) -> Result<u64> {
-        let number = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
+        // Clocks differ: whoever asks later has the higher number all the same.
+        let last = self.desk.request().await?.map_or(0, |asked| asked.number);
+        let now = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
+        let number = now.max(last + 1);
         self.desk.ask(Request { number, kind }).await?;
         Ok(number)
     }

@@ -152,7 +152,13 @@ impl Driver<'_> {
             if platform.is_some() && state.phase == Phase::Watch {
                 self.count(&plan, &state, &mut counting, journal).await?;
             }
-            let request = self.desk.request().await?;
+            let (platform, request) = match self.desk.request().await {
+                Ok(request) => (platform, request),
+                Err(error) => {
+                    (self.audience)(Notice::Trouble(format!("requests: {error:#}")));
+                    (None, None)
+                }
+            };
             let now = self.clock.now();
             let seen = Observation {
                 platform,

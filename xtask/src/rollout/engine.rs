@@ -342,7 +342,7 @@ pub fn decide(
         next.request = number;
         let replaced = seen.platform.as_ref().is_some_and(|view| {
             view.recorded == Some(Mark::Healthy)
-                && (plan.stable.is_none() || view.stable.desired < plan.replicas)
+                && (plan.stable.is_none() || view.stable.desired == 0)
         });
         if !replaced && !matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. }) {
             next.enter(
@@ -464,6 +464,11 @@ fn watch(
         );
         return None;
     }
+    if plan.stable.is_some() && view.stable.desired < plan.replicas {
+        // Stable must be able to take everything back.
+        next.enter(Phase::Shift, now);
+        return None;
+    }
     if view.candidate.ready < needed {
         next.hold(HoldReason::NoCapacity, plan, now);
         return None;
@@ -512,8 +517,14 @@ fn advance(plan: &Plan, next: &mut State, now: Millis) {
 
 /// On record first, then the old release goes; until it does, there is a way back.
 fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
-    let carries_all = view.candidate.weight == 100 && view.candidate.ready >= plan.full(view);
-    if view.recorded != Some(Mark::Healthy) {
+    let is_recorded = view.recorded == Some(Mark::Healthy);
+    // Once it is on record, an autoscaler may say how many are enough.
+    let enough = match is_recorded {
+        true => plan.full(view).min(view.candidate.desired).max(1),
+        false => plan.full(view),
+    };
+    let carries_all = view.candidate.weight == 100 && view.candidate.ready >= enough;
+    if !is_recorded {
         if !carries_all {
             next.enter(Phase::Shift, now);
             return None;

@@ -204,7 +204,16 @@ impl Journal {
             .filter(|line| !matches!(line.entry, Entry::Window(_) | Entry::Snapshot { .. }))
             .cloned()
             .collect();
+        let newest = |lines: &[Line]| {
+            let is_state = |line: &&Line| matches!(line.entry, Entry::State { .. });
+            lines.iter().rfind(is_state).cloned()
+        };
+        let state = newest(&rest);
         rest.drain(..rest.len().saturating_sub(KEPT));
+        // However old the newest state is, it is where the rollout stands.
+        if newest(&rest).is_none() {
+            rest.splice(0..0, state);
+        }
         let mut lines = vec![self.lines[0].clone()];
         lines.append(&mut rest);
         lines.push(Line {

@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const ATTEMPTS: u32 = 5;
 /// The same where waiting would keep other things from being seen.
 const GLANCE: Duration = Duration::from_secs(2);
+const GLANCE_CALL: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -161,7 +162,7 @@ pub fn is_there_already(error: &anyhow::Error) -> bool {
 pub fn is_owned_by_others(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<Refusal>()
-        .is_some_and(|r| r.code == 409 && r.message.contains("conflict with"))
+        .is_some_and(|r| r.code == 409 && r.message.starts_with("Apply failed with"))
 }
 
 /// A namespace of a cluster.
@@ -170,6 +171,8 @@ pub struct Api {
     client: kube::Client,
     pub namespace: String,
     patience: Duration,
+    /// How long one call may take.
+    limit: Duration,
 }
 
 impl Api {
@@ -211,6 +214,7 @@ impl Api {
             client: kube::Client::try_from(config).context("preparing calls of the API server")?,
             namespace: settings.namespace.clone(),
             patience: PATIENCE,
+            limit: CALL,
         })
     }
 
@@ -226,7 +230,10 @@ impl Api {
     /// The same for calls whose failure matters to nobody, or is dealt with by whoever calls.
     #[must_use]
     pub fn impatient(&self) -> Self {
-        self.patient(GLANCE)
+        Self {
+            limit: GLANCE_CALL,
+            ..self.patient(GLANCE)
+        }
     }
 
     async fn once(
@@ -248,9 +255,14 @@ impl Api {
             let (head, body) = answer.into_parts();
             anyhow::Ok((head, body.collect().await?.to_bytes()))
         };
-        let (head, body) = tokio::time::timeout(CALL, call)
+        let (head, body) = tokio::time::timeout(self.limit, call)
             .await
-            .map_err(|_| lost(anyhow::anyhow!("no answer within {} s", CALL.as_secs())))?
+            .map_err(|_| {
+                lost(anyhow::anyhow!(
+                    "no answer within {} s",
+                    self.limit.as_secs()
+                ))
+            })?
             .map_err(lost)?;
         let text = String::from_utf8_lossy(&body).into_owned();
         if head.status.is_success() {
@@ -414,7 +426,7 @@ impl Api {
             .await
     }
 
-    /// Removes this very object, and no later one of the same name; with it what it owns.
+    /// Removes this very version of an object, and no later one; with it what it owns.
     pub async fn delete(&self, object: &Value) -> Result<()> {
         let kind = Kind::of(object)?;
         let path = format!("{}/{}", kind.path(&self.namespace), name(object));
@@ -422,7 +434,10 @@ impl Api {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "propagationPolicy": "Background",
-            "preconditions": { "uid": object["metadata"]["uid"] },
+            "preconditions": {
+                "uid": object["metadata"]["uid"],
+                "resourceVersion": object["metadata"]["resourceVersion"],
+            },
         });
         let body = body.to_string();
         let deleted = self

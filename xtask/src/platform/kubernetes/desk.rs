@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use super::api::{self, Api, Kind};
+use super::fence::TOKEN;
 use super::record;
 use super::render::WORKLOAD;
 use crate::config::Kubernetes as Settings;
@@ -33,6 +34,8 @@ pub struct ClusterDesk {
     pub api: Api,
     pub settings: Settings,
     pub environment: String,
+    /// How long writing the journal is tried for.
+    pub patience: Duration,
 }
 
 fn lease_kind() -> Kind {
@@ -78,10 +81,24 @@ impl ClusterDesk {
         Journal::parse(place, text_of(object).as_bytes())
     }
 
+    /// The newest token that any writer has left on the record.
+    async fn last_token(&self) -> Result<u64> {
+        let name = record::name(&self.settings);
+        let record = self.api.get(&record::kind(), &name).await?;
+        let token = record
+            .as_ref()
+            .and_then(|record| api::annotation(record, TOKEN));
+        Ok(token.and_then(|token| token.parse().ok()).unwrap_or(0))
+    }
+
     /// Takes the lease as it was seen, or says that somebody else was faster.
     async fn take(&self, seen: Option<&Value>, holder: &str) -> Result<Option<Value>> {
         let now = jiff::Timestamp::now();
-        let last = seen.map_or(0, token_of);
+        let last = match seen {
+            Some(seen) => token_of(seen),
+            // Somebody has removed the lease; the tokens that were given are still in use.
+            None => self.last_token().await?,
+        };
         let spec = json!({
             "holderIdentity": holder,
             "leaseDurationSeconds": LEASE.as_secs(),
@@ -166,7 +183,7 @@ impl Desk for ClusterDesk {
         };
         let token = token_of(&lease);
         let renewal = Renewal {
-            api: self.api.clone(),
+            api: self.api.impatient(),
             name: self.lease_name(),
             holder: identity,
         };
@@ -213,7 +230,7 @@ impl Desk for ClusterDesk {
             }
         })?;
         let chunks = Chunks {
-            api: self.api.clone(),
+            api: self.api.patient(self.patience),
             name: self.journal_name(&rollout),
             token: writer.token,
             next: 1,
@@ -251,7 +268,7 @@ impl Desk for ClusterDesk {
         let rollout = journal.plan().rollout.clone();
         let name = self.journal_name(&rollout);
         let mut chunks = Chunks {
-            api: self.api.clone(),
+            api: self.api.patient(self.patience),
             name: name.clone(),
             token: writer.token,
             next: 1,
@@ -324,7 +341,7 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// The machine's name and the number of its present boot.
+/// The machine's name, the number of its present boot, and whose numbers of processes are meant.
 fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let name = rustix::system::uname()
@@ -418,8 +435,6 @@ struct Chunks {
     next: u64,
     size: usize,
 }
-
-const TOKEN: &str = "xtask.dev/token";
 
 fn text_of(object: &Value) -> String {
     let mut pieces: Vec<(&String, &str)> = object["data"]

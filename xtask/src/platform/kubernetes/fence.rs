@@ -9,9 +9,10 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::api::{self, Api, Kind};
+use super::record;
 use crate::platform::StaleWriter;
 
-const TOKEN: &str = "xtask.dev/token";
+pub const TOKEN: &str = "xtask.dev/token";
 /// How often a write is repeated because somebody else has changed the object meanwhile. Controllers
 /// write statuses all the time; nobody writes faster than this for long.
 const ATTEMPTS: u32 = 20;
@@ -19,6 +20,8 @@ const ATTEMPTS: u32 = 20;
 pub struct Fence<'a> {
     pub api: &'a Api,
     pub token: u64,
+    /// The environment's record, which tells who the newest writer is where an object does not.
+    pub record: String,
 }
 
 impl Fence<'_> {
@@ -45,10 +48,14 @@ impl Fence<'_> {
     }
 
     async fn apply_once(&self, kind: &Kind, mut wanted: Value, force: bool) -> Result<Value> {
-        if let Some(current) = self.api.get(kind, api::name(&wanted)).await? {
-            let current = self.stamp(kind, current).await?;
-            self.pin(&mut wanted, &current);
+        match self.api.get(kind, api::name(&wanted)).await? {
+            Some(current) => {
+                let current = self.stamp(kind, current).await?;
+                self.pin(&mut wanted, &current);
+            }
+            None => self.claim(&record::kind(), &self.record).await?,
         }
+        wanted["metadata"]["annotations"][TOKEN] = json!(self.token.to_string());
         self.api.apply(&wanted, force, false).await
     }
 
@@ -87,9 +94,21 @@ impl Fence<'_> {
 
     /// Removes an object, unless a newer writer has it.
     pub async fn remove(&self, kind: &Kind, name: &str) -> Result<()> {
-        self.claim(kind, name).await?;
+        for _ in 0..ATTEMPTS {
+            match self.remove_once(kind, name).await {
+                Err(error) if api::is_race(&error) => {}
+                removed => return removed,
+            }
+        }
+        bail!("{} {name} changes all the time", kind.kind)
+    }
+
+    async fn remove_once(&self, kind: &Kind, name: &str) -> Result<()> {
         match self.api.get(kind, name).await? {
-            Some(current) => self.api.delete(&current).await,
+            Some(current) => {
+                let current = self.stamp(kind, current).await?;
+                self.api.delete(&current).await
+            }
             None => Ok(()),
         }
     }

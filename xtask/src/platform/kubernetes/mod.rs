@@ -96,11 +96,11 @@ impl Kubernetes {
     /// Where its journals, its lock and its requests are.
     pub async fn desk(pipeline: &Pipeline, environment: &str) -> Result<desk::ClusterDesk> {
         let settings = pipeline.kubernetes(environment)?;
-        // While nothing can be written down nothing may be done: an API server that is away is waited
-        // for as long as a hold may last.
-        let patience = pipeline.rollout.max_hold.0;
         Ok(desk::ClusterDesk {
-            api: Api::open(&settings).await?.patient(patience),
+            api: Api::open(&settings).await?,
+            // While nothing can be written down nothing may be done: an API server that is away is
+            // waited for as long as a hold may last.
+            patience: pipeline.rollout.max_hold.0,
             settings,
             environment: environment.to_owned(),
         })
@@ -114,6 +114,7 @@ impl Kubernetes {
         Fence {
             api: &self.api,
             token,
+            record: record::name(&self.settings),
         }
     }
 
@@ -270,15 +271,8 @@ impl Kubernetes {
             if there.is_none() {
                 return Ok(());
             }
-        } else if self.api.get(&autoscalers(), &name).await?.is_some() {
-            // The number of pods is the autoscaler's; its floor is raised instead.
-            return fence
-                .change(&autoscalers(), &name, |current| {
-                    let least = current["spec"]["minReplicas"].as_u64().unwrap_or(1);
-                    (least < u64::from(replicas))
-                        .then(|| json!({ "spec": { "minReplicas": replicas } }))
-                })
-                .await;
+        } else {
+            self.raise_floor(fence, &name, replicas).await?;
         }
         if there
             .as_ref()
@@ -319,7 +313,12 @@ impl Kubernetes {
                 None => bail!("no release was prepared"),
             },
         };
-        self.traffic.route(fence, bundle, weights).await?;
+        if let Some(taken_over) = self.traffic.route(fence, bundle, weights).await?
+            && let Some((release, _)) = weights.last()
+        {
+            self.event(release, "Warning", "TakenOver", &taken_over)
+                .await;
+        }
         for (release, weight) in weights {
             let said = format!("{weight} % of the traffic");
             self.event(release, "Normal", "Routed", &said).await;
@@ -328,8 +327,54 @@ impl Kubernetes {
         Ok(())
     }
 
+    /// Keeps an autoscaler, where the release has one, from going below so many pods.
+    async fn raise_floor(&self, fence: &Fence<'_>, name: &str, replicas: u32) -> Result<()> {
+        if self.api.get(&autoscalers(), name).await?.is_none() {
+            return Ok(());
+        }
+        fence
+            .change(&autoscalers(), name, |current| {
+                let least = current["spec"]["minReplicas"].as_u64().unwrap_or(1);
+                let most = current["spec"]["maxReplicas"].as_u64().unwrap_or(1);
+                let floor = u64::from(replicas);
+                (least < floor).then(
+                    || json!({ "spec": { "minReplicas": floor, "maxReplicas": most.max(floor) } }),
+                )
+            })
+            .await
+    }
+
+    /// What another release has changed around the one in service goes back with it.
+    async fn restore(&self, fence: &Fence<'_>, stable: &ReleaseId) -> Result<()> {
+        let bundle = self.bundle(stable)?;
+        for object in &bundle.others {
+            match fence.apply(object).await {
+                // The way back does not end at what somebody else keeps.
+                Err(error) if api::is_owned_by_others(&error) => {
+                    self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
+                        .await;
+                }
+                applied => {
+                    applied?;
+                }
+            }
+        }
+        if let Some(autoscaler) = &bundle.autoscaler {
+            fence.take_over(autoscaler).await?;
+        }
+        self.traffic.settle(fence, bundle).await
+    }
+
     async fn record(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
         record::ensure(&self.api, &self.settings, &self.environment).await?;
+        let stable = match mark {
+            Mark::Healthy => Some(&plan.candidate),
+            Mark::RolledBack => plan.stable.as_ref(),
+        };
+        // The record comes last: once it is there, nobody comes back to the rest.
+        if let Some(stable) = stable {
+            self.restore(fence, stable).await?;
+        }
         let at = jiff::Timestamp::now();
         let entry = |release: &ReleaseId, mark| HistoryEntry {
             release: release.clone(),
@@ -354,24 +399,20 @@ impl Kubernetes {
                 Some(json!({ "data": { "record": json!(record).to_string() } }))
             })
             .await?;
-        let stable = match mark {
-            Mark::Healthy => Some(&plan.candidate),
-            Mark::RolledBack => plan.stable.as_ref(),
-        };
-        if let Some(stable) = stable {
-            let bundle = self.bundle(stable)?;
-            // What the other release has changed around it goes back with it.
-            for object in &bundle.others {
-                fence.apply(object).await?;
-            }
-            if let Some(autoscaler) = &bundle.autoscaler {
-                fence.take_over(autoscaler).await?;
-            }
-        }
         self.event(&plan.candidate, "Normal", "Recorded", &mark.to_string())
             .await;
         self.condition(&plan.candidate, &mark.to_string()).await;
-        self.forget_old(fence, plan).await
+        // What is left over for now goes with the next record.
+        if let Err(error) = self.forget_old(fence, plan).await {
+            self.event(
+                &plan.candidate,
+                "Warning",
+                "NotRemoved",
+                &format!("{error:#}"),
+            )
+            .await;
+        }
+        Ok(())
     }
 
     /// Removes releases that run nothing and that nobody goes back to.
@@ -541,7 +582,21 @@ impl Platform for Kubernetes {
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()> {
         let fence = self.fence(token);
         match action {
-            Action::Scale { release, replicas } => self.scale(&fence, release, *replicas).await,
+            Action::Scale { release, replicas } => {
+                let is_candidate = *release == plan.candidate;
+                if let (true, 1.., Some(stable)) = (is_candidate, *replicas, &plan.stable) {
+                    // From now on stable must be able to take everything back.
+                    let name = name_of(&self.settings, stable);
+                    self.raise_floor(&fence, &name, plan.replicas).await?;
+                }
+                self.scale(&fence, release, *replicas).await?;
+                match &plan.stable {
+                    Some(stable) if is_candidate && *replicas == 0 => {
+                        self.restore(&fence, stable).await
+                    }
+                    _ => Ok(()),
+                }
+            }
             Action::Route { weights } => self.route(&fence, weights).await,
             Action::Record { mark } => self.record(&fence, plan, *mark).await,
         }

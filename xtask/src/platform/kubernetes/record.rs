@@ -10,7 +10,7 @@ use super::render::{Bundle, RELEASE, WORKLOAD};
 use crate::config::Kubernetes as Settings;
 use crate::platform::HistoryEntry;
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::{Mark, Request};
+use crate::rollout::engine::{Mark, Request, RequestKind};
 
 /// How many ends of rollouts are kept.
 const HISTORY: usize = 50;
@@ -142,10 +142,33 @@ pub async fn ask(
     request: Request,
 ) -> Result<()> {
     ensure(api, settings, environment).await?;
-    let change = json!({ "data": { "request": json!(request).to_string() } });
-    api.merge(&kind(), &name(settings), &change)
-        .await
-        .map(|_| ())
+    loop {
+        let object = api.get(&kind(), &name(settings)).await?;
+        let object = object.context("the record of rollouts is gone")?;
+        let mut request = request;
+        let last = request_of(&object)?;
+        if last == Some(request) {
+            // The answer to our own write was lost.
+            return Ok(());
+        }
+        if let Some(last) = last
+            && last.number >= request.number
+        {
+            if request.kind != RequestKind::Abort {
+                bail!("somebody else has asked for something meanwhile; see `canary status`");
+            }
+            request.number = last.number + 1;
+        }
+        let change = json!({
+            "metadata": { "resourceVersion": api::resource_version(&object) },
+            "data": { "request": json!(request).to_string() },
+        });
+        match api.merge(&kind(), &name(settings), &change).await {
+            // What was read is looked at again: an abort must not be overwritten.
+            Err(error) if api::is_race(&error) => {}
+            asked => return asked.map(|_| ()),
+        }
+    }
 }
 
 pub fn release_name(settings: &Settings, short: &str) -> String {

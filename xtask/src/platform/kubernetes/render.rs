@@ -86,6 +86,11 @@ impl Bundle {
                 "HorizontalPodAutoscaler" if is_ours => autoscaler = Some(object),
                 "Job" => jobs.push(object),
                 "ConfigMap" => configs.push(object),
+                "Secret" => bail!(
+                    "{overlay}: the Secret {} would be kept with the release, for everybody to read; \
+                     let whoever keeps your secrets make it, and name it by its version",
+                    api::name(&object)
+                ),
                 kind if OF_THE_CLUSTER.contains(&kind) => bail!(
                     "{overlay}: {kind} {} is the whole cluster's; a release cannot bring it along",
                     api::name(&object)

@@ -32,8 +32,20 @@ pub trait Traffic: Send + Sync {
     /// The split that the router was given.
     async fn weights(&self, api: &Api, known: &Known) -> Result<Weights>;
 
-    /// Gives the router this split and waits until it is in effect. `bundle` has the route.
-    async fn route(&self, fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()>;
+    /// Gives the router this split and waits until it is in effect. `bundle` has the route. What
+    /// was taken over from somebody else is told.
+    async fn route(
+        &self,
+        fence: &Fence<'_>,
+        bundle: &Bundle,
+        weights: &Weights,
+    ) -> Result<Option<String>>;
+
+    /// Takes out of the route what a release that never got traffic has left there; the split stays
+    /// as it is.
+    async fn settle(&self, _fence: &Fence<'_>, _stable: &Bundle) -> Result<()> {
+        Ok(())
+    }
 
     /// The objects that it changes: kind and name.
     fn objects(&self) -> Vec<(api::Kind, String)>;
@@ -66,10 +78,12 @@ pub fn open(settings: &Settings, service: &Service) -> Box<dyn Traffic> {
     }
 }
 
-/// Points the Service inside the cluster at the release with most of the traffic.
+/// Points the Service inside the cluster, which cannot split, at the release in service: the
+/// candidate's pods are enough for all of its traffic only once they carry everything.
 async fn point(fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
     let mut front = bundle.front.clone();
-    if let Some((release, _)) = weights.iter().max_by_key(|(_, weight)| *weight) {
+    let all = weights.iter().find(|(_, weight)| *weight == 100);
+    if let Some((release, _)) = all.or(weights.first()) {
         front["spec"]["selector"][RELEASE] = json!(release.short());
     }
     fence.apply(&front).await.map(|_| ())

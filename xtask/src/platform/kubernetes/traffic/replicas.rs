@@ -48,7 +48,12 @@ impl Traffic for Replicas {
             .collect())
     }
 
-    async fn route(&self, fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
+    async fn route(
+        &self,
+        fence: &Fence<'_>,
+        bundle: &Bundle,
+        weights: &Weights,
+    ) -> Result<Option<String>> {
         let mut front = bundle.front.clone();
         let split: Vec<(&str, u8)> = weights
             .iter()
@@ -67,7 +72,7 @@ impl Traffic for Replicas {
         {
             selector.remove(RELEASE);
         }
-        fence.apply(&front).await.map(|_| ())
+        fence.apply(&front).await.map(|_| None)
     }
 
     fn objects(&self) -> Vec<(Kind, String)> {

@@ -143,8 +143,15 @@ impl<S: Shape> Weighted<S> {
         Ok(wanted)
     }
 
-    async fn apply(&self, fence: &Fence<'_>, wanted: &Value) -> Result<()> {
-        let applied = fence.apply(wanted).await?;
+    /// Applies the route and waits until it is taken. With `firm`, fields that somebody else has
+    /// come to own are taken over, and told.
+    async fn apply(&self, fence: &Fence<'_>, wanted: &Value, firm: bool) -> Result<Option<String>> {
+        let (applied, taken_over) = match fence.apply(wanted).await {
+            Err(error) if firm && api::is_owned_by_others(&error) => {
+                (fence.take_over(wanted).await?, Some(format!("{error:#}")))
+            }
+            applied => (applied?, None),
+        };
         let generation = applied["metadata"]["generation"].as_u64().unwrap_or(0);
         let kind = Kind::of(wanted)?;
         let deadline = Instant::now() + PATIENCE;
@@ -153,7 +160,7 @@ impl<S: Shape> Weighted<S> {
             let route = route.context("the route is gone")?;
             let taken = self.shape.taken(&route, generation);
             if matches!(taken, Taken::Yes) {
-                return Ok(());
+                return Ok(taken_over);
             }
             if Instant::now() > deadline {
                 match taken {
@@ -239,7 +246,12 @@ impl<S: Shape> Traffic for Weighted<S> {
             .collect())
     }
 
-    async fn route(&self, fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
+    async fn route(
+        &self,
+        fence: &Fence<'_>,
+        bundle: &Bundle,
+        weights: &Weights,
+    ) -> Result<Option<String>> {
         let kinds = self.shape.kinds();
         let route = bundle
             .route
@@ -263,16 +275,21 @@ impl<S: Shape> Traffic for Weighted<S> {
         let is_in =
             |backends: &[Backend], short: &str| backends.iter().any(|(other, _)| other == short);
 
+        // One that got no traffic so far may be unknown to the router, even if it is in the route.
+        let serves = |short: &str| {
+            let mut backends = present.iter();
+            backends.any(|(other, weight)| other == short && *weight > 0)
+        };
         for (short, _) in split
             .iter()
-            .filter(|(short, _)| is_served && !is_in(&present, short))
+            .filter(|(short, _)| is_served && !serves(short))
         {
             let mut introduced: Vec<Backend> = present.clone();
             introduced.retain(|(_, weight)| *weight > 0);
             introduced.push((short.clone(), 0));
             let secret = format!("{short}-{}", fence.token);
             let wanted = self.wanted(route, &introduced, Some((short, &secret)))?;
-            self.apply(fence, &wanted).await?;
+            self.apply(fence, &wanted, false).await?;
             self.see(&[short], Some(&secret)).await?;
         }
         for (short, weight) in present {
@@ -281,13 +298,28 @@ impl<S: Shape> Traffic for Weighted<S> {
                 split.push((short, 0));
             }
         }
-        self.apply(fence, &self.wanted(route, &split, None)?)
-            .await?;
+        // Those are ready by now; whoever is killed after the next write need not come back to this.
+        point(fence, bundle, weights).await?;
+        // One release for everything: nobody's edit of the route may keep a way back closed.
+        let firm = weights.len() == 1;
+        let wanted = self.wanted(route, &split, None)?;
+        let taken_over = self.apply(fence, &wanted, firm).await?;
         if !weights.is_empty() {
             let releases: Vec<&str> = weights.iter().map(|(release, _)| release.short()).collect();
             self.see(&releases, None).await?;
         }
-        point(fence, bundle, weights).await
+        Ok(taken_over)
+    }
+
+    async fn settle(&self, fence: &Fence<'_>, stable: &Bundle) -> Result<()> {
+        let Some(current) = self.current(fence.api).await? else {
+            return Ok(());
+        };
+        if let Some(route) = &stable.route {
+            let wanted = self.wanted(route, &self.backends(&current), None)?;
+            self.apply(fence, &wanted, false).await?;
+        }
+        Ok(())
     }
 
     fn objects(&self) -> Vec<(Kind, String)> {
