@@ -3,6 +3,7 @@
 use super::facts::{ADVISORIES, HISTORY, RUST, TODAY};
 use super::step::Step;
 use crate::cargo::WHOLE_BUILD;
+use crate::cluster;
 use crate::setup::{CLUSTER, CONTAINERS};
 
 /// Jobs of the workflow; each runs its steps on a machine of its own.
@@ -163,10 +164,11 @@ pub fn steps() -> Vec<Step> {
             "kubernetes",
             "rollouts do on a real cluster what they do in the sandbox, whatever goes wrong there",
             "cargo xtask cluster run -- \
-             cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 3",
+             cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 2",
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**", "k8s/**"])
+        .environment(&[cluster::KUBECONFIG])
         .tools(&[CONTAINERS, CLUSTER])
         .locks(&["containers"])
         .variable(WHOLE_BUILD, "1")
@@ -180,6 +182,7 @@ pub fn steps() -> Vec<Step> {
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**", "k8s/**"])
+        .environment(&[cluster::KUBECONFIG])
         .tools(&[CONTAINERS, CLUSTER])
         .locks(&["containers"])
         .variable(WHOLE_BUILD, "1")

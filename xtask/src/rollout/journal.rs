@@ -286,3 +286,64 @@ impl Journal {
 pub fn millis(at: jiff::Timestamp) -> u64 {
     u64::try_from(at.as_millisecond()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::rollout::torture::started;
+
+    /// Keeps lines in memory, and is always full.
+    struct Memory(Arc<Mutex<String>>);
+
+    #[async_trait]
+    impl Keeper for Memory {
+        async fn append(&mut self, text: &str) -> Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn is_full(&self) -> bool {
+            true
+        }
+
+        async fn replace(&mut self, text: &str) -> Result<()> {
+            *self.0.lock().unwrap() = text.to_owned();
+            Ok(())
+        }
+    }
+
+    /// However long a stage is watched, the state stays, and with it how far the rollout is.
+    #[tokio::test]
+    async fn a_journal_that_was_made_shorter_says_the_same() {
+        let kept = Arc::new(Mutex::new(String::new()));
+        let keeper = Box::new(Memory(Arc::clone(&kept)));
+        let state = State {
+            stage: 1,
+            request: 42,
+            exposed: true,
+            ..State::start(7)
+        };
+        let mut journal = Journal::begin("here".to_owned(), keeper, started(), state.clone())
+            .await
+            .unwrap();
+        let mut judge = Judge::new(&journal.started().judge, Some(&[]));
+        for number in 1..=500 {
+            let window = crate::rollout::windows::Window {
+                number,
+                ..Default::default()
+            };
+            let judged = Entry::Judged(judge.window(&window));
+            journal.append([judged]).await.unwrap();
+            journal.compact(&judge, number).await.unwrap();
+        }
+        let text = kept.lock().unwrap().clone();
+        let again = Journal::parse("here".to_owned(), text.as_bytes());
+        let again = again.unwrap().unwrap();
+        assert_eq!(again.state(), state);
+        assert!(again.lines().len() < 300, "{} lines", again.lines().len());
+        let (replayed, windows) = crate::rollout::driver::replay(&again);
+        assert_eq!((replayed, windows), (judge, 500));
+    }
+}

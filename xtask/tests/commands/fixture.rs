@@ -325,18 +325,20 @@ pub struct Load {
 impl Load {
     /// Two reads for each write, 300 requests a second.
     pub fn start(address: String) -> Self {
-        Self::with(address, reqwest::Client::new())
+        Self::with(address, reqwest::Client::new(), 300)
     }
 
-    /// The same with a client of the caller's.
-    pub fn with(address: String, client: reqwest::Client) -> Self {
+    /// The same with a client of the caller's, and at this rate, in requests a second.
+    pub fn with(address: String, client: reqwest::Client, rate: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build();
-            runtime.unwrap().block_on(send(address, client, stopped))
+            runtime
+                .unwrap()
+                .block_on(send(address, client, rate, stopped))
         });
         Self { stop, thread }
     }
@@ -351,10 +353,11 @@ impl Load {
 async fn send(
     address: String,
     client: reqwest::Client,
+    rate: u32,
     stop: Arc<AtomicBool>,
 ) -> BTreeMap<String, u64> {
     let began = Instant::now();
-    let mut ticks = tokio::time::interval(Duration::from_micros(3333));
+    let mut ticks = tokio::time::interval(Duration::from_secs(1) / rate);
     let mut requests = tokio::task::JoinSet::new();
     let mut failed = BTreeMap::new();
     let mut number = 0;

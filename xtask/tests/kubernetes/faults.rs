@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::fixture::Load;
 use crate::namespace::{Namespace, short};
 use crate::proxy::{Fault, Proxy};
 
@@ -24,7 +23,7 @@ fn every_fault_at_every_call() {
     let proxy = Proxy::start(None);
     namespace.in_service("1.0.0");
     for shift in 0..3 {
-        let load = Load::start(namespace.address.clone());
+        let load = namespace.load();
         let release = namespace.release(&format!("1.{}.0", shift + 1));
         proxy.fail(move |number, writes| {
             if (number + shift) % 5 != 0 {
@@ -60,7 +59,7 @@ fn a_partition_is_waited_for() {
     let namespace = Namespace::new("partition");
     let proxy = Proxy::start(None);
     namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let release = namespace.release("1.1.0");
     let began = Instant::now();
     let was_cut = Arc::new(AtomicBool::new(false));

@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Ended, Fixture, ended, root};
+use crate::fixture::{Ended, Fixture, Load, ended, root};
 
 /// The gateway's listeners for tests; Envoy's ports are 8000 above theirs.
 const LISTENERS: [u16; 4] = [1, 2, 3, 4];
@@ -81,6 +81,9 @@ impl Namespace {
             ),
             ("rollout.ready_within", "40s".into()),
             ("rollout.window", "500ms".into()),
+            // Two cores carry a cluster, a database and the load of several tests: how slow an answer
+            // is says nothing here.
+            ("judge.latency_floor", "10s".into()),
         ];
         settings.extend(changes.iter().cloned());
         let fixture = Fixture::with(&settings);
@@ -235,6 +238,11 @@ impl Namespace {
         let release = self.release(version);
         self.deploy(&release).expect(0, "healthy");
         release
+    }
+
+    /// Requests that go on until they are stopped; two environments at a time leave the cluster room.
+    pub fn load(&self) -> Load {
+        Load::with(self.address.clone(), reqwest::Client::new(), 120)
     }
 
     pub fn kubectl(&self, words: &[&str]) -> Output {

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::fixture::Load;
 use crate::namespace::{Namespace, short};
 use crate::proxy::Proxy;
 
@@ -109,7 +108,7 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
         &first,
     ];
     namespace.run_by(&by, &deploy).expect(0, "healthy");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     // Releases and rollouts of long ago: there are more of them than are kept.
     for number in 1..=12 {
         for object in old(number) {

@@ -28,7 +28,7 @@ fn weights(ended: &Ended) -> Vec<u64> {
 
 fn good_bad_and_back(namespace: &Namespace) {
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
 
     let second = namespace.release("1.1.0");
     let good = namespace.run(&start(&second)).expect(0, "healthy");
@@ -90,7 +90,7 @@ fn behind_a_plain_service() {
     let first = namespace.in_service("1.0.0");
     // A plain Service splits connections, so each request has one of its own.
     let client = reqwest::Client::builder().pool_max_idle_per_host(0);
-    let load = Load::with(namespace.address.clone(), client.build().unwrap());
+    let load = Load::with(namespace.address.clone(), client.build().unwrap(), 120);
     let second = namespace.release("1.1.0");
     let good = namespace.run(&start(&second)).expect(0, "healthy");
     // 25 % are wanted, a third is what two pods and one more make.
@@ -112,7 +112,7 @@ fn behind_a_plain_service() {
 fn a_killed_rollout_is_resumed_from_elsewhere() {
     let namespace = Namespace::new("killed");
     namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let mut undisturbed = 0;
     for (minor, point) in (1..).zip([usize::MAX, 1, 2, 4]) {
         let release = namespace.release(&format!("1.{minor}.0"));

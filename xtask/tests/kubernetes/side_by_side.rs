@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Load, eventually};
+use crate::fixture::eventually;
 use crate::namespace::{Namespace, short};
 
 /// How long a way back took, and what failed meanwhile.
@@ -17,7 +17,7 @@ struct Way {
 }
 
 fn under_load(name: &'static str, namespace: &Namespace, back: impl FnOnce()) -> Way {
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let began = Instant::now();
     back();
     let time = began.elapsed();
@@ -84,7 +84,7 @@ fn status(namespace: &Namespace) {
 fn ours_loses_nothing() {
     let namespace = Namespace::new("ways-back");
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let second = namespace.release("1.1.0");
     namespace
         .run(&["canary", "start", "--release", &second])

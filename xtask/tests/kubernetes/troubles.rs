@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::fixture::{Load, eventually};
+use crate::fixture::eventually;
 use crate::namespace::{Namespace, short};
 
 /// Each of `parts` must have been said.
@@ -34,7 +34,7 @@ fn an_image_that_cannot_be_pulled_is_no_long_wait() {
 fn a_release_that_crashes_shows_its_last_words() {
     let namespace = Namespace::new("crashes");
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let broken = namespace.release_with("1.1.0", &["acquire_timeout = \"soon\""]);
     let failed = namespace
         .run(&["canary", "start", "--release", &broken])
@@ -61,7 +61,7 @@ fn a_quota_is_named() {
         "metadata": { "name": "few-pods" },
         "spec": { "hard": { "pods": "3" } },
     }));
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let next = namespace.release("1.1.0");
     let failed = namespace
         .run(&["canary", "start", "--release", &next])
@@ -120,7 +120,7 @@ fn what_admission_refuses_is_refused_before_anything_is_changed() {
 fn an_edited_candidate_is_not_the_release() {
     let namespace = Namespace::with("edited", "gateway", &[("rollout.min_stage", "20s".into())]);
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let next = namespace.release("1.1.0");
     let running = namespace
         .fixture
@@ -150,7 +150,7 @@ fn a_number_of_pods_set_by_hand_does_not_stop_a_rollback() {
     let first = namespace.in_service("1.0.0");
     let second = namespace.release("1.1.0");
     namespace.deploy(&second).expect(2, "failed");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     namespace
         .run(&["canary", "start", "--release", &second])
         .expect(0, "healthy");
@@ -171,7 +171,7 @@ fn two_operators_do_not_fight() {
         &[("rollout.min_stage", "60s".into())],
     );
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let next = namespace.release("1.1.0");
     let running = namespace
         .fixture
@@ -199,7 +199,7 @@ fn the_candidate_follows_an_autoscaler() {
     );
     namespace.add_component("autoscaling");
     let first = namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let next = namespace.release("1.1.0");
     let running = namespace
         .fixture
@@ -231,7 +231,7 @@ fn the_candidate_follows_an_autoscaler() {
 fn evicted_pods_come_back() {
     let namespace = Namespace::with("evicted", "gateway", &[("rollout.min_stage", "8s".into())]);
     namespace.in_service("1.0.0");
-    let load = Load::start(namespace.address.clone());
+    let load = namespace.load();
     let next = namespace.release("1.1.0");
     let running = namespace
         .fixture
