@@ -90,7 +90,7 @@ const DEFECTS: &[Defect] = &[
     ),
     (
         CI,
-        "needs: [xtask, checks, tests]",
+        "needs: [xtask, checks, tests, cluster]",
         "needs: [xtask, checks]",
         "conclusion",
     ),
