@@ -522,7 +522,7 @@ impl Command {
     /// name an environment there.
     pub fn missing_feature(&self, on_kubernetes: impl FnOnce() -> bool) -> Option<&'static str> {
         let feature = match self.feature()? {
-            "rollout" if on_kubernetes() => "kubernetes",
+            "rollout" if !cfg!(feature = "kubernetes") && on_kubernetes() => "kubernetes",
             feature => feature,
         };
         let there = [

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -78,6 +79,12 @@ pub fn try_lock(path: &Path) -> Result<Option<File>> {
         Err(fs::TryLockError::WouldBlock) => Ok(None),
         Err(fs::TryLockError::Error(error)) => Err(error).with_context(context),
     }
+}
+
+/// Lets a command that goes on by itself write into `log`, and read nothing.
+pub fn log_into(command: &mut Command, log: File) -> Result<&mut Command> {
+    let shared = log.try_clone().context("sharing a log")?;
+    Ok(command.stdin(Stdio::null()).stdout(shared).stderr(log))
 }
 
 /// The last `number` lines of the file; bytes that are not UTF-8 are replaced. However long the

@@ -22,6 +22,7 @@ mod findings;
 mod http;
 mod image;
 mod output;
+mod owner;
 #[cfg(feature = "rollout")]
 mod platform;
 mod release;

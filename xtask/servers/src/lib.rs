@@ -4,6 +4,7 @@
 //! variables. A test that is run by itself finds no variable and starts just what it asks for.
 
 mod images;
+#[path = "../../src/owner.rs"]
 mod owner;
 mod server;
 
@@ -23,6 +24,8 @@ pub use images::{Image, Images};
 pub use server::Server;
 
 /// What mends a machine that has no engine or no images.
+/// The label that says whose a container is, by the name of a process.
+const OWNER: &str = "dev.xtask.owner";
 const ADVICE: &str = "`cargo xtask setup` installs and starts what is missing";
 
 /// A server in a container, which is removed with this value.
@@ -141,7 +144,7 @@ pub async fn sweep() -> Result<usize> {
     let docker = docker_client_instance()
         .await
         .with_context(|| format!("reaching a container engine; {ADVICE}"))?;
-    let filters = HashMap::from([("label", vec![owner::LABEL])]);
+    let filters = HashMap::from([("label", vec![OWNER])]);
     let list = ListContainersOptionsBuilder::new().all(true);
     let containers = docker
         .list_containers(Some(list.filters(&filters).build()))
@@ -152,8 +155,8 @@ pub async fn sweep() -> Result<usize> {
         let labels = container.labels.unwrap_or_default();
         let Some(id) = container.id else { continue };
         if labels
-            .get(owner::LABEL)
-            .is_none_or(|owner| !owner::is_gone(owner))
+            .get(OWNER)
+            .is_none_or(|owner| owner::lives(owner) != Some(false))
         {
             continue;
         }

@@ -172,7 +172,7 @@ fn named(image: &str) -> GenericImage {
 
 async fn run(request: ContainerRequest<GenericImage>) -> Result<ContainerAsync<GenericImage>> {
     let request = request
-        .with_label(owner::LABEL, owner::this_process())
+        .with_label(crate::OWNER, owner::this_process())
         .with_startup_timeout(STARTUP);
     Ok(request.start().await?)
 }

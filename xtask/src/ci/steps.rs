@@ -160,34 +160,18 @@ pub fn steps() -> Vec<Step> {
         .needs(&["build", "image"])
         .minutes(40)
         .job(TESTS),
-        cargo_step(
+        cluster_step(
             "kubernetes",
             "rollouts do on a real cluster what they do in the sandbox, whatever goes wrong there",
             "cargo xtask cluster run -- \
              cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 2",
         )
-        .packages(&["xtask", "service"])
-        .reads(&["config/**", "k8s/**"])
-        .environment(&[cluster::KUBECONFIG])
-        .tools(&[CONTAINERS, CLUSTER])
-        .locks(&["containers"])
-        .variable(WHOLE_BUILD, "1")
-        .needs(&["build", "image"])
-        .minutes(40)
-        .job(CLUSTERS),
-        cargo_step(
+        .minutes(40),
+        cluster_step(
             "demo-kubernetes",
             "the whole path works on a real cluster, too",
             "cargo xtask demo --platform kubernetes",
-        )
-        .packages(&["xtask", "service"])
-        .reads(&["config/**", "k8s/**"])
-        .environment(&[cluster::KUBECONFIG])
-        .tools(&[CONTAINERS, CLUSTER])
-        .locks(&["containers"])
-        .variable(WHOLE_BUILD, "1")
-        .needs(&["build", "image"])
-        .job(CLUSTERS),
+        ),
         cargo_step(
             "demo",
             "the whole path works under load, a bad release and a kill included",
@@ -209,6 +193,19 @@ fn cargo_step(name: &str, proves: &str, run: &str) -> Step {
         .locks(&[TARGET])
         .all_cores()
         .minutes(30)
+}
+
+/// A step that runs releases of the service on a Kubernetes cluster.
+fn cluster_step(name: &str, proves: &str, run: &str) -> Step {
+    cargo_step(name, proves, run)
+        .packages(&["xtask", "service"])
+        .reads(&["config/**", "k8s/**"])
+        .environment(&[cluster::KUBECONFIG])
+        .tools(&[CONTAINERS, CLUSTER])
+        .locks(&["containers"])
+        .variable(WHOLE_BUILD, "1")
+        .needs(&["build", "image"])
+        .job(CLUSTERS)
 }
 
 #[cfg(test)]

@@ -340,19 +340,7 @@ impl Cluster {
             Ok(())
         };
         wait("the API server", &["get", "--raw", "/readyz"], "ok")?;
-        let node = format!("/api/v1/nodes/{}", places::NODE);
-        wait(
-            "the node",
-            &["get", "--raw", &node],
-            r#""type":"Ready","status":"True""#,
-        )
-        .or_else(|error| {
-            // The field's order within a condition is not promised.
-            match kubectl.read(&["get", "nodes", "--no-headers"]) {
-                Some(said) if said.contains(" Ready ") => Ok(()),
-                _ => Err(error),
-            }
-        })?;
+        wait("the node", &["get", "nodes", "--no-headers"], " Ready ")?;
         wait(
             "the first service account",
             &["--namespace", "default", "get", "serviceaccount", "default"],

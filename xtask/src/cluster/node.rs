@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -36,20 +36,19 @@ pub fn start(places: &Places) -> Result<Init> {
     let program = std::env::current_exe().context("finding this program")?;
     let log = places.log("node");
     let log = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-    let unshare = Command::new("unshare")
+    let mut unshare = Command::new("unshare");
+    unshare
         .args(["--mount", "--net", "--pid", "--uts", "--ipc", "--fork"])
         .args(["--mount-proc", "--kill-child=SIGKILL", "--"])
         .arg(program)
         .args(["cluster", "node", "--dir"])
         .arg(&places.dir)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("sharing the node's log")?)
-        .stderr(log)
-        .process_group(0)
+        .process_group(0);
+    let unshare = files::log_into(&mut unshare, log)?
         .spawn()
         .context("starting unshare")?;
     let pid = child_of(unshare.id())?;
-    let init = Init::of(pid)?;
+    let init = Init::of(pid);
     // It has its own network from the moment on that it waits for the link.
     let own = || fs::read_link(format!("/proc/{pid}/ns/net"));
     let ours = fs::read_link("/proc/self/ns/net").context("reading this network's name")?;
@@ -136,15 +135,13 @@ fn separate(shell: &Shell, places: &Places) -> Result<()> {
     run(cmd!(shell, "hostname {node}"))?;
     run(cmd!(shell, "ip link set lo up"))?;
     // The command that started this one moves the link here.
-    let path = Path::new("/sys/class/net").join(link);
     wait_for("the link to the machine", || {
-        path.exists()
-            || cmd!(shell, "ip link show {link}")
-                .quiet()
-                .ignore_stdout()
-                .ignore_stderr()
-                .run()
-                .is_ok()
+        cmd!(shell, "ip link show {link}")
+            .quiet()
+            .ignore_stdout()
+            .ignore_stderr()
+            .run()
+            .is_ok()
     })?;
     let address = format!("{}/30", places::ADDRESS);
     run(cmd!(shell, "ip addr add {address} dev {link}"))?;
@@ -190,11 +187,7 @@ impl Node {
     pub fn part(&self, name: &'static str, command: &mut Command) -> Result<Part> {
         let log = self.places.log(name);
         let log = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-        let child = command
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("sharing a log")?)
-            .stderr(log)
+        let child = files::log_into(command.current_dir("/"), log)?
             .spawn()
             .with_context(|| format!("starting {name}"))?;
         let pid = child.id();

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::build::Programs;
 use crate::files;
+use crate::owner;
 use crate::setup;
 
 pub const NODE: &str = "xtask-node";
@@ -155,25 +156,25 @@ impl Places {
 }
 
 /// The first process of the cluster's namespaces, by its number on the machine.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Init {
     pub pid: u32,
-    /// When it started, in clock ticks since the machine did: numbers of processes are used again.
-    started: u64,
+    /// Its own name: numbers of processes are used again.
+    owner: String,
 }
 
 impl Init {
-    pub fn of(pid: u32) -> Result<Self> {
-        let started = start_time(pid).context("the cluster's first process ended at once")?;
-        Ok(Self { pid, started })
+    pub fn of(pid: u32) -> Self {
+        let owner = owner::of(pid);
+        Self { pid, owner }
     }
 
-    pub fn is_alive(self) -> bool {
-        start_time(self.pid) == Some(self.started)
+    pub fn is_alive(&self) -> bool {
+        owner::lives(&self.owner) == Some(true)
     }
 
     /// Ends it, and with it everything in the cluster.
-    pub fn kill(self) -> Result<()> {
+    pub fn kill(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.is_alive() {
             let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
@@ -188,17 +189,6 @@ impl Init {
         }
         Ok(())
     }
-}
-
-/// Field 22 of `/proc/PID/stat`; `None` where there is no such process, or only its exit code.
-fn start_time(pid: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything.
-    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 /// Every hierarchy of control groups: one for each controller, or one for all (version 2).

@@ -143,6 +143,18 @@ pub struct InstanceCounts {
     pub counts: Counts,
 }
 
+/// Puts what a rollout has earned into the history, in place of what it had there before.
+pub fn note(history: &mut Vec<HistoryEntry>, rollout: &str, marks: Vec<(ReleaseId, Mark)>) {
+    let at = jiff::Timestamp::now();
+    history.retain(|entry| entry.rollout != rollout);
+    history.extend(marks.into_iter().map(|(release, mark)| HistoryEntry {
+        release,
+        rollout: rollout.to_owned(),
+        mark,
+        at,
+    }));
+}
+
 impl Status {
     pub fn release(&self, id: &ReleaseId) -> Option<&ReleaseStatus> {
         self.releases.iter().find(|release| release.release == *id)

@@ -18,7 +18,7 @@ use super::plan::{self, Forecast};
 use super::report::Summary;
 use super::status;
 use super::windows::Counts;
-use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, RollbackArgs};
+use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, EnvironmentArgs, RollbackArgs};
 use crate::config::{Environment, MetricsKind, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
@@ -74,32 +74,25 @@ pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finis
 pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Finished> {
     match command {
         CanaryCommand::Start(args) => block_on(start(args, cli, output)),
-        CanaryCommand::Resume(args) => block_on(async {
-            Session::open(cli, &args.environment, output)
-                .await?
-                .resume()
-                .await
-        }),
-        CanaryCommand::Promote(args) => block_on(async {
-            Session::open(cli, &args.environment, output)
-                .await?
-                .promote()
-                .await
-        }),
-        CanaryCommand::Abort(args) => block_on(async {
-            Session::open(cli, &args.environment, output)
-                .await?
-                .abort()
-                .await
-        }),
-        CanaryCommand::Status(args) => block_on(async {
-            Session::open(cli, &args.environment, output)
-                .await?
-                .status()
-                .await
-        }),
+        CanaryCommand::Resume(args) => in_session(args, cli, output, Session::resume),
+        CanaryCommand::Promote(args) => in_session(args, cli, output, Session::promote),
+        CanaryCommand::Abort(args) => in_session(args, cli, output, Session::abort),
+        CanaryCommand::Status(args) => in_session(args, cli, output, Session::status),
         CanaryCommand::Judge(args) => judge_file::run(args, cli, output),
     }
+}
+
+/// Does one thing in the environment that was named.
+fn in_session<'a>(
+    args: &EnvironmentArgs,
+    cli: &Cli,
+    output: &'a Output,
+    work: impl AsyncFnOnce(&Session<'a>) -> Result<Finished>,
+) -> Result<Finished> {
+    block_on(async {
+        let session = Session::open(cli, &args.environment, output).await?;
+        work(&session).await
+    })
 }
 
 async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Finished> {
@@ -217,25 +210,8 @@ impl<'a> Session<'a> {
         for line in platform.changes(plan.stable.as_ref(), &plan.candidate) {
             self.output.detail(line);
         }
-        if plan.stages.iter().map(|stage| stage.weight).ne(self
-            .pipeline
-            .rollout
-            .stages
-            .0
-            .iter()
-            .map(|stage| stage.weight))
-            && kind == Kind::Canary
-        {
-            let weights: Vec<String> = plan
-                .stages
-                .iter()
-                .map(|stage| format!("{} %", stage.weight))
-                .collect();
-            self.output.detail(format_args!(
-                "the weights that {} pods can make: {}",
-                plan.replicas,
-                weights.join(", ")
-            ));
+        if kind == Kind::Canary && plan.stages != self.pipeline.rollout.stages.0 {
+            status::reachable(&plan, self.output);
         }
         let bounds = match kind {
             Kind::Canary => self.forecast(&*platform, &plan).await?.bounds,

@@ -281,6 +281,26 @@ impl State {
 }
 
 impl Plan {
+    /// What the releases have earned once the rollout has earned its candidate `mark`.
+    pub fn marks(&self, mark: Mark) -> Vec<(ReleaseId, Mark)> {
+        let replaced = self.stable.iter().filter(|_| {
+            // Whoever goes back has found the release in service wanting.
+            self.kind == Kind::Rollback && mark == Mark::Healthy
+        });
+        replaced
+            .map(|stable| (stable.clone(), Mark::RolledBack))
+            .chain([(self.candidate.clone(), mark)])
+            .collect()
+    }
+
+    /// The release in service after that.
+    pub fn stable_after(&self, mark: Mark) -> Option<&ReleaseId> {
+        match mark {
+            Mark::Healthy => Some(&self.candidate),
+            Mark::RolledBack => self.stable.as_ref(),
+        }
+    }
+
     /// The processes that carry all of the traffic now: an autoscaler may have made more of stable
     /// than were asked for.
     fn full(&self, view: &View) -> u32 {

@@ -9,6 +9,20 @@ use super::windows::{Counts, Window};
 use crate::output::Output;
 use crate::platform::Status;
 
+/// The weights that are reached instead of those that were asked for.
+pub fn reachable(plan: &Plan, output: &Output) {
+    let weights: Vec<String> = plan
+        .stages
+        .iter()
+        .map(|stage| format!("{} %", stage.weight))
+        .collect();
+    output.detail(format_args!(
+        "the weights that {} pods can make: {}",
+        plan.replicas,
+        weights.join(", ")
+    ));
+}
+
 /// What the planner expects, before anything is done.
 pub fn forecast(forecast: &Forecast, output: &Output) {
     output.line(format_args!(

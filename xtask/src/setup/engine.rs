@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -124,11 +124,7 @@ fn by_hand(output: &Output) -> Result<()> {
     let start = cmd!(shell, "dockerd --host unix://{SOCKET} --pidfile {PID_FILE}");
     output.command(&start);
     // It stays when this command ends, for the next one.
-    Command::from(start)
-        .stdin(Stdio::null())
-        .stdout(file.try_clone().context("sharing the log")?)
-        .stderr(file)
-        .process_group(0)
+    files::log_into(Command::from(start).process_group(0), file)?
         .spawn()
         .context("starting dockerd")?;
     wait(Some(&log))?;

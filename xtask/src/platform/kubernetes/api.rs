@@ -23,11 +23,11 @@ pub const FIELD_MANAGER: &str = "xtask";
 const CALL: Duration = Duration::from_secs(10);
 /// How long a call is repeated for before its failure counts.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How often a write that names no version is repeated because the object was just changed.
-const ATTEMPTS: u32 = 5;
 /// The same where waiting would keep other things from being seen.
 const GLANCE: Duration = Duration::from_secs(2);
 const GLANCE_CALL: Duration = Duration::from_secs(5);
+/// How often a write that names no version is repeated because the object was just changed.
+const ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -113,6 +113,21 @@ impl Kind {
         let (version, plural) = (&self.api_version, self.plural());
         format!("/{root}/{version}/namespaces/{namespace}/{plural}")
     }
+}
+
+/// Now, as leases and events have it: RFC 3339 with microseconds.
+/// <https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/> (MicroTime)
+pub fn micro_time() -> String {
+    jiff::Timestamp::now()
+        .strftime("%Y-%m-%dT%H:%M:%S.%6fZ")
+        .to_string()
+}
+
+/// Now, as everything else has it.
+pub fn time() -> String {
+    jiff::Timestamp::now()
+        .strftime("%Y-%m-%dT%H:%M:%SZ")
+        .to_string()
 }
 
 /// The name of an object.
@@ -287,14 +302,8 @@ impl Api {
         Err(Failure::Refused { refusal, wait })
     }
 
-    /// A write that names no version: that somebody else was quicker is no reason to give up.
-    async fn call_unpinned(
-        &self,
-        method: Method,
-        path: &str,
-        kind: &str,
-        body: &Value,
-    ) -> Result<Value> {
+    /// A write. Where it names no version, that somebody else was quicker is no reason to give up.
+    async fn write(&self, method: Method, path: &str, kind: &str, body: &Value) -> Result<Value> {
         let text = body.to_string();
         let is_pinned = !body["metadata"]["resourceVersion"].is_null();
         for _ in 1..ATTEMPTS {
@@ -383,9 +392,7 @@ impl Api {
             if dry_run { "&dryRun=All" } else { "" }
         );
         let content = "application/apply-patch+yaml";
-        let applied = self
-            .call_unpinned(Method::PATCH, &path, content, wanted)
-            .await;
+        let applied = self.write(Method::PATCH, &path, content, wanted).await;
         applied.with_context(|| format!("{} {}", kind.kind, name(wanted)))
     }
 
@@ -396,7 +403,7 @@ impl Api {
             "{}?fieldManager={FIELD_MANAGER}",
             kind.path(&self.namespace)
         );
-        self.call_unpinned(Method::POST, &path, "application/json", object)
+        self.write(Method::POST, &path, "application/json", object)
             .await
     }
 
@@ -408,8 +415,7 @@ impl Api {
             kind.path(&self.namespace)
         );
         let content = "application/merge-patch+json";
-        self.call_unpinned(Method::PATCH, &path, content, change)
-            .await
+        self.write(Method::PATCH, &path, content, change).await
     }
 
     /// Changes the conditions of an object, and no other of its fields.

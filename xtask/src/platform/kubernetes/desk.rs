@@ -4,16 +4,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use super::api::{self, Api, Kind};
-use super::fence::TOKEN;
+use super::fence::{Fence, TOKEN};
 use super::record;
 use super::render::WORKLOAD;
 use crate::config::Kubernetes as Settings;
-use crate::platform::StaleWriter;
+use crate::owner;
 use crate::rollout::desk::{Desk, Lock, Writer};
 use crate::rollout::engine::{Request, State};
 use crate::rollout::journal::{Journal, Keeper, Started};
@@ -56,12 +56,20 @@ impl ClusterDesk {
         format!("{}-rollout-{}", self.settings.name, rollout.to_lowercase())
     }
 
-    fn place(&self, rollout: &str) -> String {
-        format!(
-            "ConfigMap {} in namespace {}",
-            self.journal_name(rollout),
-            self.api.namespace
-        )
+    /// Where the journal of that name is, for people.
+    fn place(&self, name: &str) -> String {
+        format!("ConfigMap {name} in namespace {}", self.api.namespace)
+    }
+
+    fn chunks(&self, writer: &Writer, name: &str) -> Chunks {
+        Chunks {
+            api: self.api.patient(self.patience),
+            record: record::name(&self.settings),
+            name: name.to_owned(),
+            token: writer.token,
+            next: 1,
+            size: 0,
+        }
     }
 
     /// The objects of all journals, oldest first.
@@ -73,12 +81,7 @@ impl ClusterDesk {
     }
 
     fn parse(&self, object: &Value) -> Result<Option<Journal>> {
-        let place = format!(
-            "ConfigMap {} in namespace {}",
-            api::name(object),
-            self.api.namespace
-        );
-        Journal::parse(place, text_of(object).as_bytes())
+        Journal::parse(self.place(api::name(object)), text_of(object).as_bytes())
     }
 
     /// The newest token that any writer has left on the record.
@@ -93,7 +96,7 @@ impl ClusterDesk {
 
     /// Takes the lease as it was seen, or says that somebody else was faster.
     async fn take(&self, seen: Option<&Value>, holder: &str) -> Result<Option<Value>> {
-        let now = jiff::Timestamp::now();
+        let now = api::micro_time();
         let last = match seen {
             Some(seen) => token_of(seen),
             // Somebody has removed the lease; the tokens that were given are still in use.
@@ -102,9 +105,8 @@ impl ClusterDesk {
         let spec = json!({
             "holderIdentity": holder,
             "leaseDurationSeconds": LEASE.as_secs(),
-            // RFC 3339 with microseconds, as the API server wants it.
-            "acquireTime": now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string(),
-            "renewTime": now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string(),
+            "acquireTime": now,
+            "renewTime": now,
             "leaseTransitions": last + 1,
         });
         let taken = match seen {
@@ -146,17 +148,16 @@ impl ClusterDesk {
 impl Desk for ClusterDesk {
     async fn lock(&self) -> Result<Option<Writer>> {
         record::ensure(&self.api, &self.settings, &self.environment).await?;
-        let holder = Holder::me();
-        let identity = holder.to_string();
+        let identity = owner::this_process();
         let mut seen = self.api.get(&lease_kind(), &self.lease_name()).await?;
         let began = Instant::now();
         while let Some(lease) = &seen {
             let theirs = holder_of(lease).to_owned();
-            if theirs.is_empty() || Holder::is_dead(&theirs) {
-                break;
-            }
-            if Holder::is_alive(&theirs) {
-                return Ok(None);
+            match owner::lives(&theirs) {
+                _ if theirs.is_empty() => break,
+                Some(false) => break,
+                Some(true) => return Ok(None),
+                None => {}
             }
             // Of another machine: only a lease that nobody renews is free.
             tokio::time::sleep(POLL).await;
@@ -200,7 +201,7 @@ impl Desk for ClusterDesk {
             return Ok(false);
         };
         let holder = holder_of(&lease);
-        if holder.is_empty() || Holder::is_dead(holder) {
+        if holder.is_empty() || owner::lives(holder) == Some(false) {
             return Ok(false);
         }
         // For people: here the clocks of two machines are good enough.
@@ -213,12 +214,13 @@ impl Desk for ClusterDesk {
 
     async fn create(&self, writer: &Writer, started: Started, state: State) -> Result<Journal> {
         let rollout = started.plan.rollout.clone();
+        let name = self.journal_name(&rollout);
         let mut labels = record::labels(&self.settings);
         labels[ROLLOUT] = json!(rollout);
         let object = json!({
             "apiVersion": "v1",
             "kind": "ConfigMap",
-            "metadata": { "name": self.journal_name(&rollout), "labels": labels },
+            "metadata": { "name": name, "labels": labels },
             "data": {},
         });
         self.api.create(&object).await.or_else(|error| {
@@ -229,15 +231,8 @@ impl Desk for ClusterDesk {
                 Err(error)
             }
         })?;
-        let chunks = Chunks {
-            api: self.api.patient(self.patience),
-            name: self.journal_name(&rollout),
-            token: writer.token,
-            next: 1,
-            size: 0,
-        };
-        let place = self.place(&rollout);
-        let journal = Journal::begin(place, Box::new(chunks), started, state).await?;
+        let chunks = Box::new(self.chunks(writer, &name));
+        let journal = Journal::begin(self.place(&name), chunks, started, state).await?;
         let journals = self.journals().await?;
         let surplus = journals.len().saturating_sub(KEPT + 1);
         for old in &journals[..surplus] {
@@ -256,29 +251,17 @@ impl Desk for ClusterDesk {
     }
 
     async fn read(&self, rollout: &str) -> Result<Journal> {
-        let object = self
-            .api
-            .get(&journal_kind(), &self.journal_name(rollout))
-            .await?;
-        let gone = || format!("the journal is gone: {}", self.place(rollout));
+        let name = self.journal_name(rollout);
+        let object = self.api.get(&journal_kind(), &name).await?;
+        let gone = || format!("the journal is gone: {}", self.place(&name));
         self.parse(&object.with_context(gone)?)?.with_context(gone)
     }
 
     async fn for_writing(&self, writer: &Writer, journal: Journal) -> Result<Journal> {
-        let rollout = journal.plan().rollout.clone();
-        let name = self.journal_name(&rollout);
-        let mut chunks = Chunks {
-            api: self.api.patient(self.patience),
-            name: name.clone(),
-            token: writer.token,
-            next: 1,
-            size: 0,
-        };
-        let object = chunks.claim().await?;
-        let journal = self.parse(&object)?;
-        let journal =
-            journal.with_context(|| format!("the journal is gone: {}", self.place(&rollout)))?;
-        Ok(journal.kept_by(Box::new(chunks)))
+        let rollout = &journal.plan().rollout;
+        let mut chunks = self.chunks(writer, &self.journal_name(rollout));
+        chunks.claim().await?;
+        Ok(self.read(rollout).await?.kept_by(Box::new(chunks)))
     }
 
     async fn ask(&self, request: Request) -> Result<()> {
@@ -300,67 +283,6 @@ fn token_of(lease: &Value) -> u64 {
     lease["spec"]["leaseTransitions"].as_u64().unwrap_or(0)
 }
 
-/// A process, by its machine since it was started, its number, and when it was started: whether it
-/// still lives can be told on its own machine, without waiting for a lease to run out.
-struct Holder {
-    machine: String,
-    pid: u32,
-    started: String,
-}
-
-impl Holder {
-    fn me() -> Self {
-        let pid = std::process::id();
-        Self {
-            machine: machine(),
-            pid,
-            started: started(pid).unwrap_or_default(),
-        }
-    }
-
-    /// What is known of a holder on this machine.
-    fn here(identity: &str) -> Option<bool> {
-        let mut parts = identity.rsplitn(3, '/');
-        let (start, pid, on) = (parts.next()?, parts.next()?, parts.next()?);
-        let pid: u32 = pid.parse().ok()?;
-        (!start.is_empty() && on == machine()).then(|| started(pid).as_deref() == Some(start))
-    }
-
-    fn is_dead(identity: &str) -> bool {
-        Self::here(identity) == Some(false)
-    }
-
-    fn is_alive(identity: &str) -> bool {
-        Self::here(identity) == Some(true)
-    }
-}
-
-impl std::fmt::Display for Holder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}/{}", self.machine, self.pid, self.started)
-    }
-}
-
-/// The machine's name, the number of its present boot, and whose numbers of processes are meant.
-fn machine() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let name = rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned();
-    format!("{name}-{}", read("/proc/sys/kernel/random/boot_id").trim())
-}
-
-/// Field 22 of `/proc/PID/stat`.
-fn started(pid: u32) -> Option<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18).map(str::to_owned)
-}
-
 struct Renewal {
     api: Api,
     name: String,
@@ -379,10 +301,9 @@ impl Renewal {
             if holder_of(&lease) != self.holder {
                 return;
             }
-            let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%6fZ");
             let change = json!({
                 "metadata": { "resourceVersion": api::resource_version(&lease) },
-                "spec": { "renewTime": now.to_string() },
+                "spec": { "renewTime": api::micro_time() },
             });
             // A failure is repeated in a moment.
             let _ = self.api.merge(&lease_kind(), &self.name, &change).await;
@@ -430,6 +351,7 @@ impl Drop for LeaseLock {
 /// A journal as numbered pieces of a ConfigMap's data, so that an entry is a small write.
 struct Chunks {
     api: Api,
+    record: String,
     name: String,
     token: u64,
     next: u64,
@@ -452,38 +374,24 @@ impl Chunks {
         format!("{:08}", self.next)
     }
 
-    async fn current(&self) -> Result<Value> {
-        let object = self.api.get(&journal_kind(), &self.name).await?;
-        let object = object.with_context(|| format!("the ConfigMap {} is gone", self.name))?;
-        let theirs = api::annotation(&object, TOKEN).and_then(|token| token.parse().ok());
-        if theirs.unwrap_or(0) > self.token {
-            return Err(StaleWriter.into());
+    fn fence(&self) -> Fence<'_> {
+        Fence {
+            api: &self.api,
+            token: self.token,
+            record: self.record.clone(),
         }
-        Ok(object)
     }
 
     /// Takes the journal for this writer; from then on an older one's lines are refused.
-    async fn claim(&mut self) -> Result<Value> {
-        for _ in 0..20 {
-            let object = self.current().await?;
-            let change = json!({ "metadata": {
-                "resourceVersion": api::resource_version(&object),
-                "annotations": { TOKEN: self.token.to_string() },
-            } });
-            match self.api.merge(&journal_kind(), &self.name, &change).await {
-                Ok(object) => {
-                    let last = object["data"]
-                        .as_object()
-                        .and_then(|data| data.keys().max().cloned());
-                    self.next = last.and_then(|key| key.parse::<u64>().ok()).unwrap_or(0) + 1;
-                    self.size = text_of(&object).len();
-                    return Ok(object);
-                }
-                Err(error) if api::is_conflict(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        bail!("the ConfigMap {} changes all the time", self.name)
+    async fn claim(&mut self) -> Result<()> {
+        self.fence().claim(&journal_kind(), &self.name).await?;
+        let object = self.api.get(&journal_kind(), &self.name).await?;
+        let object = object.with_context(|| format!("the ConfigMap {} is gone", self.name))?;
+        let keys = object["data"].as_object().map(|data| data.keys());
+        let last = keys.and_then(|keys| keys.max()?.parse::<u64>().ok());
+        self.next = last.unwrap_or(0) + 1;
+        self.size = text_of(&object).len();
+        Ok(())
     }
 }
 
@@ -491,28 +399,16 @@ impl Chunks {
 impl Keeper for Chunks {
     async fn append(&mut self, text: &str) -> Result<()> {
         let key = self.key();
-        for _ in 0..20 {
-            let object = self.current().await?;
-            // The answer to the same write may have been lost.
-            if object["data"][&key] != text {
-                let change = json!({
-                    "metadata": {
-                        "resourceVersion": api::resource_version(&object),
-                        "annotations": { TOKEN: self.token.to_string() },
-                    },
-                    "data": { &key: text },
-                });
-                match self.api.merge(&journal_kind(), &self.name, &change).await {
-                    Ok(_) => {}
-                    Err(error) if api::is_conflict(&error) => continue,
-                    Err(error) => return Err(error),
-                }
-            }
-            self.next += 1;
-            self.size += text.len();
-            return Ok(());
-        }
-        bail!("the ConfigMap {} changes all the time", self.name)
+        // The answer to the same write may have been lost.
+        let add = |object: &Value| {
+            (object["data"][&key] != text).then(|| json!({ "data": { &key: text } }))
+        };
+        self.fence()
+            .change(&journal_kind(), &self.name, add)
+            .await?;
+        self.next += 1;
+        self.size += text.len();
+        Ok(())
     }
 
     fn is_full(&self) -> bool {
@@ -521,35 +417,19 @@ impl Keeper for Chunks {
 
     async fn replace(&mut self, text: &str) -> Result<()> {
         let key = self.key();
-        for _ in 0..20 {
-            let object = self.current().await?;
+        let replace = |object: &Value| {
             let mut data = json!({ &key: text });
-            for old in object["data"]
-                .as_object()
-                .into_iter()
-                .flat_map(|data| data.keys())
-            {
-                if *old != key {
-                    data[old] = Value::Null;
-                }
+            let old = object["data"].as_object().into_iter().flatten();
+            for (old, _) in old.filter(|(old, _)| **old != key) {
+                data[old] = Value::Null;
             }
-            let change = json!({
-                "metadata": {
-                    "resourceVersion": api::resource_version(&object),
-                    "annotations": { TOKEN: self.token.to_string() },
-                },
-                "data": data,
-            });
-            match self.api.merge(&journal_kind(), &self.name, &change).await {
-                Ok(_) => {
-                    self.next += 1;
-                    self.size = text.len();
-                    return Ok(());
-                }
-                Err(error) if api::is_conflict(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        bail!("the ConfigMap {} changes all the time", self.name)
+            Some(json!({ "data": data }))
+        };
+        self.fence()
+            .change(&journal_kind(), &self.name, replace)
+            .await?;
+        self.next += 1;
+        self.size = text.len();
+        Ok(())
     }
 }

@@ -21,10 +21,10 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{HistoryEntry, InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
+use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
 use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::{Action, Kind as RolloutKind, Mark, Plan};
+use crate::rollout::engine::{Action, Mark, Plan};
 use crate::rollout::metrics;
 use api::{Api, Kind};
 use fence::Fence;
@@ -35,8 +35,8 @@ use traffic::{Known, Traffic, Weights};
 const TICK: Duration = Duration::from_millis(400);
 /// How often it is looked into why a release is not ready.
 const LOOK: Duration = Duration::from_secs(4);
-/// How long a job that runs before the pods may take.
-const JOB: Duration = Duration::from_secs(300);
+/// How long what must be there before the pods, or must have run, may take.
+const NEEDED: Duration = Duration::from_secs(300);
 /// How many releases that run nothing are kept, besides those that can be gone back to.
 const KEPT: usize = 5;
 
@@ -206,59 +206,53 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Waits for what the release's pods need to be there when they start.
-    async fn await_set(&self, set: &Value) -> Result<()> {
-        let (kind, name) = (Kind::of(set)?, api::name(set));
-        let deadline = Instant::now() + JOB;
+    /// Waits until an object is as `is_done` wants it, or `is_done` finds that it never will be.
+    async fn until(&self, object: &Value, is_done: impl Fn(&Value) -> Result<bool>) -> Result<()> {
+        let (kind, name) = (Kind::of(object)?, api::name(object));
+        let title = format!("the {} {name}", kind.kind);
+        let deadline = Instant::now() + NEEDED;
         loop {
-            let set = self.api.get(&kind, name).await?;
-            let set = set.with_context(|| format!("the StatefulSet {name} is gone"))?;
-            let (status, wanted) = (&set["status"], set["spec"]["replicas"].as_u64());
-            let seen =
-                status["observedGeneration"].as_u64() >= set["metadata"]["generation"].as_u64();
-            if seen && status["readyReplicas"].as_u64().unwrap_or(0) >= wanted.unwrap_or(1) {
+            let object = self.api.get(&kind, name).await?;
+            let object = object.with_context(|| format!("{title} is gone"))?;
+            if is_done(&object)? {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "the StatefulSet {name} is not ready within {} s",
-                    JOB.as_secs()
-                );
+                bail!("{title} is not done within {} s", NEEDED.as_secs());
             }
             tokio::time::sleep(TICK).await;
         }
     }
 
+    /// Waits for what the release's pods need to be there when they start.
+    async fn await_set(&self, set: &Value) -> Result<()> {
+        self.until(set, |set| {
+            let (status, wanted) = (&set["status"], set["spec"]["replicas"].as_u64());
+            let seen =
+                status["observedGeneration"].as_u64() >= set["metadata"]["generation"].as_u64();
+            Ok(seen && status["readyReplicas"].as_u64().unwrap_or(0) >= wanted.unwrap_or(1))
+        })
+        .await
+    }
+
     /// Runs a job to its end, once for each release.
     async fn run_job(&self, job: &Value) -> Result<()> {
-        let kind = Kind::of(job)?;
-        let name = api::name(job);
         match self.api.create(job).await {
             Err(error) if api::is_there_already(&error) => {}
             created => created.map(|_| ())?,
         }
-        let deadline = Instant::now() + JOB;
-        loop {
-            let job = self.api.get(&kind, name).await?;
-            let job = job.with_context(|| format!("the job {name} is gone"))?;
+        self.until(job, |job| {
             let is = |what: &str| {
                 api::items(&job["status"]["conditions"])
                     .find(|c| c["type"] == what && c["status"] == "True")
             };
-            if is("Complete").is_some() {
-                return Ok(());
-            }
             if let Some(failed) = is("Failed") {
-                bail!(
-                    "the job {name} failed: {}",
-                    failed["message"].as_str().unwrap_or_default()
-                );
+                let why = failed["message"].as_str().unwrap_or_default();
+                bail!("the job {} failed: {why}", api::name(job));
             }
-            if Instant::now() > deadline {
-                bail!("the job {name} has not ended within {} s", JOB.as_secs());
-            }
-            tokio::time::sleep(TICK).await;
-        }
+            Ok(is("Complete").is_some())
+        })
+        .await
     }
 
     async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
@@ -367,35 +361,15 @@ impl Kubernetes {
 
     async fn record(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
         record::ensure(&self.api, &self.settings, &self.environment).await?;
-        let stable = match mark {
-            Mark::Healthy => Some(&plan.candidate),
-            Mark::RolledBack => plan.stable.as_ref(),
-        };
         // The record comes last: once it is there, nobody comes back to the rest.
-        if let Some(stable) = stable {
+        if let Some(stable) = plan.stable_after(mark) {
             self.restore(fence, stable).await?;
         }
-        let at = jiff::Timestamp::now();
-        let entry = |release: &ReleaseId, mark| HistoryEntry {
-            release: release.clone(),
-            rollout: plan.rollout.clone(),
-            mark,
-            at,
-        };
         let name = record::name(&self.settings);
         fence
             .change(&record::kind(), &name, |object| {
                 let mut record = record::of(object).ok()?;
-                if let (RolloutKind::Rollback, Mark::Healthy, Some(replaced)) =
-                    (plan.kind, mark, &plan.stable)
-                {
-                    record.add(entry(replaced, Mark::RolledBack));
-                }
-                record.add(entry(&plan.candidate, mark));
-                record.stable = match mark {
-                    Mark::Healthy => Some(plan.candidate.clone()),
-                    Mark::RolledBack => plan.stable.clone(),
-                };
+                record.note(plan, mark);
                 Some(json!({ "data": { "record": json!(record).to_string() } }))
             })
             .await?;
@@ -450,19 +424,18 @@ impl Kubernetes {
     /// Tells whoever describes the Deployment. What is only told may fail.
     async fn event(&self, release: &ReleaseId, kind: &str, reason: &str, message: &str) {
         let name = name_of(&self.settings, release);
-        let now = jiff::Timestamp::now();
-        let at = now.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string();
-        let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let unique = jiff::Timestamp::now().as_nanosecond();
+        let now = api::time();
         let event = json!({
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": { "name": format!("{name}.{:x}", now.as_nanosecond()) },
+            "metadata": { "name": format!("{name}.{unique:x}") },
             "involvedObject": {
                 "apiVersion": "apps/v1", "kind": "Deployment", "name": name,
                 "namespace": self.api.namespace,
             },
             "type": kind, "reason": reason, "message": message, "action": reason,
-            "eventTime": at, "firstTimestamp": seconds, "lastTimestamp": seconds, "count": 1,
+            "eventTime": api::micro_time(), "firstTimestamp": now, "lastTimestamp": now, "count": 1,
             "reportingComponent": "xtask", "reportingInstance": "xtask",
             "source": { "component": "xtask" },
         });
@@ -471,9 +444,7 @@ impl Kubernetes {
 
     /// The same as a condition, which stays.
     async fn condition(&self, release: &ReleaseId, message: &str) {
-        let now = jiff::Timestamp::now()
-            .strftime("%Y-%m-%dT%H:%M:%SZ")
-            .to_string();
+        let now = api::time();
         let status = json!({
             "apiVersion": "apps/v1",
             "kind": "Deployment",

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use super::api::{self, Api, Kind};
 use super::render::{Bundle, RELEASE, WORKLOAD};
 use crate::config::Kubernetes as Settings;
-use crate::platform::HistoryEntry;
+use crate::platform::{HistoryEntry, note};
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::{Mark, Request, RequestKind};
+use crate::rollout::engine::{Mark, Plan, Request, RequestKind};
 
 /// How many ends of rollouts are kept.
 const HISTORY: usize = 50;
@@ -44,11 +44,10 @@ impl Record {
         earned
     }
 
-    pub fn add(&mut self, entry: HistoryEntry) {
-        // What was on record of the same rollout is replaced.
-        self.history
-            .retain(|old| old.rollout != entry.rollout || old.release != entry.release);
-        self.history.push(entry);
+    /// Takes down how a rollout has ended.
+    pub fn note(&mut self, plan: &Plan, mark: Mark) {
+        self.stable = plan.stable_after(mark).cloned();
+        note(&mut self.history, &plan.rollout, plan.marks(mark));
         let surplus = self.history.len().saturating_sub(HISTORY);
         self.history.drain(..surplus);
     }

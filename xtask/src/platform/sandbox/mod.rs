@@ -19,7 +19,7 @@ mod saved;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ use crate::files;
 use crate::http;
 use crate::image::layout::Layout;
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::{Action, Kind, Mark, Plan};
+use crate::rollout::engine::{Action, Plan};
 use protocol::{Change, Places, Reply, Request, Run, VERSION};
 
 /// Longer than processes usually take to drain.
@@ -148,7 +148,11 @@ impl Platform for Sandbox {
             Action::Route { weights } => Change::Route {
                 weights: weights.clone(),
             },
-            Action::Record { mark } => record(plan, *mark),
+            Action::Record { mark } => Change::Record {
+                rollout: plan.rollout.clone(),
+                stable: plan.stable_after(*mark).cloned(),
+                marks: plan.marks(*mark),
+            },
         };
         self.change(token, change).await
     }
@@ -182,23 +186,6 @@ impl Platform for Sandbox {
             "its logs: cargo xtask sandbox logs --environment {}",
             self.environment
         )]
-    }
-}
-
-/// What a rollout's end leaves on record.
-fn record(plan: &Plan, mark: Mark) -> Change {
-    let mut marks = vec![(plan.candidate.clone(), mark)];
-    let stable = match mark {
-        Mark::Healthy => Some(plan.candidate.clone()),
-        Mark::RolledBack => plan.stable.clone(),
-    };
-    if let (Kind::Rollback, Mark::Healthy, Some(replaced)) = (plan.kind, mark, &plan.stable) {
-        marks.insert(0, (replaced.clone(), Mark::RolledBack));
-    }
-    Change::Record {
-        rollout: plan.rollout.clone(),
-        stable,
-        marks,
     }
 }
 
@@ -307,13 +294,12 @@ fn spawn(places: &Places) -> Result<Child> {
         .append(true)
         .open(places.log())
         .with_context(|| format!("opening {}", places.log().display()))?;
-    Command::new(this_program()?)
+    let mut daemon = Command::new(this_program()?);
+    daemon
         .args(["sandbox", "daemon", "--dir"])
         .arg(&places.dir)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("sharing the sandbox's log")?)
-        .stderr(log)
+        .current_dir("/");
+    files::log_into(&mut daemon, log)?
         .spawn()
         .context("starting the sandbox")
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::Run;
-use crate::platform::HistoryEntry;
+use crate::platform::{HistoryEntry, note};
 use crate::release::ReleaseId;
 use crate::rollout::engine::Mark;
 
@@ -67,15 +67,7 @@ impl SavedEnvironment {
         stable: Option<ReleaseId>,
         marks: Vec<(ReleaseId, Mark)>,
     ) {
-        let at = jiff::Timestamp::now();
         self.stable = stable;
-        self.history.retain(|entry| entry.rollout != rollout);
-        self.history
-            .extend(marks.into_iter().map(|(release, mark)| HistoryEntry {
-                release,
-                rollout: rollout.to_owned(),
-                mark,
-                at,
-            }));
+        note(&mut self.history, rollout, marks);
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Known, Traffic, Weights};
 use crate::config::{Kubernetes as Settings, Stage};
@@ -62,15 +62,12 @@ impl Traffic for Replicas {
         front["metadata"]["annotations"][WEIGHTS] = json!(json!(split).to_string());
         // With one release its own pods, with two the pods of both. A Service that no pod may answer
         // selects a release that there is none of.
-        match split.as_slice() {
-            [] => front["spec"]["selector"][RELEASE] = json!("none"),
-            [(only, _)] => front["spec"]["selector"][RELEASE] = json!(only),
-            _ => front["spec"]["selector"][RELEASE] = Value::Null,
-        }
-        if front["spec"]["selector"][RELEASE].is_null()
-            && let Some(selector) = front["spec"]["selector"].as_object_mut()
-        {
-            selector.remove(RELEASE);
+        let selector = &mut front["spec"]["selector"];
+        match (split.as_slice(), selector.as_object_mut()) {
+            ([], _) => selector[RELEASE] = json!("none"),
+            ([(only, _)], _) => selector[RELEASE] = json!(only),
+            (_, Some(selector)) => drop(selector.remove(RELEASE)),
+            (_, None) => {}
         }
         fence.apply(&front).await.map(|_| None)
     }

@@ -1,16 +1,19 @@
-//! Whose a container is: a label that names the machine, its boot, the process and its start.
+//! A process by a name that is its own: the machine, its boot, the number, and when it began. Whoever
+//! keeps that name can tell later whether the process is still there. Containers of tests carry it
+//! (`test-servers` compiles this file, too), and so do leases and the cluster.
 
 use std::fs;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
-/// The label's name.
-pub(crate) const LABEL: &str = "dev.xtask.owner";
-
-/// The label's value for this process: `MACHINE BOOT PID START`.
+/// The name of this process: `MACHINE BOOT PID START`.
 pub(crate) fn this_process() -> String {
-    let pid = std::process::id();
+    of(std::process::id())
+}
+
+/// The name of the process that has this number now.
+pub(crate) fn of(pid: u32) -> String {
     format!(
         "{} {} {pid} {}",
         machine(),
@@ -19,26 +22,24 @@ pub(crate) fn this_process() -> String {
     )
 }
 
-/// Whether the owner was a process of this machine and is there no more.
-pub(crate) fn is_gone(owner: &str) -> bool {
+/// Whether the process is still there; `None` where that cannot be told on this machine.
+pub(crate) fn lives(owner: &str) -> Option<bool> {
     let words: Vec<&str> = owner.split(' ').collect();
     let [machine_then, boot_then, pid, start_then] = words[..] else {
-        return false;
+        return None;
     };
     if machine_then != machine() {
-        return false;
+        return None;
     }
-    let Ok(pid) = pid.parse::<u32>() else {
-        return false;
-    };
+    let pid = pid.parse::<u32>().ok()?;
     if boot_then != boot() {
-        return true;
+        return Some(false);
     }
-    match start(pid) {
-        // A number that another process has by now.
-        Some(start) => start != start_then,
-        None => !is_alive(pid),
-    }
+    Some(match start(pid) {
+        // Otherwise another process has the number by now.
+        Some(start) => start == start_then,
+        None => is_alive(pid),
+    })
 }
 
 fn is_alive(pid: u32) -> bool {
@@ -70,9 +71,14 @@ fn boot() -> String {
 /// When the process began, in clock ticks; `None` where it is gone or the system does not tell.
 fn start(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc_pid_stat(5): the name, in parentheses, may hold spaces; field 22 is wanted.
+    // proc_pid_stat(5): the name, in parentheses, may hold spaces; fields 3 and 22 are wanted.
     let (_, fields) = stat.rsplit_once(") ")?;
-    fields.split(' ').nth(19).map(str::to_owned)
+    let mut fields = fields.split(' ');
+    match fields.next()? {
+        // It has ended, and only its exit code is waited for.
+        "Z" | "X" => Some("ended".to_owned()),
+        _ => fields.nth(18).map(str::to_owned),
+    }
 }
 
 #[cfg(test)]
@@ -82,20 +88,21 @@ mod tests {
     #[test]
     fn only_what_is_surely_gone_is_gone() {
         let own = this_process();
-        assert!(!is_gone(&own));
+        assert_eq!(lives(&own), Some(true));
         let words: Vec<&str> = own.split(' ').collect();
         let with = |at: usize, word: &str| {
             let mut words = words.clone();
             words[at] = word;
             words.join(" ")
         };
-        assert!(!is_gone(&with(0, "elsewhere")), "another machine's");
-        assert!(is_gone(&with(1, "before")), "of an earlier boot");
-        assert!(is_gone(&with(3, "1")), "another process has its number");
-        assert!(!is_gone("something else"));
+        assert_eq!(lives(&with(0, "elsewhere")), None, "another machine's");
+        let gone = Some(false);
+        assert_eq!(lives(&with(1, "before")), gone, "of an earlier boot");
+        assert_eq!(lives(&with(3, "1")), gone, "another process has its number");
+        assert_eq!(lives("something else"), None);
         let mut child = std::process::Command::new("true").spawn().unwrap();
-        let pid = child.id().to_string();
+        let ended = of(child.id());
         child.wait().unwrap();
-        assert!(is_gone(&with(2, &pid)), "a process that ended");
+        assert_eq!(lives(&ended), gone, "a process that ended");
     }
 }
