@@ -7,40 +7,32 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Ended, Fixture, Load, ended, root};
+use crate::fixture::{Ended, Fixture, Load, Running, ended, root};
 
-/// The gateway's listeners for tests; Envoy's ports are 8000 above theirs.
-const LISTENERS: [u16; 4] = [1, 2, 3, 4];
-static FREE: Mutex<Vec<u16>> = Mutex::new(Vec::new());
-static TAKEN: Mutex<u16> = Mutex::new(0);
+/// Which of the gateway's listeners for tests are taken: `test-1` and so on. Envoy's ports are 8000
+/// above theirs.
+static TAKEN: Mutex<[bool; 4]> = Mutex::new([false; 4]);
 static RETURNED: Condvar = Condvar::new();
 
-/// A number that no other running test has.
+/// The number of a listener that no other running test has.
 struct Slot(u16);
 
 impl Slot {
     fn take() -> Self {
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(slot) = free.pop() {
-                return Self(slot);
-            }
-            let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-            if usize::from(*taken) < LISTENERS.len() {
-                *taken += 1;
-                return Self(*taken);
-            }
-            drop(taken);
-            free = RETURNED.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
+        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |taken: &mut [bool; 4]| taken.iter().all(|taken| *taken);
+        let mut taken = RETURNED
+            .wait_while(taken, full)
+            .unwrap_or_else(PoisonError::into_inner);
+        let free = taken.iter().position(|taken| !taken).unwrap();
+        taken[free] = true;
+        Self(free as u16 + 1)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        FREE.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(self.0);
+        TAKEN.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(self.0) - 1] = false;
         RETURNED.notify_one();
     }
 }
@@ -231,6 +223,13 @@ impl Namespace {
             "--release",
             release,
         ])
+    }
+
+    /// A canary that goes on, once its candidate has been judged for the first time.
+    pub fn judged_canary(&self, release: &str) -> Running {
+        let start = ["canary", "start", "--release", release];
+        self.fixture
+            .start_until(&start, |event| event["event"] == "judgement")
     }
 
     /// A first release in service.

@@ -122,11 +122,7 @@ fn an_edited_candidate_is_not_the_release() {
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
     let next = namespace.release("1.1.0");
-    let running = namespace
-        .fixture
-        .start_until(&["canary", "start", "--release", &next], |event| {
-            event["event"] == "judgement"
-        });
+    let running = namespace.judged_canary(&next);
     let name = format!("service-{}", short(&next));
     namespace.ask(&[
         "set",
@@ -173,11 +169,7 @@ fn two_operators_do_not_fight() {
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
     let next = namespace.release("1.1.0");
-    let running = namespace
-        .fixture
-        .start_until(&["canary", "start", "--release", &next], |event| {
-            event["event"] == "judgement"
-        });
+    let running = namespace.judged_canary(&next);
     let refused = namespace.run(&["rollback"]).expect(2, "failed");
     says(&refused.said, &["has not ended"]);
     let seen = namespace.run(&["canary", "status"]).expect(0, "running");
@@ -201,11 +193,7 @@ fn the_candidate_follows_an_autoscaler() {
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
     let next = namespace.release("1.1.0");
-    let running = namespace
-        .fixture
-        .start_until(&["canary", "start", "--release", &next], |event| {
-            event["event"] == "judgement"
-        });
+    let running = namespace.judged_canary(&next);
     let autoscaler = format!("hpa/service-{}", short(&first));
     namespace.ask(&[
         "patch",
@@ -233,11 +221,7 @@ fn evicted_pods_come_back() {
     namespace.in_service("1.0.0");
     let load = namespace.load();
     let next = namespace.release("1.1.0");
-    let running = namespace
-        .fixture
-        .start_until(&["canary", "start", "--release", &next], |event| {
-            event["event"] == "judgement"
-        });
+    let running = namespace.judged_canary(&next);
     let own = format!("xtask.dev/release={}", short(&next));
     namespace.ask(&["delete", "pods", "--selector", &own, "--wait=false"]);
     running.wait().expect(0, "healthy");
