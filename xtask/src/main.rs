@@ -22,6 +22,7 @@ mod findings;
 mod http;
 mod image;
 mod output;
+#[path = "../servers/src/owner.rs"]
 mod owner;
 #[cfg(feature = "rollout")]
 mod platform;

@@ -4,7 +4,6 @@
 //! variables. A test that is run by itself finds no variable and starts just what it asks for.
 
 mod images;
-#[path = "../../src/owner.rs"]
 mod owner;
 mod server;
 

@@ -1,6 +1,6 @@
 //! A process by a name that is its own: the machine, its boot, the number, and when it began. Whoever
 //! keeps that name can tell later whether the process is still there. Containers of tests carry it
-//! (`test-servers` compiles this file, too), and so do leases and the cluster.
+//! (`test-servers`); leases and the cluster do so too, for which xtask compiles this file as well.
 
 use std::fs;
 
