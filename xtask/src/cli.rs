@@ -374,6 +374,8 @@ pub enum CanaryCommand {
     Promote(EnvironmentArgs),
     /// Give the rollout up: all traffic back to stable at once.
     Abort(EnvironmentArgs),
+    /// Stop the release that `rollout.keep_previous` kept running, once its time is over.
+    Retire(RetireArgs),
     /// Judge windows of counts from a file; also replays a rollout's journal.
     Judge(JudgeArgs),
 }
@@ -400,6 +402,16 @@ pub struct JudgeArgs {
     /// JSON lines, one object for each window and arm; `-` is standard input.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct RetireArgs {
+    #[command(flatten)]
+    pub environment: EnvironmentArgs,
+
+    /// Do not wait for its time to be over.
+    #[arg(long)]
+    pub now: bool,
 }
 
 #[derive(Debug, Args)]
@@ -489,6 +501,7 @@ impl Command {
             Self::Canary(CanaryCommand::Status(_)) => "canary status",
             Self::Canary(CanaryCommand::Promote(_)) => "canary promote",
             Self::Canary(CanaryCommand::Abort(_)) => "canary abort",
+            Self::Canary(CanaryCommand::Retire(_)) => "canary retire",
             Self::Canary(CanaryCommand::Judge(_)) => "canary judge",
             Self::Rollback(_) => "rollback",
             Self::Sandbox(SandboxCommand::Status) => "sandbox status",

@@ -168,6 +168,8 @@ pub struct Rollout {
     pub ready_within: Time,
     pub window: Time,
     pub warm_up: Time,
+    /// How long a replaced release goes on running without traffic; not at all unless given.
+    pub keep_previous: Option<Time>,
 }
 
 /// The stages of a rollout: weights that rise and end at 100.

@@ -49,6 +49,9 @@ pub trait Platform: Send + Sync {
     /// Makes it so. Done twice it is the same as done once.
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()>;
 
+    /// Ends what a prepared release still runs; it must have no traffic.
+    async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()>;
+
     /// What the platform's own proxy counted since it started, for each instance.
     async fn counts(&self) -> Result<Vec<InstanceCounts>>;
 

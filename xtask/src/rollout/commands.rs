@@ -78,6 +78,11 @@ pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Fin
         CanaryCommand::Promote(args) => in_session(args, cli, output, Session::promote),
         CanaryCommand::Abort(args) => in_session(args, cli, output, Session::abort),
         CanaryCommand::Status(args) => in_session(args, cli, output, Session::status),
+        CanaryCommand::Retire(args) => {
+            in_session(&args.environment, cli, output, async |session| {
+                session.retire(args.now).await
+            })
+        }
         CanaryCommand::Judge(args) => judge_file::run(args, cli, output),
     }
 }
@@ -174,9 +179,6 @@ impl<'a> Session<'a> {
             Some(id) => Some(self.release(&*platform, id).await?),
             None => None,
         };
-        if let Some(stable) = &stable {
-            platform.prepare(stable).await?;
-        }
         let kind = match (kind, &stable) {
             (Kind::Canary, None) => {
                 self.output.warn(format_args!(
@@ -197,6 +199,7 @@ impl<'a> Session<'a> {
             &candidate.id,
             now,
         )?;
+        self.prepare(&mut *platform, &plan).await?;
         self.output.step(format_args!(
             "{}: {} {} (rollout {})",
             self.name,
@@ -243,6 +246,15 @@ impl<'a> Session<'a> {
         };
         let mut journal = self.desk.create(writer, started, state).await?;
         self.drive(&*platform, writer, &mut journal).await
+    }
+
+    /// Makes the platform know every release that the rollout names.
+    async fn prepare(&self, platform: &mut dyn Platform, plan: &engine::Plan) -> Result<()> {
+        for id in plan.releases() {
+            let recorded = self.release(platform, id).await?;
+            platform.prepare(&recorded).await?;
+        }
+        Ok(())
     }
 
     /// A release of this environment, from this machine or from the platform, which keeps it.
@@ -338,7 +350,8 @@ impl<'a> Session<'a> {
         }
         if journal.plan().kind == Kind::Deploy && end == End::Outcome(Outcome::Healthy) {
             let status = platform.status().await?;
-            status::running(&status, &platform.address(), self.output);
+            let kept = plan::kept(&status, self.keep_previous());
+            status::running(&status, &kept, &platform.address(), self.output);
         }
         Ok(finished)
     }
@@ -423,10 +436,7 @@ impl<'a> Session<'a> {
     async fn take_over(&self, writer: &Writer, journal: &mut Journal) -> Result<Finished> {
         let plan = journal.plan().clone();
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
-        for id in plan.stable.iter().chain([&plan.candidate]) {
-            let recorded = self.release(&*platform, id).await?;
-            platform.prepare(&recorded).await?;
-        }
+        self.prepare(&mut *platform, &plan).await?;
         self.output.step(format_args!(
             "{}: going on with rollout {}",
             self.name, plan.rollout
@@ -525,6 +535,52 @@ impl<'a> Session<'a> {
         Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
     }
 
+    /// Ends what was kept to go back to, once its time is over or at once.
+    async fn retire(&self, at_once: bool) -> Result<Finished> {
+        let writer = self.become_writer().await?;
+        let retired = self.retire_as(&writer, at_once).await;
+        writer.release().await;
+        retired
+    }
+
+    async fn retire_as(&self, writer: &Writer, at_once: bool) -> Result<Finished> {
+        self.check_idle().await?;
+        let mut platform = platform::open(&self.pipeline, &self.name).await?;
+        let status = platform.status().await?;
+        let now = jiff::Timestamp::now();
+        let mut retired = Vec::new();
+        for (id, until) in plan::kept(&status, self.keep_previous()) {
+            let recorded = self.release(&*platform, &id).await?;
+            if until > now && !at_once {
+                self.output.line(format_args!(
+                    "{recorded} is kept until {until:.0}; --now ends it"
+                ));
+                continue;
+            }
+            platform.prepare(&recorded).await?;
+            platform.claim(writer.token).await?;
+            platform.stop(&id, writer.token).await?;
+            self.output.good(format_args!(
+                "{recorded} is stopped; a rollback to it starts it again"
+            ));
+            retired.push(id);
+        }
+        if retired.is_empty() {
+            let name = &self.name;
+            self.output
+                .line(format_args!("nothing is to be stopped in {name}"));
+        }
+        Ok(Finished::passed()
+            .with("environment", &self.name)
+            .with("retired", retired))
+    }
+
+    /// How long a replaced release is kept; without the setting its time is over at once.
+    fn keep_previous(&self) -> Duration {
+        let time = self.pipeline.rollout.keep_previous;
+        time.map_or(Duration::ZERO, |time| time.0)
+    }
+
     async fn ask(&self, kind: RequestKind) -> Result<u64> {
         // Clocks differ: whoever asks later has the higher number all the same.
         let last = self.desk.request().await?.map_or(0, |asked| asked.number);
@@ -546,7 +602,10 @@ impl<'a> Session<'a> {
         let seen = now.map(|now| view(journal.plan(), now));
         status::rollout(&journal, seen.as_ref(), driven, self.output);
         match &looked {
-            Some((now, address)) => status::running(now, address, self.output),
+            Some((now, address)) => {
+                let kept = plan::kept(now, self.keep_previous());
+                status::running(now, &kept, address, self.output);
+            }
             None => self
                 .output
                 .line("the sandbox is stopped; what it had is kept for its next start"),

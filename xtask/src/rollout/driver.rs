@@ -453,5 +453,11 @@ pub fn view(plan: &Plan, status: &Status) -> View {
             .rev()
             .find(|entry| entry.rollout == plan.rollout && entry.release == plan.candidate)
             .map(|entry| entry.mark),
+        others: plan
+            .others
+            .iter()
+            .filter(|id| status.release(id).is_some_and(|other| other.desired > 0))
+            .cloned()
+            .collect(),
     }
 }

@@ -29,6 +29,14 @@ pub struct Plan {
     /// Whether the numbers of processes make the split, as behind a plain Service.
     #[serde(default)]
     pub by_replicas: bool,
+    /// Whether stable goes on running without traffic once the candidate has its place: then a
+    /// rollback waits for no process to start.
+    #[serde(default)]
+    pub keeps_previous: bool,
+    /// What earlier rollouts have left running besides the two; it goes once the candidate has its
+    /// place.
+    #[serde(default)]
+    pub others: Vec<ReleaseId>,
     pub stages: Vec<Stage>,
     pub limits: Limits,
 }
@@ -157,6 +165,8 @@ pub struct View {
     pub candidate: Arm,
     /// What the platform has on record of this rollout.
     pub recorded: Option<Mark>,
+    /// The plan's other releases that still run something.
+    pub others: Vec<ReleaseId>,
 }
 
 /// One release's processes and traffic.
@@ -281,6 +291,12 @@ impl State {
 }
 
 impl Plan {
+    /// All releases that the rollout has to do with.
+    pub fn releases(&self) -> impl Iterator<Item = &ReleaseId> {
+        let two = self.stable.iter().chain([&self.candidate]);
+        two.chain(&self.others)
+    }
+
     /// What the releases have earned once the rollout has earned its candidate `mark`.
     pub fn marks(&self, mark: Mark) -> Vec<(ReleaseId, Mark)> {
         let replaced = self.stable.iter().filter(|_| {
@@ -569,7 +585,12 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
             next.hold(HoldReason::NoCapacity, plan, now);
             return None;
         }
-        return Plan::scale(stable, 0);
+        if !plan.keeps_previous {
+            return Plan::scale(stable, 0);
+        }
+    }
+    if let Some(other) = view.others.first() {
+        return Plan::scale(other, 0);
     }
     next.enter(
         Phase::Ended {

@@ -15,6 +15,7 @@ use super::engine::{
     RequestKind, State, Verdict, View, decide,
 };
 use crate::config::Stage;
+use crate::release::ReleaseId;
 
 /// Steps after which a rollout in a world that works again must have ended.
 const FAIR_STEPS: usize = 60;
@@ -43,6 +44,8 @@ struct World {
     stable: Arm,
     candidate: Arm,
     recorded: Option<Mark>,
+    /// What an earlier rollout has left running.
+    others: Vec<ReleaseId>,
     /// The journal.
     state: State,
     request: Option<Request>,
@@ -114,6 +117,8 @@ impl Rollout {
                 candidate: "candidate".into(),
                 replicas: 2,
                 by_replicas: false,
+                keeps_previous: false,
+                others: Vec::new(),
                 stages: stages.iter().map(stage).collect(),
                 limits: Limits {
                     min_stage: 1,
@@ -147,6 +152,7 @@ impl Rollout {
                 stable: world.stable.clone(),
                 candidate: world.candidate.clone(),
                 recorded: world.recorded,
+                others: world.others.clone(),
             }),
             verdict,
             request: world.request,
@@ -204,6 +210,12 @@ impl Rollout {
         let candidate = &self.plan.candidate;
         let turned = matches!(world.state.phase, Phase::Back { .. } | Phase::Ended { .. });
         match action {
+            Action::Scale { release, .. } if self.plan.others.contains(release) => {
+                if world.recorded != Some(Mark::Healthy) {
+                    world.violated = Some("8: what can be gone back to went before its successor");
+                }
+                world.others.retain(|other| other != release);
+            }
             Action::Scale { release, replicas } => {
                 let is_candidate = release == candidate;
                 if !is_candidate && *replicas < self.plan.replicas {
@@ -322,7 +334,12 @@ impl Rollout {
             Some(Outcome::Healthy) => {
                 candidate.weight == 100
                     && candidate.desired == self.plan.replicas
-                    && stable.desired == 0
+                    && world.others.is_empty()
+                    && match self.plan.keeps_previous {
+                        // It can be gone back to at once.
+                        true => !full || stable.desired == self.plan.replicas && stable.weight == 0,
+                        false => stable.desired == 0,
+                    }
                     && world.recorded == Some(Mark::Healthy)
             }
             Some(_) => {
@@ -355,6 +372,7 @@ impl Model for Rollout {
             },
             candidate: Arm::default(),
             recorded: None,
+            others: self.plan.others.clone(),
             state: State::start(0),
             request: None,
             stalled: None,
@@ -600,6 +618,14 @@ fn deployments_and_rollbacks_keep_every_invariant() {
         model.budget.faults = 3;
         tell(name, explore(model).unwrap());
     }
+}
+
+#[test]
+fn a_kept_release_keeps_every_invariant() {
+    let mut model = Rollout::new(Kind::Canary, true, &[(10, None), (100, None)]);
+    model.plan.keeps_previous = true;
+    model.plan.others = vec!["older".into()];
+    tell("canary that keeps stable", explore(model).unwrap());
 }
 
 /// Engines and platforms with one defect each: the exploration must find it.

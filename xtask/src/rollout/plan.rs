@@ -1,5 +1,7 @@
 //! What a rollout is going to do, decided before anything is done. Pure.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 
 use super::engine::{Kind, Limits, Mark, Plan};
@@ -46,6 +48,16 @@ pub fn plan(
         candidate: candidate.clone(),
         replicas,
         by_replicas: platform.by_replicas(),
+        // What is gone back from was found wanting: nobody returns to it in a hurry.
+        keeps_previous: rollout.keep_previous.is_some() && kind != Kind::Rollback,
+        others: status
+            .releases
+            .iter()
+            .filter(|other| other.desired > 0)
+            .map(|other| &other.release)
+            .filter(|other| *other != candidate && status.stable.as_ref() != Some(*other))
+            .cloned()
+            .collect(),
         stages,
         limits: Limits {
             min_stage: rollout.min_stage.millis(),
@@ -54,6 +66,27 @@ pub fn plan(
             ready_within: rollout.ready_within.millis(),
         },
     })
+}
+
+/// The releases that run without traffic, to be gone back to quickly, and until when.
+pub fn kept(status: &Status, time: Duration) -> Vec<(ReleaseId, jiff::Timestamp)> {
+    let replaced = status.history.iter().rev().find(|entry| {
+        entry.mark == Mark::Healthy && status.stable.as_ref() == Some(&entry.release)
+    });
+    let Some(replaced) = replaced else {
+        return Vec::new();
+    };
+    let until = replaced
+        .at
+        .saturating_add(time)
+        .unwrap_or(jiff::Timestamp::MAX);
+    status
+        .releases
+        .iter()
+        .filter(|other| other.desired > 0 && other.weight == 0)
+        .filter(|other| status.stable.as_ref() != Some(&other.release))
+        .map(|other| (other.release.clone(), until))
+        .collect()
 }
 
 /// The release to go back to: `wanted`, or the last one before stable that earned healthy.
@@ -219,7 +252,6 @@ impl Forecast {
 mod tests {
     use super::*;
     use crate::config::{Probability, Ratio, Time};
-    use std::time::Duration;
 
     fn status(stable: &str, history: &[(&str, Mark)]) -> Status {
         let entry = |(release, mark): &(&str, Mark)| HistoryEntry {

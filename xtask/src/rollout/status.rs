@@ -8,6 +8,7 @@ use super::report::Summary;
 use super::windows::{Counts, Window};
 use crate::output::Output;
 use crate::platform::Status;
+use crate::release::ReleaseId;
 
 /// The weights that are reached instead of those that were asked for.
 pub fn reachable(plan: &Plan, output: &Output) {
@@ -249,7 +250,12 @@ fn next(plan: &Plan, state: &State, driven: bool) -> String {
 }
 
 /// What is in service, and on which processes.
-pub fn running(status: &Status, address: &str, output: &Output) {
+pub fn running(
+    status: &Status,
+    kept: &[(ReleaseId, jiff::Timestamp)],
+    address: &str,
+    output: &Output,
+) {
     output.line(format_args!("running at {address}"));
     let rows: Vec<Vec<String>> = status
         .releases
@@ -260,12 +266,11 @@ pub fn running(status: &Status, address: &str, output: &Output) {
                 release.version.clone(),
                 format!("{} %", release.weight),
                 format!("{} of {}", release.ready(), release.desired),
-                if status.stable.as_ref() == Some(&release.release) {
-                    "stable"
-                } else {
-                    ""
-                }
-                .to_owned(),
+                match kept.iter().find(|(kept, _)| *kept == release.release) {
+                    _ if status.stable.as_ref() == Some(&release.release) => "stable".to_owned(),
+                    Some((_, until)) => format!("kept until {until:.0}"),
+                    None => String::new(),
+                },
             ]
         })
         .collect();

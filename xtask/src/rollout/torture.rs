@@ -41,6 +41,8 @@ pub fn started() -> Started {
             candidate: "candidate".into(),
             replicas: 2,
             by_replicas: false,
+            keeps_previous: false,
+            others: Vec::new(),
             stages: [10, 50, 100].map(stage).into(),
             limits: Limits {
                 min_stage: 500,
@@ -261,6 +263,11 @@ impl Platform for Memory {
         self.point().await;
         let mut world = self.world();
         world.token = world.token.max(token);
+        Ok(())
+    }
+
+    async fn stop(&self, release: &ReleaseId, _token: u64) -> Result<()> {
+        self.world().releases.remove(release);
         Ok(())
     }
 

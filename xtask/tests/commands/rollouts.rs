@@ -84,6 +84,54 @@ fn a_bad_release_is_caught_and_costs_only_its_own_requests() {
     );
 }
 
+/// `keep_previous`: the way back starts no process.
+#[test]
+fn a_kept_release_is_gone_back_to_without_starting_anything() {
+    let fixture = Fixture::with(&[
+        ("rollout.keep_previous", "30m".into()),
+        ("rollout.min_stage", "200ms".into()),
+    ]);
+    let first = fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let start = |release: &str| {
+        let start = ["canary", "start", "--release", release];
+        fixture.run(&start).expect(0, "healthy");
+    };
+    let sorted = |mut running: Vec<(String, u64, u64, u64)>| {
+        running.sort_by_key(|(_, weight, ..)| *weight);
+        running
+    };
+    let second = fixture.release("1.1.0");
+    start(&second);
+    let both = [(first.clone(), 0, 2, 2), (second.clone(), 100, 2, 2)];
+    assert_eq!(sorted(fixture.production()), both);
+    let status = fixture.run(&["canary", "status"]);
+    assert!(status.said.contains("kept until"), "{}", status.said);
+
+    let back = fixture.run(&["rollback"]).expect(0, "healthy");
+    let started = back.events.iter().find(|event| {
+        event["event"] == "action" && event["name"] == "scale" && event["replicas"] != 0
+    });
+    assert_eq!(started, None, "{}", back.said);
+    // What was gone back from was found wanting, and is not kept.
+    assert_eq!(fixture.production(), [(first.clone(), 100, 2, 2)]);
+
+    // Only the newest is kept.
+    let third = fixture.release("1.2.0");
+    start(&third);
+    let fourth = fixture.release("1.3.0");
+    start(&fourth);
+    let both = [(third, 0, 2, 2), (fourth.clone(), 100, 2, 2)];
+    assert_eq!(sorted(fixture.production()), both);
+    let not_yet = fixture.run(&["canary", "retire"]).expect(0, "passed");
+    assert!(not_yet.said.contains("is kept until"), "{}", not_yet.said);
+    assert_eq!(sorted(fixture.production()), both);
+    let retire = ["canary", "retire", "--now"];
+    fixture.run(&retire).expect(0, "passed");
+    assert_eq!(fixture.production(), [(fourth, 100, 2, 2)]);
+    assert!(load.stop().is_empty(), "no request failed");
+}
+
 /// The processes' own metrics instead of the proxy's.
 #[test]
 fn scraped_metrics_judge_as_well() {

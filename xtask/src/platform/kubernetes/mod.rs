@@ -573,6 +573,10 @@ impl Platform for Kubernetes {
         }
     }
 
+    async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()> {
+        self.scale(&self.fence(token), release, 0).await
+    }
+
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {
         let path = &self.pipeline.service.metrics_path;
         metrics::scrape(self, path, &self.pipeline.scrape).await

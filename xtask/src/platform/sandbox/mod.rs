@@ -157,6 +157,11 @@ impl Platform for Sandbox {
         self.change(token, change).await
     }
 
+    async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()> {
+        let run = self.run(release)?.clone();
+        self.change(token, Change::Scale { run, replicas: 0 }).await
+    }
+
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {
         let request = Request::Counts {
             environment: self.environment.clone(),
