@@ -24,6 +24,7 @@ pub struct Pipeline {
     pub rollout: Rollout,
     pub judge: Judge,
     pub scrape: Scrape,
+    prometheus: Option<Prometheus>,
     pub kubernetes: Option<Kubernetes>,
     #[serde(default)]
     pub load: Vec<LoadRequest>,
@@ -101,6 +102,8 @@ pub enum MetricsKind {
     Proxy,
     /// What the processes say of themselves, in Prometheus' format.
     Scrape,
+    /// What a Prometheus, or whatever answers its queries, has of them.
+    Prometheus,
 }
 
 /// How environments on Kubernetes are reached, and how their traffic is split.
@@ -234,6 +237,40 @@ pub struct Scrape {
     pub latency: String,
 }
 
+/// A server with Prometheus' query API: Prometheus, Thanos, Mimir, …
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prometheus {
+    pub url: String,
+    /// How often it scrapes the service.
+    pub interval: Time,
+    /// How long it may take to answer.
+    pub timeout: Time,
+    /// Selectors of counters, in PromQL; `{environment}` and `{namespace}` are filled in.
+    pub requests: String,
+    pub errors: String,
+    pub latency: Option<String>,
+    /// The label with the release's short id.
+    pub release_label: String,
+    /// The label that tells its processes apart.
+    pub instance_label: String,
+    /// Sent with each query, such as a tenant's name.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    pub username: Option<String>,
+    /// The user's password; without a user's name, a bearer token.
+    pub secret: Option<Secret>,
+}
+
+/// Where a secret is; never the secret itself.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Secret {
+    /// In an environment variable of that name.
+    Env(String),
+    File(PathBuf),
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadRequest {
@@ -325,6 +362,9 @@ impl Pipeline {
                 "environments.{name}.metrics = \"proxy\": only the sandbox has a proxy that counts; \
                  take \"scrape\""
             )),
+            (_, Some(MetricsKind::Prometheus)) if self.prometheus.is_none() => Some(format!(
+                "environments.{name}.metrics = \"prometheus\" needs a section [prometheus]"
+            )),
             (PlatformKind::Kubernetes, _) => {
                 self.kubernetes(name).err().map(|error| error.to_string())
             }
@@ -369,6 +409,11 @@ impl Pipeline {
         })
     }
 
+    pub fn prometheus(&self) -> Result<&Prometheus> {
+        let settings = self.prometheus.as_ref();
+        settings.context("metrics = \"prometheus\" needs a section [prometheus]")
+    }
+
     /// The tree of manifests that travels with each release, where any environment may need it.
     pub fn manifests_dir(&self) -> Option<PathBuf> {
         let kubernetes = self.kubernetes.as_ref()?;
@@ -410,15 +455,18 @@ impl Pipeline {
     }
 }
 
-/// Whether a command may have to do with Kubernetes. Settings that cannot be read are reported
-/// elsewhere.
+/// Whether a command may have to do with Kubernetes, or with what is spoken to over TLS as it is.
+/// Settings that cannot be read are reported elsewhere.
 pub fn on_kubernetes(cli: &Cli) -> bool {
     if let Command::Demo(args) = &cli.command {
         return args.platform == PlatformKind::Kubernetes;
     }
     Pipeline::load(&cli.pipeline).is_ok_and(|pipeline| {
         let mut environments = pipeline.environments.values();
-        environments.any(|environment| environment.platform == PlatformKind::Kubernetes)
+        environments.any(|environment| {
+            environment.platform == PlatformKind::Kubernetes
+                || environment.metrics == Some(MetricsKind::Prometheus)
+        })
     })
 }
 

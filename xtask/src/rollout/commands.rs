@@ -19,7 +19,7 @@ use super::report::Summary;
 use super::status;
 use super::windows::Counts;
 use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, EnvironmentArgs, RollbackArgs};
-use crate::config::{Environment, MetricsKind, Pipeline};
+use crate::config::{Environment, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
 use crate::release::{Recorded, ReleaseId, Store};
@@ -290,13 +290,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn metrics(&self, platform: &dyn Platform) -> MetricsKind {
-        self.settings.metrics.unwrap_or_else(|| platform.metrics())
-    }
-
     /// Measures stable, prints what is to be expected, and refuses what cannot be decided.
     async fn forecast(&self, platform: &dyn Platform, plan: &engine::Plan) -> Result<Forecast> {
-        let metrics = metrics::open(&self.pipeline, self.metrics(platform), platform)?;
+        let metrics = metrics::open(&self.pipeline, &self.name, platform)?;
         let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
         self.output.progress("measuring stable's traffic");
         let counts = measure(&*metrics, plan, time).await?;
@@ -319,7 +315,7 @@ impl<'a> Session<'a> {
         writer: &Writer,
         journal: &mut Journal,
     ) -> Result<Finished> {
-        let metrics = metrics::open(&self.pipeline, self.metrics(platform), platform)?;
+        let metrics = metrics::open(&self.pipeline, &self.name, platform)?;
         let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke)?;
         let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
@@ -333,7 +329,8 @@ impl<'a> Session<'a> {
             writer,
             pace: Pace {
                 window: rollout.window.0,
-                warm_up: rollout.warm_up.0,
+                // What was counted before a weight took effect says nothing about it.
+                warm_up: rollout.warm_up.0 + metrics.lag(),
                 tick: platform.tick(),
             },
             audience: &|notice| narrator.tell(notice),

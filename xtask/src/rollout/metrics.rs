@@ -1,12 +1,14 @@
 //! Where counts come from: one trait, so that the judge does not care.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 
 use super::engine::Plan;
 use super::exposition;
+use super::prometheus::PrometheusMetrics;
 use super::windows::{Counts, Histogram, Window};
 use crate::config::{MetricsKind, Pipeline, Scrape as ScrapeSettings};
 use crate::platform::{InstanceCounts, Platform};
@@ -15,20 +17,36 @@ use crate::platform::{InstanceCounts, Platform};
 #[async_trait]
 pub trait Metrics: Send + Sync {
     async fn sample(&self) -> Result<Vec<InstanceCounts>>;
+
+    /// How old a sample's counts are.
+    fn lag(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
+/// What counts for an environment: what its settings say, or what its platform counts.
 pub fn open<'a>(
     pipeline: &Pipeline,
-    kind: MetricsKind,
+    environment: &str,
     platform: &'a dyn Platform,
 ) -> Result<Box<dyn Metrics + 'a>> {
-    Ok(match kind {
+    let kind = pipeline.environment(environment)?.metrics;
+    Ok(match kind.unwrap_or_else(|| platform.metrics()) {
         MetricsKind::Proxy => Box::new(ProxyMetrics { platform }),
         MetricsKind::Scrape => Box::new(ScrapeMetrics {
             platform,
             path: pipeline.service.metrics_path.clone(),
             names: pipeline.scrape.clone(),
         }),
+        MetricsKind::Prometheus => {
+            let settings = pipeline.prometheus()?;
+            let namespace = pipeline.kubernetes(environment).map(|k| k.namespace);
+            let values = [
+                ("environment", environment),
+                ("namespace", namespace.as_deref().unwrap_or_default()),
+            ];
+            Box::new(PrometheusMetrics::open(settings, &values, platform)?)
+        }
     })
 }
 
@@ -112,7 +130,7 @@ fn parse(text: &str, names: &ScrapeSettings) -> Result<Counts> {
 }
 
 /// Cumulative buckets, keyed by the bits of their bound, as counts of each bucket.
-fn histogram(buckets: &HashMap<u64, f64>) -> Option<Histogram> {
+pub fn histogram(buckets: &HashMap<u64, f64>) -> Option<Histogram> {
     let mut cumulative: Vec<(f64, u64)> = buckets
         .iter()
         .map(|(bound, count)| (f64::from_bits(*bound), *count as u64))

@@ -18,6 +18,7 @@ mod judge_file;
 pub mod metrics;
 mod narrator;
 pub mod plan;
+mod prometheus;
 pub mod report;
 #[cfg(test)]
 mod simulation;
