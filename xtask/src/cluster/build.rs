@@ -59,6 +59,17 @@ const MODULES: [Module; 4] = [
     },
 ];
 
+/// Another implementation of the Gateway API, which only tests need.
+const TRAEFIK: Module = Module {
+    name: "traefik",
+    package: "github.com/traefik/traefik/v3/cmd/traefik",
+    files: &[(
+        "sigs.k8s.io/gateway-api",
+        "config/crd/standard",
+        "gateway-api",
+    )],
+};
+
 /// The files, read when the cluster is started, of what a module's build has left.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Programs {
@@ -66,6 +77,8 @@ pub struct Programs {
     pub coredns: PathBuf,
     pub contour: PathBuf,
     pub envoy: PathBuf,
+    /// Where it has been built.
+    pub traefik: Option<PathBuf>,
     pub pause: PathBuf,
     /// Definitions of the gateway's resources.
     pub definitions: Vec<PathBuf>,
@@ -74,8 +87,11 @@ pub struct Programs {
 impl Programs {
     pub fn built() -> Result<Self> {
         let contour = home("contour")?;
-        let mut definitions: Vec<PathBuf> = fs::read_dir(contour.join("gateway-api"))
-            .context("the cluster's programs are missing: cargo xtask setup --only cluster")?
+        let traefik = TRAEFIK.is_built().then(|| home(TRAEFIK.name)).transpose()?;
+        // Traefik wants the newer ones, and Contour does not mind.
+        let newest = traefik.as_ref().unwrap_or(&contour).join("gateway-api");
+        let mut definitions: Vec<PathBuf> = fs::read_dir(newest)
+            .context("the cluster's programs are missing; `cargo xtask cluster up` builds them")?
             .flatten()
             .map(|entry| entry.path())
             // A list of what is in the others.
@@ -88,31 +104,43 @@ impl Programs {
             coredns: program("coredns")?,
             contour: program("contour")?,
             envoy: Tools::open()?.program("envoy")?,
+            traefik: traefik.map(|home| home.join(TRAEFIK.name)),
             pause: program("pause")?,
             definitions,
         })
     }
 }
 
+impl Module {
+    fn is_built(&self) -> bool {
+        program(self.name).is_ok_and(|program| program.is_file())
+    }
+
+    /// The version that is built, by the hash of its files.
+    fn version(&self) -> String {
+        format!("{} {}", self.name, hash(self.name).unwrap_or_default())
+    }
+}
+
 /// The modules that are not built.
-fn unbuilt() -> Vec<&'static Module> {
-    let built = |module: &Module| program(module.name).is_ok_and(|program| program.is_file());
-    MODULES.iter().filter(|module| !built(module)).collect()
+fn unbuilt() -> impl Iterator<Item = &'static Module> {
+    MODULES.iter().filter(|module| !module.is_built())
 }
 
 /// What is not built, for people.
 pub fn missing() -> Vec<&'static str> {
-    unbuilt().iter().map(|module| module.name).collect()
+    unbuilt().map(|module| module.name).collect()
 }
 
 /// The versions that are built, by the modules' hashes.
 pub fn version() -> String {
-    let hash = |module: &Module| hash(module.name).unwrap_or_default();
-    let hashes: Vec<String> = MODULES
-        .iter()
-        .map(|module| format!("{} {}", module.name, hash(module)))
-        .collect();
-    hashes.join(", ")
+    let versions: Vec<String> = MODULES.iter().map(Module::version).collect();
+    versions.join(", ")
+}
+
+/// The version of Traefik, where it is built.
+pub fn traefik() -> Option<String> {
+    TRAEFIK.is_built().then(|| TRAEFIK.version())
 }
 
 /// Builds what is not there.
@@ -120,21 +148,35 @@ pub fn ensure(output: &Output) -> Result<()> {
     let tools = Tools::open()?;
     tools.install("envoy", output)?;
     for module in unbuilt() {
-        tools.install("go", output)?;
-        let began = Instant::now();
-        output.detail(format_args!(
-            "building {} from Go modules, once for this machine{}",
-            module.name,
-            match module.name {
-                "kubernetes" => "; on two cores it takes five to ten minutes",
-                _ => "",
-            }
-        ));
-        build(module, &tools.program("go")?, output)
-            .with_context(|| format!("building {} for the cluster", module.name))?;
-        let taken = seconds(began.elapsed());
-        output.detail(format_args!("{} is built after {taken}", module.name));
+        ensure_module(module, output)?;
     }
+    Ok(())
+}
+
+/// Builds Traefik, unless it is there.
+pub fn ensure_traefik(output: &Output) -> Result<()> {
+    match TRAEFIK.is_built() {
+        true => Ok(()),
+        false => ensure_module(&TRAEFIK, output),
+    }
+}
+
+fn ensure_module(module: &Module, output: &Output) -> Result<()> {
+    let tools = Tools::open()?;
+    tools.install("go", output)?;
+    let began = Instant::now();
+    output.detail(format_args!(
+        "building {} from Go modules, once for this machine{}",
+        module.name,
+        match module.name {
+            "kubernetes" | "traefik" => "; on two cores it takes five to ten minutes",
+            _ => "",
+        }
+    ));
+    build(module, &tools.program("go")?, output)
+        .with_context(|| format!("building {} for the cluster", module.name))?;
+    let taken = seconds(began.elapsed());
+    output.detail(format_args!("{} is built after {taken}", module.name));
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! The cluster's routers: Contour steers Envoy, and both are processes of the node. One pair takes
 //! routes of the Gateway API; Contour takes its own HTTPProxies only where there is no more than one
-//! listener, so another pair is for those.
+//! listener, so another pair is for those. Traefik, where it has been built, is a second
+//! implementation of the Gateway API.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -67,23 +69,27 @@ pub fn define(kubectl: &Kubectl<'_>, programs: &Programs) -> Result<()> {
         .ignore_stdout()
         .run()
         .context("waiting for the gateway's definitions")?;
-    kubectl.apply(include_str!("node/gateway.yaml"))
+    kubectl.apply(include_str!("node/gateway.yaml"))?;
+    match programs.traefik {
+        Some(_) => kubectl.apply(include_str!("node/traefik.yaml")),
+        None => Ok(()),
+    }
 }
 
-/// Waits until the gateway takes routes.
+/// Waits until all gateways take routes.
 pub fn wait(kubectl: &Kubectl<'_>, deadline: Instant) -> Result<()> {
     let words = [
         "--namespace",
         "xtask-gateway",
-        "get",
-        "gateway",
-        "gateway",
-        "--output",
-        r#"jsonpath={.status.conditions[?(@.type=="Programmed")].status}"#,
+        "wait",
+        "--for=condition=Programmed",
+        "--timeout=1s",
+        "--all",
+        "gateways",
     ];
-    while kubectl.read(&words).as_deref() != Some("True") {
+    while kubectl.read(&words).is_none() {
         if Instant::now() > deadline {
-            bail!("the gateway is not programmed; its log has the reason");
+            bail!("a gateway is not programmed; its log has the reason");
         }
         std::thread::sleep(POLL);
     }
@@ -96,7 +102,32 @@ pub fn start(node: &Node, shell: &Shell) -> Result<Vec<Part>> {
     for pair in &PAIRS {
         parts.extend(start_pair(node, shell, pair)?);
     }
+    if let Some(traefik) = &node.programs.traefik {
+        parts.push(start_traefik(node, traefik)?);
+    }
     Ok(parts)
+}
+
+fn start_traefik(node: &Node, program: &Path) -> Result<Part> {
+    let mut traefik = Command::new(program);
+    traefik
+        .env("KUBECONFIG", node.places.kubeconfig())
+        .args(["--global.checknewversion=false", "--log.level=WARN"])
+        .args(["--entrypoints.traefik.address=127.0.0.1:18020", "--ping"])
+        .arg("--providers.kubernetesgateway")
+        // Its own patience is 2 s, in which a rollout's steps would have to wait for it.
+        .arg("--providers.providersthrottleduration=100ms")
+        .arg(format!(
+            "--providers.kubernetesgateway.statusaddress.ip={}",
+            places::ADDRESS
+        ));
+    for number in 1..=4 {
+        traefik.arg(format!(
+            "--entrypoints.test-{number}.address=:{}",
+            18190 + number
+        ));
+    }
+    node.part("traefik", &mut traefik)
 }
 
 fn start_pair(node: &Node, shell: &Shell, pair: &Pair) -> Result<[Part; 2]> {

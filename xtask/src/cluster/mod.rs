@@ -43,6 +43,9 @@ const KUBECTL: &str = "XTASK_KUBECTL";
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
 
+/// The servers whose images the node has.
+const SERVERS: [&str; 2] = ["postgres", "prometheus"];
+
 const NODE_PACKAGES: [Package; 8] = [
     package("containerd", &["containerd"]),
     package("runc", &["runc"]),
@@ -167,6 +170,22 @@ pub fn install(output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// The version of the second gateway, where it is built.
+pub fn second_gateway() -> Option<String> {
+    match std::env::var_os(KUBECONFIG) {
+        Some(_) => version(),
+        None => build::traefik(),
+    }
+}
+
+/// Builds what a cluster with two gateways needs besides.
+pub fn install_second_gateway(output: &Output) -> Result<()> {
+    match std::env::var_os(KUBECONFIG) {
+        Some(_) => Ok(()),
+        None => build::ensure_traefik(output),
+    }
+}
+
 fn is_installed(package: Package) -> bool {
     match package.program {
         "bridge" => Path::new("/usr/lib/cni/bridge").is_file(),
@@ -238,7 +257,7 @@ impl Cluster {
         self.prepare(&programs)?;
         let started = self
             .start(&programs, output)
-            .and_then(|()| self.load_server("postgres", output));
+            .and_then(|()| self.load_servers(output));
         if started.is_err() {
             self.quote_logs(output);
             self.clear()?;
@@ -471,39 +490,39 @@ impl Cluster {
             .with_context(|| format!("the cluster has no image of {server}"))
     }
 
-    /// Gives the node the image that the integration tests start a server from.
-    fn load_server(&self, server: &str, output: &Output) -> Result<()> {
-        let image = images::of(&Tools::open()?, server)?;
-        let archive = self.places.dir.join("server.tar");
-        let save = cmd!(self.shell, "docker save --output {archive} {image}");
+    /// Gives the node images that the integration tests start servers from.
+    fn load_servers(&self, output: &Output) -> Result<()> {
+        let tools = Tools::open()?;
+        let images = SERVERS.map(|server| images::of(&tools, server));
+        let images = images.into_iter().collect::<Result<Vec<String>>>()?;
+        let names = &images;
+        let archive = self.places.dir.join("servers.tar");
+        let save = cmd!(self.shell, "docker save --output {archive} {names...}");
         output.command(&save);
         save.quiet()
             .run()
-            .context("taking the image from the container engine")?;
+            .context("taking images from the container engine")?;
         self.load(&archive, output)?;
         std::fs::remove_file(&archive).context("removing the archive")?;
-        let list = self
-            .inside("ctr")?
-            .args(["--namespace", "k8s.io", "images", "list"]);
-        let list = list.quiet().read()?;
-        let (name, digest) = list
-            .lines()
-            .filter_map(|line| {
+        let ctr = ["--namespace", "k8s.io", "images"];
+        let list = self.inside("ctr")?.args(ctr).arg("list").quiet().read()?;
+        let mut names = BTreeMap::new();
+        for (server, image) in SERVERS.iter().zip(&images) {
+            let there = list.lines().find_map(|line| {
                 let mut fields = line.split_whitespace();
                 let (name, _kind, digest) = (fields.next()?, fields.next()?, fields.next()?);
-                name.ends_with(&format!("/{image}"))
-                    .then_some((name, digest))
-            })
-            .next()
-            .with_context(|| format!("the node has no {image} after it was loaded"))?;
-        let by_digest = format!("xtask.local/{server}@{digest}");
-        let tag = self
-            .inside("ctr")?
-            .args(["--namespace", "k8s.io", "images", "tag"]);
-        let tag = tag.args(["--force", name, &by_digest]);
-        tag.quiet().ignore_stdout().run()?;
-        let images = BTreeMap::from([(server, by_digest)]);
-        files::write_json(&self.places.images(), &images)
+                let is_it = name.ends_with(&format!("/{image}"));
+                is_it.then_some((name, digest))
+            });
+            let (name, digest) =
+                there.with_context(|| format!("the node has no {image} after it was loaded"))?;
+            let by_digest = format!("xtask.local/{server}@{digest}");
+            let tag = self.inside("ctr")?.args(ctr).args(["tag", "--force"]);
+            let tag = tag.args([name, &by_digest]);
+            tag.quiet().ignore_stdout().run()?;
+            names.insert(server, by_digest);
+        }
+        files::write_json(&self.places.images(), &names)
     }
 
     /// A command that runs on the node.

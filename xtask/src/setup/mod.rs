@@ -29,6 +29,9 @@ pub const CONTAINERS: &str = "containers";
 /// The name under which a step asks for a Kubernetes cluster.
 pub const CLUSTER: &str = "cluster";
 
+/// The name under which a step asks for another gateway in that cluster.
+pub const SECOND_GATEWAY: &str = "second-gateway";
+
 /// Something that steps need, and whether it is there.
 #[derive(Debug, Serialize)]
 struct Requirement {
@@ -110,6 +113,7 @@ pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
                 images::ensure(&tools, output)?;
             }
             CLUSTER => cluster::install(output)?,
+            SECOND_GATEWAY => cluster::install_second_gateway(output)?,
             ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => {
                 tools.install(tool, output)?;
@@ -257,6 +261,12 @@ fn requirements(steps: &[&Step], tools: &Tools) -> Result<Vec<Requirement>> {
                 name: "Kubernetes".to_owned(),
                 needed: cluster::missing().unwrap_or_else(|| "a cluster to start".to_owned()),
                 found: cluster::version(),
+                mend: "cargo xtask setup".to_owned(),
+            }),
+            SECOND_GATEWAY => requirements.push(Requirement {
+                name: "Traefik".to_owned(),
+                needed: "built for that cluster".to_owned(),
+                found: cluster::second_gateway(),
                 mend: "cargo xtask setup".to_owned(),
             }),
             ADVISORIES | HISTORY | TODAY | XTASK => {}

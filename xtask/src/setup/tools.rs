@@ -104,6 +104,9 @@ impl Tools {
         if name == super::CLUSTER {
             return Ok(cluster::version());
         }
+        if name == super::SECOND_GATEWAY {
+            return Ok(cluster::second_gateway());
+        }
         let pin = self.pin(name)?;
         if self.home(name, pin).join(Self::inside(name)).is_file() {
             return Ok(Some(pin.version.to_string()));

@@ -8,6 +8,7 @@ mod namespace;
 mod proxy;
 
 mod faults;
+mod prometheus;
 mod rights;
 mod rollouts;
 mod side_by_side;

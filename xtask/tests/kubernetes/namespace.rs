@@ -51,7 +51,7 @@ impl Namespace {
         Self::with(test, "gateway", &[])
     }
 
-    /// `traffic` as in the settings; `changes` on top of them.
+    /// `traffic` as in the settings, or "traefik" for its gateway; `changes` on top of them.
     pub fn with(test: &str, traffic: &str, changes: &[(&str, toml::Value)]) -> Self {
         let slot = Slot::take();
         let name = format!("{test}-{}", std::process::id());
@@ -59,12 +59,16 @@ impl Namespace {
             // Contour's own routes are told apart by host and share one port.
             "httpproxy" => "http://172.31.77.2:8080".to_owned(),
             "replicas" => format!("http://{}", cluster_ip(slot.0)),
+            "traefik" => format!("http://172.31.77.2:{}", 18190 + slot.0),
             _ => format!("http://172.31.77.2:{}", 18090 + slot.0),
         };
         let mut settings: Vec<(&str, toml::Value)> = vec![
             ("kubernetes.namespace", name.clone().into()),
             ("kubernetes.overlay", "overlays/test".into()),
-            ("kubernetes.traffic", traffic.into()),
+            (
+                "kubernetes.traffic",
+                traffic.replace("traefik", "gateway").into(),
+            ),
             ("environments.production.platform", "kubernetes".into()),
             ("environments.production.metrics", "scrape".into()),
             (
@@ -83,11 +87,13 @@ impl Namespace {
         copy(&root().join("k8s"), &manifests);
         let text = std::fs::read_to_string(fixture.settings()).unwrap();
         let own = format!("manifests = {:?}", manifests.display().to_string());
-        std::fs::write(
-            fixture.settings(),
-            text.replacen("manifests = \"k8s\"", &own, 1),
-        )
-        .unwrap();
+        let mut text = text.replacen("manifests = \"k8s\"", &own, 1);
+        if traffic == "traefik" {
+            let header = "release_header = \"x-release\"\n";
+            assert!(text.contains(header), "{text}");
+            text = text.replacen(header, "", 1);
+        }
+        std::fs::write(fixture.settings(), text).unwrap();
         let namespace = Self {
             fixture,
             name,
@@ -111,7 +117,9 @@ impl Namespace {
     fn write_overlay(&self, traffic: &str, slot: u16) {
         let component = match traffic {
             "httpproxy" => json!(["../../components/httpproxy", "../../components/postgres"]),
-            "gateway" => json!(["../../components/gateway", "../../components/postgres"]),
+            "gateway" | "traefik" => {
+                json!(["../../components/gateway", "../../components/postgres"])
+            }
             _ => json!(["../../components/postgres"]),
         };
         let deployment = json!([
@@ -126,9 +134,9 @@ impl Namespace {
             "target": { "kind": "Deployment", "name": "service" },
             "patch": deployment.to_string(),
         })];
-        if traffic == "gateway" {
+        if traffic == "gateway" || traffic == "traefik" {
             let parent = json!([{ "op": "replace", "path": "/spec/parentRefs/0", "value": {
-                "name": "gateway", "namespace": "xtask-gateway", "sectionName": format!("test-{slot}"),
+                "name": traffic, "namespace": "xtask-gateway", "sectionName": format!("test-{slot}"),
             } }]);
             patches.push(json!({
                 "target": { "kind": "HTTPRoute", "name": "service" },

@@ -79,6 +79,56 @@ fn behind_a_gateway() {
     assert!(conditions.contains("xtask.dev/Rollout"), "{conditions}");
 }
 
+/// Another implementation of the same API: it splits by a schedule, takes longer to act than to say
+/// so, and cannot name the release that answered.
+#[test]
+fn behind_another_gateway() {
+    let namespace = Namespace::with("traefik", "traefik", &[]);
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let second = namespace.release("1.1.0");
+    namespace.run(&start(&second)).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    nothing_failed(load);
+
+    let load = namespace.load();
+    let bad = namespace.release_with("1.2.0", &["read_only = true"]);
+    let caught = namespace.run(&start(&bad)).expect(1, "rolled-back");
+    assert_eq!(caught.finished()["failed"]["stable"], 0, "{}", caught.said);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    load.stop();
+}
+
+/// `keep_previous`: going back moves the traffic and starts nothing.
+#[test]
+fn a_kept_release_is_gone_back_to_at_once() {
+    let keep = [("rollout.keep_previous", "30m".into())];
+    let namespace = Namespace::with("kept", "gateway", &keep);
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let second = namespace.release("1.1.0");
+    namespace.run(&start(&second)).expect(0, "healthy");
+    let mut both = [(short(&first), 2, 2), (short(&second), 2, 2)];
+    both.sort();
+    assert_eq!(namespace.running(), both);
+
+    let back = namespace.run(&["rollback"]).expect(0, "healthy");
+    let started = back.events.iter().find(|event| {
+        event["event"] == "action" && event["name"] == "scale" && event["replicas"] != 0
+    });
+    assert_eq!(started, None, "{}", back.said);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+
+    let third = namespace.release("1.2.0");
+    namespace.run(&start(&third)).expect(0, "healthy");
+    let retire = ["canary", "retire", "--now"];
+    namespace.run(&retire).expect(0, "passed");
+    assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
+    nothing_failed(load);
+}
+
 #[test]
 fn behind_contours_own_route() {
     good_bad_and_back(&Namespace::with("httpproxy", "httpproxy", &[]));

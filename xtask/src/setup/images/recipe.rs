@@ -36,6 +36,7 @@ const PACKAGES: &[&str] = &[
     "rabbitmq-server",
     "default-jre-headless",
     "docker-registry",
+    "prometheus",
 ];
 /// Dependencies that only serve installing, or that no server here uses.
 const UNUSED_PACKAGES: &[&str] = &[
@@ -60,6 +61,8 @@ pub(super) const UNUSED_FILES: &[&str] = &[
     "usr/share/man/**",
     "usr/share/locale/**",
     "usr/share/info/**",
+    "usr/share/javascript/**",
+    "usr/bin/promtool",
     "usr/lib/rabbitmq/lib/*/plugins/amqp10_client*/**",
     "usr/lib/rabbitmq/lib/*/plugins/eetcd*/**",
     "usr/lib/rabbitmq/lib/*/plugins/gun*/**",
@@ -159,6 +162,7 @@ const IMAGES: &[(&str, &str)] = &[
         "RUN [\"kafka-dump\"]\nEXPOSE 9092\nENTRYPOINT [\"kafka-entry\"]",
     ),
     ("registry", "EXPOSE 5000\nENTRYPOINT [\"registry-entry\"]"),
+    ("prometheus", "EXPOSE 9090\nENTRYPOINT [\"prometheus\"]"),
 ];
 /// The label that says by which recipe an image was made.
 pub(super) const RECIPE: &str = "dev.xtask.recipe";

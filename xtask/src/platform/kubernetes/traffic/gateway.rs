@@ -20,15 +20,15 @@ impl Shape for Gateway {
         ("rules", "backendRefs")
     }
 
-    fn mark(&self, backend: &mut Value, header: &str, value: &str) {
+    fn mark(&self, part: &mut Value, header: &str, value: &str) {
         let set = json!([{ "name": header, "value": value }]);
         let filter = json!({
             "type": "ResponseHeaderModifier",
             "responseHeaderModifier": { "set": set },
         });
-        match backend["filters"].as_array_mut() {
+        match part["filters"].as_array_mut() {
             Some(filters) => filters.push(filter),
-            None => backend["filters"] = json!([filter]),
+            None => part["filters"] = json!([filter]),
         }
     }
 

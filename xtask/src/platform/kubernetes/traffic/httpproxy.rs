@@ -17,11 +17,11 @@ impl Shape for HttpProxy {
         ("routes", "services")
     }
 
-    fn mark(&self, backend: &mut Value, header: &str, value: &str) {
+    fn mark(&self, part: &mut Value, header: &str, value: &str) {
         let header = json!({ "name": header, "value": value });
-        match backend["responseHeadersPolicy"]["set"].as_array_mut() {
+        match part["responseHeadersPolicy"]["set"].as_array_mut() {
             Some(headers) => headers.push(header),
-            None => backend["responseHeadersPolicy"]["set"] = json!([header]),
+            None => part["responseHeadersPolicy"]["set"] = json!([header]),
         }
     }
 

@@ -26,7 +26,7 @@ const POLL: Duration = Duration::from_millis(50);
 const PROBE: Duration = Duration::from_secs(2);
 /// Requests in a row that show that a route is in effect, on every one of a router's threads.
 const PROBES: u32 = 20;
-/// The header by which a backend without traffic is asked, for the moment that this takes.
+/// The header by which a rule of the rollout's own is asked, and in which its answers say so.
 const PROBE_HEADER: &str = "x-xtask-probe";
 
 /// What is particular to a kind of route.
@@ -37,8 +37,8 @@ pub trait Shape: Send + Sync {
     /// Below `spec`: the list of rules, and in a rule the list of backends.
     fn fields(&self) -> (&'static str, &'static str);
 
-    /// Lets a backend's answers carry a header.
-    fn mark(&self, backend: &mut Value, header: &str, value: &str);
+    /// Lets the answers of a rule, or of one of its backends, carry a header.
+    fn mark(&self, part: &mut Value, header: &str, value: &str);
 
     /// Lets a rule only match requests with this header.
     fn restrict(&self, rule: &mut Value, header: &str, value: &str);
@@ -62,6 +62,21 @@ pub struct Weighted<S> {
 
 /// A backend of ours in a route: the short id of its release, and its weight.
 type Backend = (String, u64);
+
+/// A rule that leads to one release, and that only we know how to ask. What it answers shows that
+/// this very version of the route is in effect.
+struct Probe<'a> {
+    short: &'a str,
+    secret: &'a str,
+}
+
+/// By what answers are recognised.
+enum Sign<'a> {
+    /// One of these releases names itself.
+    Releases(Vec<&'a str>),
+    /// The probe with this secret answers.
+    Probe(&'a str),
+}
 
 impl<S: Shape> Weighted<S> {
     async fn current(&self, api: &Api) -> Result<Option<Value>> {
@@ -91,17 +106,12 @@ impl<S: Shape> Weighted<S> {
             .unwrap_or_default()
     }
 
-    /// The route of the manifests with these backends, and a rule for the one that is introduced.
-    fn wanted(
-        &self,
-        route: &Value,
-        split: &[Backend],
-        newcomer: Option<(&str, &str)>,
-    ) -> Result<Value> {
+    /// The route of the manifests with these backends, and a rule to probe it by.
+    fn wanted(&self, route: &Value, split: &[Backend], probe: Option<&Probe<'_>>) -> Result<Value> {
         let (rules, backends) = self.shape.fields();
         let name = self.settings.name.as_str();
         let mut wanted = route.clone();
-        let mut introductions = Vec::new();
+        let mut probes = Vec::new();
         let mut ours = 0;
         for rule in wanted["spec"][rules].as_array_mut().into_iter().flatten() {
             let like = api::items(&rule[backends])
@@ -119,11 +129,12 @@ impl<S: Shape> Weighted<S> {
                 }
                 backend
             };
-            if let Some((short, secret)) = newcomer {
-                let mut introduction = rule.clone();
-                introduction[backends] = json!([backend(short, 100)]);
-                self.shape.restrict(&mut introduction, PROBE_HEADER, secret);
-                introductions.push(introduction);
+            if let Some(Probe { short, secret }) = probe {
+                let mut own = rule.clone();
+                own[backends] = json!([backend(short, 100)]);
+                self.shape.restrict(&mut own, PROBE_HEADER, secret);
+                self.shape.mark(&mut own, PROBE_HEADER, secret);
+                probes.push(own);
             }
             rule[backends] = split
                 .iter()
@@ -138,7 +149,7 @@ impl<S: Shape> Weighted<S> {
             );
         }
         if let Some(rules) = wanted["spec"][rules].as_array_mut() {
-            rules.extend(introductions);
+            rules.extend(probes);
         }
         Ok(wanted)
     }
@@ -179,11 +190,13 @@ impl<S: Shape> Weighted<S> {
         }
     }
 
-    /// Asks the environment until its answers come from one of `releases`: a router that says it
-    /// has taken a route may yet act on the one before.
-    async fn see(&self, releases: &[&str], secret: Option<&str>) -> Result<()> {
-        let Some(header) = &self.settings.release_header else {
-            return Ok(());
+    /// Asks the environment until its answers carry the sign: a router that says it has taken a
+    /// route may yet act on the one before.
+    async fn see(&self, sign: Sign<'_>) -> Result<()> {
+        let release_header = self.settings.release_header.as_deref();
+        let (header, values) = match &sign {
+            Sign::Releases(releases) => (release_header.unwrap_or_default(), releases.clone()),
+            Sign::Probe(secret) => (PROBE_HEADER, vec![*secret]),
         };
         let client = http::client()?;
         let address = self.settings.address.as_deref().unwrap_or_default();
@@ -194,12 +207,13 @@ impl<S: Shape> Weighted<S> {
         while in_a_row < PROBES {
             if Instant::now() > deadline {
                 bail!(
-                    "the router has taken the route, but {url} still answers from {last}, not from {}",
-                    releases.join(" or ")
+                    "the router has taken the route, but {url} is still answered by {last}, not by \
+                     {}",
+                    values.join(" or ")
                 );
             }
             let mut request = client.get(&url).timeout(PROBE);
-            if let Some(secret) = secret {
+            if let Sign::Probe(secret) = sign {
                 request = request.header(PROBE_HEADER, secret);
             }
             let answer = request.send().await;
@@ -212,10 +226,15 @@ impl<S: Shape> Weighted<S> {
                 name.to_str().ok().map(str::to_owned)
             });
             match from {
-                Some(from) if releases.contains(&from.as_str()) => in_a_row += 1,
+                Some(from) if values.contains(&from.as_str()) => in_a_row += 1,
                 from => {
                     in_a_row = 0;
                     last = from.unwrap_or_else(|| match answer {
+                        Ok(answer) if answer.status().is_success() => format!(
+                            "somebody without the header {header} (a gateway that does not heed \
+                             filters of backends, such as Traefik, can only do without \
+                             kubernetes.release_header)"
+                        ),
                         Ok(answer) => format!("nobody ({})", answer.status()),
                         Err(error) => format!("nobody ({error})"),
                     });
@@ -288,9 +307,13 @@ impl<S: Shape> Traffic for Weighted<S> {
             introduced.retain(|(_, weight)| *weight > 0);
             introduced.push((short.clone(), 0));
             let secret = format!("{short}-{}", fence.token);
-            let wanted = self.wanted(route, &introduced, Some((short, &secret)))?;
+            let probe = Probe {
+                short,
+                secret: &secret,
+            };
+            let wanted = self.wanted(route, &introduced, Some(&probe))?;
             self.apply(fence, &wanted, false).await?;
-            self.see(&[short], Some(&secret)).await?;
+            self.see(Sign::Probe(&secret)).await?;
         }
         for (short, weight) in present {
             // What nobody gets requests from any more may go; what loses them just now stays.
@@ -302,11 +325,24 @@ impl<S: Shape> Traffic for Weighted<S> {
         point(fence, bundle, weights).await?;
         // One release for everything: nobody's edit of the route may keep a way back closed.
         let firm = weights.len() == 1;
-        let wanted = self.wanted(route, &split, None)?;
+        // Where answers do not name their release, the new route has a rule of its own to be seen by.
+        let secret = format!("{}-{}", fence.token, json!(split));
+        let secret: String = secret
+            .chars()
+            .filter(|c| c.is_ascii_alphanumeric())
+            .collect();
+        let probe = weights.last().map(|(release, _)| Probe {
+            short: release.short(),
+            secret: &secret,
+        });
+        let probe = probe.filter(|_| self.settings.release_header.is_none());
+        let wanted = self.wanted(route, &split, probe.as_ref())?;
         let taken_over = self.apply(fence, &wanted, firm).await?;
-        if !weights.is_empty() {
-            let releases: Vec<&str> = weights.iter().map(|(release, _)| release.short()).collect();
-            self.see(&releases, None).await?;
+        if probe.is_some() {
+            self.see(Sign::Probe(&secret)).await?;
+        } else if !weights.is_empty() {
+            let releases = weights.iter().map(|(release, _)| release.short());
+            self.see(Sign::Releases(releases.collect())).await?;
         }
         Ok(taken_over)
     }
