@@ -9,7 +9,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 
 use crate::adapters::storage::{self, Storage, StorageError};
-use crate::config::Config;
+use crate::config::{Config, Database};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected};
 
 /// How long a readiness probe waits for each part.
@@ -65,6 +65,28 @@ impl App {
             storage,
             draining: AtomicBool::new(false),
         }))
+    }
+
+    /// Brings the schema up to date; its version before, where there was any, and after.
+    pub async fn migrate(config: Config) -> anyhow::Result<(Option<i64>, i64)> {
+        let open = async |migrate| {
+            let database = Database {
+                migrate,
+                ..config.database.clone()
+            };
+            let storage = storage::open(&database).await;
+            storage.context("opening the database")
+        };
+        if config.database.read_only {
+            anyhow::bail!("database.read_only is set, so the schema stays as it is");
+        }
+        let storage = open(false).await?;
+        let before = storage.schema_version().await.ok();
+        storage.close().await;
+        let storage = open(true).await?;
+        let after = storage.schema_version().await?;
+        storage.close().await;
+        Ok((before, after))
     }
 
     pub async fn create_order(&self, request: OrderRequest) -> Result<Order, Error> {

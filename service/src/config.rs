@@ -58,6 +58,7 @@ pub struct Database {
     pub acquire_timeout: Timeout,
     pub busy_timeout: Timeout,
     pub read_only: bool,
+    pub migrate: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

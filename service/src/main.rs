@@ -1,8 +1,9 @@
-//! The process: configuration first, then storage, then ports, then signals.
+//! The process: the command line, configuration, storage, then ports and signals.
 
 use std::process::ExitCode;
 
 use service::app::App;
+use service::cli::{Cli, Command};
 use service::config::Config;
 use service::{server, telemetry};
 
@@ -10,31 +11,49 @@ use service::{server, telemetry};
 const BAD_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
+    let command = Cli::command();
     let config = match Config::load() {
         Ok(config) => config,
         Err(error) => {
-            telemetry::fatal(&format!("cannot start: {error}"));
+            telemetry::tell(&format!("cannot start: {error}"));
             return ExitCode::from(BAD_CONFIG);
         }
     };
-    match run(config) {
+    match run(command, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            telemetry::fatal(&format!("stopped: {error:#}"));
+            telemetry::tell(&format!("stopped: {error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(config: Config) -> anyhow::Result<()> {
-    telemetry::logs(&config.logging)?;
-    let metrics = telemetry::metrics()?;
-    tokio::runtime::Builder::new_multi_thread()
+fn run(command: Command, config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .build()?
-        .block_on(async {
-            let app = App::open(config, metrics).await?;
-            let sockets = server::Sockets::bind(&app.config.server)?;
-            server::serve(app, sockets, server::terminated()).await
-        })
+        .build()?;
+    match command {
+        Command::Serve => {
+            telemetry::logs(&config.logging)?;
+            let metrics = telemetry::metrics()?;
+            runtime.block_on(async {
+                let app = App::open(config, metrics).await?;
+                let sockets = server::Sockets::bind(&app.config.server)?;
+                server::serve(app, sockets, server::terminated()).await
+            })
+        }
+        Command::Migrate => {
+            let (before, after) = runtime.block_on(App::migrate(config))?;
+            telemetry::tell(&match before {
+                Some(before) if before == after => format!("the schema is version {after} already"),
+                Some(before) => format!("the schema went from version {before} to {after}"),
+                None => format!("the schema is new: version {after}"),
+            });
+            Ok(())
+        }
+        Command::CheckConfig => {
+            telemetry::tell(&format!("the configuration is good: {}", config.hash()));
+            Ok(())
+        }
+    }
 }

@@ -40,8 +40,8 @@ pub fn metrics() -> anyhow::Result<PrometheusHandle> {
         .context("starting metrics")
 }
 
-/// The last words of a process whose log may not be running.
-pub fn fatal(message: &str) {
+/// A line on standard error, for a process whose log is not running.
+pub fn tell(message: &str) {
     // Nothing is left to do where even standard error is gone.
     let _ = writeln!(std::io::stderr(), "{message}");
 }

@@ -53,6 +53,10 @@ impl Database {
         [Self::sqlite(), Self::postgres().await]
     }
 
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     pub fn use_in(&self, config: &mut Config) {
         config.database.url.0.clone_from(&self.url);
     }

@@ -41,7 +41,8 @@ pub enum StorageError {
     Failed(String),
 }
 
-/// Opens the adapter that the address asks for and brings its schema up to date.
+/// Opens the adapter that the address asks for and, unless told not to, brings its schema up to
+/// date.
 pub async fn open(config: &Database) -> anyhow::Result<Arc<dyn Storage>> {
     Ok(match config.url.scheme() {
         Scheme::Sqlite => Arc::new(sqlite::Sqlite::open(config).await?),

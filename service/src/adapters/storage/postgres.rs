@@ -55,7 +55,7 @@ impl Postgres {
             .connect_with(options)
             .await
             .with_context(|| format!("connecting to {}", config.url))?;
-        if !config.read_only {
+        if config.migrate && !config.read_only {
             // Several processes may start at once; sqlx holds an advisory lock meanwhile.
             migrations()
                 .run(&pool)

@@ -56,7 +56,7 @@ impl Sqlite {
             // happen under a lock that the kernel frees when the holder dies.
             let _lock = lock(&file).await?;
             let pool = connect.connect_with(options).await;
-            if let Ok(pool) = &pool {
+            if let Some(pool) = pool.as_ref().ok().filter(|_| config.migrate) {
                 migrations()
                     .run(pool)
                     .await
