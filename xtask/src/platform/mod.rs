@@ -114,6 +114,9 @@ pub struct ReleaseStatus {
     pub instances: Vec<InstanceStatus>,
     /// Why it will not get ready by waiting.
     pub broken: Option<String>,
+    /// Whether it was begun to be made, so that there may be something to take away.
+    #[serde(default)]
+    pub unfinished: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

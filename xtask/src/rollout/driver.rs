@@ -442,6 +442,7 @@ pub fn view(plan: &Plan, status: &Status) -> View {
             ready: release.ready(),
             weight: release.weight,
             broken: release.broken.clone(),
+            unfinished: release.unfinished,
         })
     };
     View {

@@ -178,6 +178,8 @@ pub struct Arm {
     pub weight: u8,
     /// Why it will not get ready by waiting.
     pub broken: Option<String>,
+    /// Whether there may be something to take away though nothing runs.
+    pub unfinished: bool,
 }
 
 /// The judge's words, with the cases that are not about the candidate apart.
@@ -639,7 +641,7 @@ fn back(
             mark: Mark::RolledBack,
         });
     }
-    if view.candidate.desired > 0 {
+    if view.candidate.desired > 0 || view.candidate.unfinished {
         return Plan::scale(&plan.candidate, 0);
     }
     let outcome = match reason {

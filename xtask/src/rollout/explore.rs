@@ -87,6 +87,8 @@ enum Fate {
     NotDone,
     /// Done, and then killed, or the reply was lost: done again at the next turn if need be.
     DoneUnheard,
+    /// Killed in the middle: what the candidate needs was begun to be made, and nothing runs.
+    Half,
     /// The command stalls before the action; another one takes over.
     Stalled,
 }
@@ -235,6 +237,7 @@ impl Rollout {
                     world.violated = Some("1: a release with traffic was scaled to nothing");
                 }
                 arm.desired = *replicas;
+                arm.unfinished = false;
                 arm.ready = arm.ready.min(*replicas);
                 if *replicas == 0 {
                     arm.broken = None;
@@ -284,6 +287,15 @@ impl Rollout {
         match (action, fate) {
             (Some(action), Fate::Done | Fate::DoneUnheard) => self.apply(world, &action),
             (Some(action), Fate::Stalled) => world.stalled = Some(action),
+            (
+                Some(Action::Scale {
+                    release,
+                    replicas: 1..,
+                }),
+                Fate::Half,
+            ) if release == self.plan.candidate && world.candidate.desired == 0 => {
+                world.candidate.unfinished = true;
+            }
             _ => {}
         }
     }
@@ -345,6 +357,7 @@ impl Rollout {
             Some(_) => {
                 candidate.weight == 0
                     && candidate.desired == 0
+                    && !candidate.unfinished
                     && (!full || stable.weight == 100 && stable.desired == self.plan.replicas)
                     && world.recorded == world.state.exposed.then_some(Mark::RolledBack)
             }
@@ -363,6 +376,7 @@ impl Model for Rollout {
             ready: 2,
             weight: 100,
             broken: None,
+            unfinished: false,
         };
         vec![World {
             stable: if self.plan.stable.is_some() {
@@ -407,6 +421,7 @@ impl Model for Rollout {
                 Fate::KilledBefore,
                 Fate::NotDone,
                 Fate::DoneUnheard,
+                Fate::Half,
                 Fate::Stalled,
             ];
             for fate in fates {
@@ -725,6 +740,7 @@ fn troubles_that_alternate_are_one_hold() {
         ready: 1,
         weight: 10,
         broken: None,
+        unfinished: false,
     };
     world.stable.weight = 90;
     world.state = State {

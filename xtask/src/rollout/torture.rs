@@ -236,6 +236,7 @@ impl Platform for Memory {
                     })
                     .collect(),
                 broken: None,
+                unfinished: false,
             })
             .collect();
         let history = world

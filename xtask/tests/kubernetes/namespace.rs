@@ -122,18 +122,26 @@ impl Namespace {
             }
             _ => json!(["../../components/postgres"]),
         };
-        let deployment = json!([
+        let environment = json!([
             { "op": "add", "path": "/spec/template/spec/containers/0/env/-",
               "value": { "name": "SERVICE_ENVIRONMENT", "value": "production" } },
+        ]);
+        let deployment = json!([
             { "op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu",
               "value": "10m" },
             { "op": "replace", "path": "/spec/template/spec/containers/0/lifecycle/preStop/sleep/seconds",
               "value": 2 },
         ]);
-        let mut patches = vec![json!({
-            "target": { "kind": "Deployment", "name": "service" },
-            "patch": deployment.to_string(),
-        })];
+        let mut patches = vec![
+            json!({
+                "target": { "kind": "Deployment", "name": "service" },
+                "patch": deployment.to_string(),
+            }),
+            json!({
+                "target": { "kind": "Deployment|Job" },
+                "patch": environment.to_string(),
+            }),
+        ];
         if traffic == "gateway" || traffic == "traefik" {
             let parent = json!([{ "op": "replace", "path": "/spec/parentRefs/0", "value": {
                 "name": traffic, "namespace": "xtask-gateway", "sectionName": format!("test-{slot}"),
@@ -172,11 +180,41 @@ impl Namespace {
 
     /// Releases that are made from now on have this component of `k8s/components` too.
     pub fn add_component(&self, name: &str) {
+        self.change_overlay(|kustomization| {
+            let components = kustomization["components"].as_array_mut().unwrap();
+            components.push(json!(format!("../../components/{name}")));
+        });
+    }
+
+    /// Releases that are made from now on bring these objects along.
+    pub fn add_objects(&self, objects: &[Value]) {
+        let overlay = self.manifests.join("overlays/test");
+        let texts: Vec<String> = objects.iter().map(Value::to_string).collect();
+        std::fs::write(overlay.join("more.yaml"), texts.join("\n---\n")).unwrap();
+        self.change_overlay(|kustomization| {
+            let resources = kustomization["resources"].as_array_mut().unwrap();
+            resources.push(json!("more.yaml"));
+        });
+    }
+
+    /// Releases that are made from now on start their pods with these arguments.
+    pub fn add_arguments(&self, arguments: &[&str]) {
+        let path = "/spec/template/spec/containers/0/args";
+        let patch = json!([{ "op": "add", "path": path, "value": arguments }]);
+        self.change_overlay(|kustomization| {
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            patches.push(json!({
+                "target": { "kind": "Deployment" },
+                "patch": patch.to_string(),
+            }));
+        });
+    }
+
+    fn change_overlay(&self, change: impl FnOnce(&mut Value)) {
         let overlay = self.manifests.join("overlays/test/kustomization.yaml");
         let text = std::fs::read_to_string(&overlay).unwrap();
         let mut kustomization: Value = serde_json::from_str(&text).unwrap();
-        let components = kustomization["components"].as_array_mut().unwrap();
-        components.push(json!(format!("../../components/{name}")));
+        change(&mut kustomization);
         std::fs::write(&overlay, kustomization.to_string()).unwrap();
     }
 

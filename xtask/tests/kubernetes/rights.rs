@@ -71,6 +71,23 @@ fn old(number: u32) -> [Value; 3] {
     [deployment, service, journal]
 }
 
+/// One of each kind that the manifests have besides.
+fn more() -> [Value; 3] {
+    let name = json!({ "name": "more" });
+    let nobody = json!({ "matchLabels": { "app": "more" } });
+    [
+        json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": name }),
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": name,
+            "spec": { "podSelector": nobody, "policyTypes": ["Ingress"] },
+        }),
+        json!({
+            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": name,
+            "spec": { "maxUnavailable": 1, "selector": nobody },
+        }),
+    ]
+}
+
 /// Releases come and go, one crashes, and old ones are removed, all by a user with these rights.
 #[test]
 fn the_deployer_has_exactly_the_rights_it_needs() {
@@ -119,10 +136,17 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
     namespace
         .run_by(&by, &["canary", "start", "--release", &last])
         .expect(0, "healthy");
+    namespace.add_objects(&more());
     let broken = namespace.release_with("1.8.0", &["acquire_timeout = \"soon\""]);
     namespace
         .run_by(&by, &["canary", "start", "--release", &broken])
         .expect(2, "failed");
+    // What it brought along is gone with it.
+    for kind in ["serviceaccount", "networkpolicy", "poddisruptionbudget"] {
+        let there = namespace.ask(&["get", kind, "--output", "name"]);
+        assert!(!there.contains("more"), "{there}");
+        assert!(there.contains("service"), "{there}");
+    }
     namespace.run_by(&by, &["rollback"]).expect(0, "healthy");
     assert!(load.stop().is_empty());
     assert_ne!(namespace.running(), [(short(&last), 2, 2)]);

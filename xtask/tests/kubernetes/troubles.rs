@@ -35,7 +35,8 @@ fn a_release_that_crashes_shows_its_last_words() {
     let namespace = Namespace::new("crashes");
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
-    let broken = namespace.release_with("1.1.0", &["acquire_timeout = \"soon\""]);
+    namespace.add_arguments(&["sevre"]);
+    let broken = namespace.release("1.1.0");
     let failed = namespace
         .run(&["canary", "start", "--release", &broken])
         .expect(2, "failed");
@@ -43,11 +44,38 @@ fn a_release_that_crashes_shows_its_last_words() {
         &failed.said,
         &[
             "CrashLoopBackOff",
-            "database.acquire_timeout",
-            "such as \"5s\"",
+            "sevre",
+            "a similar subcommand exists: 'serve'",
         ],
     );
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
+/// The schema is brought up to date before the first pod starts. Where that fails, nothing else is
+/// begun, and it is tried anew the next time.
+#[test]
+fn a_migration_that_fails_ends_the_rollout() {
+    let namespace = Namespace::new("migration");
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let broken = namespace.release_with("1.1.0", &["acquire_timeout = \"soon\""]);
+    let start = ["canary", "start", "--release", &broken];
+    for _ in 0..2 {
+        let failed = namespace.run(&start).expect(2, "failed");
+        says(
+            &failed.said,
+            &[
+                "the job service-migrate-",
+                "database.acquire_timeout",
+                "such as \"5s\"",
+            ],
+        );
+    }
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    let jobs = namespace.ask(&["get", "jobs", "--output", "name"]);
+    let its_own = format!("job.batch/service-migrate-{}", short(&first));
+    assert_eq!(jobs.trim(), its_own);
     assert!(load.stop().is_empty());
 }
 

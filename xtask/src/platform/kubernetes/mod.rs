@@ -8,9 +8,11 @@ mod api;
 pub mod desk;
 mod diff;
 mod fence;
+mod objects;
 mod pods;
 mod record;
 mod render;
+mod telling;
 mod traffic;
 
 use std::collections::BTreeMap;
@@ -35,10 +37,8 @@ use traffic::{Known, Traffic, Weights};
 const TICK: Duration = Duration::from_millis(400);
 /// How often it is looked into why a release is not ready.
 const LOOK: Duration = Duration::from_secs(4);
-/// How long what must be there before the pods, or must have run, may take.
-const NEEDED: Duration = Duration::from_secs(300);
-/// How many releases that run nothing are kept, besides those that can be gone back to.
-const KEPT: usize = 5;
+/// On a Deployment that runs nothing yet: what its pods need is being made.
+const UNFINISHED: &str = "xtask.dev/unfinished";
 
 /// One environment.
 pub struct Kubernetes {
@@ -110,6 +110,10 @@ impl Kubernetes {
         format!("{WORKLOAD}={},{RELEASE}", self.settings.name)
     }
 
+    fn of_release(&self, short: &str) -> String {
+        format!("{WORKLOAD}={},{RELEASE}={short}", self.settings.name)
+    }
+
     fn fence(&self, token: u64) -> Fence<'_> {
         Fence {
             api: &self.api,
@@ -145,11 +149,15 @@ impl Kubernetes {
             .filter(|pod| api::label(pod, RELEASE) == Some(short) && !pods::is_going(pod))
             .collect();
         let desired = deployment["spec"]["replicas"].as_u64().unwrap_or(1);
+        let unfinished = api::annotation(deployment, UNFINISHED).is_some();
         let mut broken = foreign(deployment).map(|why| (why, None));
+        if unfinished && broken.is_none() {
+            broken = self.broken_job(short).await.unwrap_or_default();
+        }
         if desired > 0 && broken.is_none() {
             broken = pods::broken(deployment, &own, weight > 0);
         }
-        if desired > 0 && weight == 0 {
+        if (desired > 0 || unfinished) && weight == 0 {
             let unready = own.iter().find(|pod| !pods::instance(pod).ready);
             let pod = match &broken {
                 Some((_, pod)) => pod.clone(),
@@ -166,6 +174,7 @@ impl Kubernetes {
             weight,
             instances: own.into_iter().map(pods::instance).collect(),
             broken: broken.map(|(why, _)| why),
+            unfinished,
             release: id,
         })
     }
@@ -190,75 +199,11 @@ impl Kubernetes {
         self.troubles().insert(id.clone(), trouble);
     }
 
-    /// Makes what a release needs before its first pod can start, the environment's own objects
-    /// included: those travel with the release.
-    async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
-        for object in bundle.others.iter().chain(&bundle.configs) {
-            fence.apply(object).await?;
-        }
-        fence.apply(&bundle.service).await?;
-        for object in bundle.others.iter().filter(|o| o["kind"] == "StatefulSet") {
-            self.await_set(object).await?;
-        }
-        for job in &bundle.jobs {
-            self.run_job(job).await?;
-        }
-        Ok(())
-    }
-
-    /// Waits until an object is as `is_done` wants it, or `is_done` finds that it never will be.
-    async fn until(&self, object: &Value, is_done: impl Fn(&Value) -> Result<bool>) -> Result<()> {
-        let (kind, name) = (Kind::of(object)?, api::name(object));
-        let title = format!("the {} {name}", kind.kind);
-        let deadline = Instant::now() + NEEDED;
-        loop {
-            let object = self.api.get(&kind, name).await?;
-            let object = object.with_context(|| format!("{title} is gone"))?;
-            if is_done(&object)? {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!("{title} is not done within {} s", NEEDED.as_secs());
-            }
-            tokio::time::sleep(TICK).await;
-        }
-    }
-
-    /// Waits for what the release's pods need to be there when they start.
-    async fn await_set(&self, set: &Value) -> Result<()> {
-        self.until(set, |set| {
-            let (status, wanted) = (&set["status"], set["spec"]["replicas"].as_u64());
-            let seen =
-                status["observedGeneration"].as_u64() >= set["metadata"]["generation"].as_u64();
-            Ok(seen && status["readyReplicas"].as_u64().unwrap_or(0) >= wanted.unwrap_or(1))
-        })
-        .await
-    }
-
-    /// Runs a job to its end, once for each release.
-    async fn run_job(&self, job: &Value) -> Result<()> {
-        match self.api.create(job).await {
-            Err(error) if api::is_there_already(&error) => {}
-            created => created.map(|_| ())?,
-        }
-        self.until(job, |job| {
-            let is = |what: &str| {
-                api::items(&job["status"]["conditions"])
-                    .find(|c| c["type"] == what && c["status"] == "True")
-            };
-            if let Some(failed) = is("Failed") {
-                let why = failed["message"].as_str().unwrap_or_default();
-                bail!("the job {} failed: {why}", api::name(job));
-            }
-            Ok(is("Complete").is_some())
-        })
-        .await
-    }
-
     async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
         let bundle = self.bundle(release)?;
         let name = bundle.name(&self.settings);
         let there = self.api.get(&deployments(), &name).await?;
+        let runs_nothing = |there: &Value| there["spec"]["replicas"] == 0;
         if replicas == 0 {
             // An autoscaler would never let it go.
             fence.remove(&autoscalers(), &name).await?;
@@ -268,27 +213,17 @@ impl Kubernetes {
         } else {
             self.raise_floor(fence, &name, replicas).await?;
         }
-        if there
-            .as_ref()
-            .is_none_or(|there| there["spec"]["replicas"] == 0)
-            && replicas > 0
-        {
+        let mut wanted = bundle.deployment.clone();
+        if replicas > 0 && there.as_ref().is_none_or(runs_nothing) {
+            // Whoever gives the release up must find that there is something of it.
+            let mut first = wanted.clone();
+            first["spec"]["replicas"] = json!(0);
+            first["metadata"]["annotations"][UNFINISHED] = json!("true");
+            self.apply_deployment(fence, release, &first).await?;
             self.provide(fence, bundle).await?;
         }
-        let mut wanted = bundle.deployment.clone();
         wanted["spec"]["replicas"] = json!(replicas);
-        match fence.apply(&wanted).await {
-            // Whoever scaled it by hand is told, and the number is ours again: a rollback must not
-            // wait for a person.
-            Err(error) if api::is_owned_by_others(&error) && only_replicas(&error) => {
-                self.event(release, "Warning", "ScaledByOthers", &format!("{error:#}"))
-                    .await;
-                fence.take_over(&wanted).await?;
-            }
-            applied => {
-                applied?;
-            }
-        }
+        self.apply_deployment(fence, release, &wanted).await?;
         let said = format!(
             "{replicas} pods of {} ({})",
             bundle.version,
@@ -296,6 +231,24 @@ impl Kubernetes {
         );
         self.event(release, "Normal", "Scaled", &said).await;
         Ok(())
+    }
+
+    async fn apply_deployment(
+        &self,
+        fence: &Fence<'_>,
+        release: &ReleaseId,
+        wanted: &Value,
+    ) -> Result<()> {
+        match fence.apply(wanted).await {
+            // Whoever scaled it by hand is told, and the number is ours again: a rollback must not
+            // wait for a person.
+            Err(error) if api::is_owned_by_others(&error) && only_replicas(&error) => {
+                self.event(release, "Warning", "ScaledByOthers", &format!("{error:#}"))
+                    .await;
+                fence.take_over(wanted).await.map(|_| ())
+            }
+            applied => applied.map(|_| ()),
+        }
     }
 
     async fn route(&self, fence: &Fence<'_>, weights: &Weights) -> Result<()> {
@@ -338,27 +291,6 @@ impl Kubernetes {
             .await
     }
 
-    /// What another release has changed around the one in service goes back with it.
-    async fn restore(&self, fence: &Fence<'_>, stable: &ReleaseId) -> Result<()> {
-        let bundle = self.bundle(stable)?;
-        for object in &bundle.others {
-            match fence.apply(object).await {
-                // The way back does not end at what somebody else keeps.
-                Err(error) if api::is_owned_by_others(&error) => {
-                    self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
-                        .await;
-                }
-                applied => {
-                    applied?;
-                }
-            }
-        }
-        if let Some(autoscaler) = &bundle.autoscaler {
-            fence.take_over(autoscaler).await?;
-        }
-        self.traffic.settle(fence, bundle).await
-    }
-
     async fn record(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
         record::ensure(&self.api, &self.settings, &self.environment).await?;
         // The record comes last: once it is there, nobody comes back to the rest.
@@ -387,74 +319,6 @@ impl Kubernetes {
             .await;
         }
         Ok(())
-    }
-
-    /// Removes releases that run nothing and that nobody goes back to.
-    async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
-        let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
-        let earned = record.earned();
-        let mut old = self.api.list(&deployments(), &self.labels()).await?;
-        old.retain(|deployment| {
-            let id = release_of(deployment);
-            deployment["spec"]["replicas"] == 0
-                && id.as_ref() != Some(&plan.candidate)
-                && id != plan.stable
-                && id.is_none_or(|id| !earned.contains(&id))
-        });
-        old.sort_by_key(|deployment| {
-            deployment["metadata"]["creationTimestamp"]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned()
-        });
-        let surplus = old.len().saturating_sub(KEPT);
-        for deployment in &old[..surplus] {
-            let name = api::name(deployment);
-            fence.remove(&services(), name).await?;
-            fence.remove(&autoscalers(), name).await?;
-            fence.remove(&deployments(), name).await?;
-            if let Some(short) = api::label(deployment, RELEASE) {
-                let kept = record::release_name(&self.settings, short);
-                fence.remove(&record::kind(), &kept).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells whoever describes the Deployment. What is only told may fail.
-    async fn event(&self, release: &ReleaseId, kind: &str, reason: &str, message: &str) {
-        let name = name_of(&self.settings, release);
-        let unique = jiff::Timestamp::now().as_nanosecond();
-        let now = api::time();
-        let event = json!({
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": { "name": format!("{name}.{unique:x}") },
-            "involvedObject": {
-                "apiVersion": "apps/v1", "kind": "Deployment", "name": name,
-                "namespace": self.api.namespace,
-            },
-            "type": kind, "reason": reason, "message": message, "action": reason,
-            "eventTime": api::micro_time(), "firstTimestamp": now, "lastTimestamp": now, "count": 1,
-            "reportingComponent": "xtask", "reportingInstance": "xtask",
-            "source": { "component": "xtask" },
-        });
-        let _ = self.api.impatient().create(&event).await;
-    }
-
-    /// The same as a condition, which stays.
-    async fn condition(&self, release: &ReleaseId, message: &str) {
-        let now = api::time();
-        let status = json!({
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": { "name": name_of(&self.settings, release) },
-            "status": { "conditions": [{
-                "type": "xtask.dev/Rollout", "status": "True", "reason": "Rollout",
-                "message": message, "lastUpdateTime": now, "lastTransitionTime": now,
-            }] },
-        });
-        let _ = self.api.impatient().apply_status(&status).await;
     }
 }
 
@@ -560,13 +424,15 @@ impl Platform for Kubernetes {
                     let name = name_of(&self.settings, stable);
                     self.raise_floor(&fence, &name, plan.replicas).await?;
                 }
-                self.scale(&fence, release, *replicas).await?;
-                match &plan.stable {
-                    Some(stable) if is_candidate && *replicas == 0 => {
-                        self.restore(&fence, stable).await
+                if is_candidate && *replicas == 0 {
+                    // Its pods go last: as long as they are there, somebody comes back to this.
+                    if let Some(stable) = &plan.stable {
+                        self.restore(&fence, stable).await?;
                     }
-                    _ => Ok(()),
+                    self.take_away(&fence, release, plan.stable.as_ref())
+                        .await?;
                 }
+                self.scale(&fence, release, *replicas).await
             }
             Action::Route { weights } => self.route(&fence, weights).await,
             Action::Record { mark } => self.record(&fence, plan, *mark).await,

@@ -1,5 +1,6 @@
 //! What the pods of a release are doing, and what will not heal by waiting.
 
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::api::{self, Api, Kind};
@@ -109,6 +110,20 @@ pub fn broken(
     Some((message(late), None))
 }
 
+/// Why a job will never be done, and the pod that shows it.
+pub fn broken_job(jobs: &[Value], pods: &[Value]) -> Option<(String, Option<String>)> {
+    let newest = || pods.last().map(|pod| api::name(pod).to_owned());
+    let failed = jobs.iter().find_map(|job| {
+        let failed = condition(job, "Failed").filter(|c| c["status"] == "True")?;
+        let why = failed["message"].as_str().unwrap_or_default();
+        Some(format!("the job {} failed: {why}", api::name(job)))
+    });
+    let hopeless = |pod: &Value| Some((pod_broken(pod)?, Some(api::name(pod).to_owned())));
+    failed
+        .map(|why| (why, newest()))
+        .or_else(|| pods.iter().find_map(hopeless))
+}
+
 fn pod_broken(pod: &Value) -> Option<String> {
     let name = api::name(pod);
     containers(pod).find_map(|container| {
@@ -124,20 +139,33 @@ fn pod_broken(pod: &Value) -> Option<String> {
     })
 }
 
+/// Why a job's pods cannot be created, where that was tried.
+pub async fn refused(api: &Api, job: &str) -> Result<Option<String>> {
+    let events = events(api, job).await?;
+    let refused = events
+        .iter()
+        .find(|event| event["reason"] == "FailedCreate");
+    Ok(refused.map(|event| {
+        let why = event["message"].as_str().unwrap_or_default();
+        format!("the pods of {job} are refused: {why}")
+    }))
+}
+
+/// The events of an object, by its name.
+async fn events(api: &Api, name: &str) -> Result<Vec<Value>> {
+    let namespace = &api.namespace;
+    let path =
+        format!("/api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name%3D{name}");
+    let events: Value = serde_json::from_str(&api.text(&path).await?).context("reading events")?;
+    Ok(api::items(&events["items"]).cloned().collect())
+}
+
 /// What people want to see of a pod that does not get ready: its events and its last lines.
 pub async fn explain(api: &Api, pod: &str) -> Vec<String> {
     let mut lines = Vec::new();
     // Whatever of this cannot be had is left out: it only explains.
-    let events = api
-        .text(&format!(
-            "/api/v1/namespaces/{}/events?fieldSelector=involvedObject.name%3D{pod}",
-            api.namespace
-        ))
-        .await
-        .ok()
-        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
-        .unwrap_or_default();
-    for event in api::items(&events["items"]).filter(|event| event["type"] == "Warning") {
+    let events = events(api, pod).await.unwrap_or_default();
+    for event in events.iter().filter(|event| event["type"] == "Warning") {
         lines.push(format!(
             "event of {pod}: {}: {}",
             event["reason"].as_str().unwrap_or_default(),

@@ -26,6 +26,9 @@ pub const RELEASE: &str = "xtask.dev/release";
 pub const RELEASE_ID: &str = "xtask.dev/release-id";
 pub const VERSION: &str = "xtask.dev/version";
 
+/// The short id of the release that a job's pod belongs to: it is none of the release's pods.
+pub const JOB_OF: &str = "xtask.dev/job-of";
+
 const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Kinds that no release can bring along, because they are the whole cluster's.
@@ -163,6 +166,7 @@ impl Bundle {
         for job in &mut self.jobs {
             job["metadata"]["name"] = json!(format!("{}-{short}", api::name(job)));
             self_label(job, &self.id, &self.version);
+            job["spec"]["template"]["metadata"]["labels"][JOB_OF] = json!(short);
         }
         for config in &mut self.configs {
             config["immutable"] = json!(true);

@@ -438,6 +438,7 @@ impl World {
                     desired: *replicas,
                     weight: saved.weight(&run.release),
                     instances: instances().map(|(_, instance)| instance.status()).collect(),
+                    unfinished: false,
                     broken: instances().find_map(|(_, instance)| instance.broken()),
                 }
             })

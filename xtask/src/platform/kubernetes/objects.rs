@@ -1,0 +1,220 @@
+//! What a release needs besides its pods: made before them, and taken away again.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::api::{self, Kind};
+use super::fence::Fence;
+use super::render::{Bundle, JOB_OF, RELEASE};
+use super::{Kubernetes, TICK, autoscalers, deployments, pods, record, release_of, services};
+use crate::release::ReleaseId;
+use crate::rollout::engine::Plan;
+
+/// How long what must be there before the pods, or must have run, may take.
+const NEEDED: Duration = Duration::from_secs(300);
+/// How many releases that run nothing are kept, besides those that can be gone back to.
+const KEPT: usize = 5;
+/// On an object of the environment: the id of the release that it first came with, until that
+/// release has earned its place.
+const BROUGHT_BY: &str = "xtask.dev/brought-by";
+
+/// Kinds that may hold what nobody can make again.
+const HOLDS_DATA: [&str; 2] = ["PersistentVolumeClaim", "StatefulSet"];
+
+fn jobs() -> Kind {
+    Kind::new("batch/v1", "Job")
+}
+
+impl Kubernetes {
+    /// Makes what a release needs before its first pod can start, the environment's own objects
+    /// included: those travel with the release.
+    pub(super) async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
+        for object in &bundle.others {
+            let there = self.api.get(&Kind::of(object)?, api::name(object)).await?;
+            let mut object = object.clone();
+            let ours =
+                |there: &Value| api::annotation(there, BROUGHT_BY) == Some(bundle.id.as_str());
+            if there.as_ref().is_none_or(ours) {
+                object["metadata"]["annotations"][BROUGHT_BY] = json!(bundle.id);
+            }
+            fence.apply(&object).await?;
+        }
+        for config in &bundle.configs {
+            fence.apply(config).await?;
+        }
+        fence.apply(&bundle.service).await?;
+        for object in bundle.others.iter().filter(|o| o["kind"] == "StatefulSet") {
+            self.await_set(object).await?;
+        }
+        for job in &bundle.jobs {
+            self.run_job(job, bundle.id.short()).await?;
+        }
+        Ok(())
+    }
+
+    /// Why a release's jobs will never be done.
+    pub(super) async fn broken_job(&self, short: &str) -> Result<Option<(String, Option<String>)>> {
+        let api = self.api.impatient();
+        let jobs = api.list(&jobs(), &self.of_release(short)).await?;
+        let pods = api
+            .list(&pods::kind(), &format!("{JOB_OF}={short}"))
+            .await?;
+        let broken = pods::broken_job(&jobs, &pods);
+        if broken.is_some() || !pods.is_empty() {
+            return Ok(broken);
+        }
+        // Of pods that are refused only events tell.
+        for job in jobs.iter().map(api::name) {
+            if let Some(why) = pods::refused(&api, job).await? {
+                return Ok(Some((why, None)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits until an object is as `is_done` wants it; a release's job may turn out never to be.
+    async fn until(
+        &self,
+        object: &Value,
+        job_of: Option<&str>,
+        is_done: impl Fn(&Value) -> bool,
+    ) -> Result<()> {
+        let (kind, name) = (Kind::of(object)?, api::name(object));
+        let title = format!("the {} {name}", kind.kind);
+        let deadline = Instant::now() + NEEDED;
+        loop {
+            let object = self.api.get(&kind, name).await?;
+            let object = object.with_context(|| format!("{title} is gone"))?;
+            if is_done(&object) {
+                return Ok(());
+            }
+            if let Some(short) = job_of
+                && let Some((why, _)) = self.broken_job(short).await?
+            {
+                bail!("{why}");
+            }
+            if Instant::now() > deadline {
+                bail!("{title} is not done within {} s", NEEDED.as_secs());
+            }
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    /// Waits for what the release's pods need to be there when they start.
+    async fn await_set(&self, set: &Value) -> Result<()> {
+        self.until(set, None, |set| {
+            let (status, wanted) = (&set["status"], set["spec"]["replicas"].as_u64());
+            let seen =
+                status["observedGeneration"].as_u64() >= set["metadata"]["generation"].as_u64();
+            seen && status["readyReplicas"].as_u64().unwrap_or(0) >= wanted.unwrap_or(1)
+        })
+        .await
+    }
+
+    /// Runs a job to its end, once for each release.
+    async fn run_job(&self, job: &Value, release: &str) -> Result<()> {
+        match self.api.create(job).await {
+            Err(error) if api::is_there_already(&error) => {}
+            created => created.map(|_| ())?,
+        }
+        self.until(job, Some(release), |job| {
+            let mut conditions = api::items(&job["status"]["conditions"]);
+            conditions.any(|c| c["type"] == "Complete" && c["status"] == "True")
+        })
+        .await
+    }
+
+    /// Takes away what a release that has not earned its place was the first to bring along.
+    pub(super) async fn take_away(
+        &self,
+        fence: &Fence<'_>,
+        candidate: &ReleaseId,
+        stable: Option<&ReleaseId>,
+    ) -> Result<()> {
+        let stays = match stable {
+            Some(stable) => self.bundle(stable)?.others.as_slice(),
+            None => &[],
+        };
+        let identity = |object: &Value| (object["kind"].clone(), api::name(object).to_owned());
+        for object in &self.bundle(candidate)?.others {
+            let kind = Kind::of(object)?;
+            let is_kept = stays
+                .iter()
+                .any(|stays| identity(stays) == identity(object));
+            if is_kept || HOLDS_DATA.contains(&kind.kind.as_str()) {
+                continue;
+            }
+            let there = self.api.get(&kind, api::name(object)).await?;
+            if there.is_some_and(|there| {
+                api::annotation(&there, BROUGHT_BY) == Some(candidate.as_str())
+            }) {
+                fence.remove(&kind, api::name(object)).await?;
+            }
+        }
+        self.remove_jobs(fence, candidate.short()).await
+    }
+
+    /// A release's jobs are run again the next time that it is rolled out.
+    pub(super) async fn remove_jobs(&self, fence: &Fence<'_>, short: &str) -> Result<()> {
+        for job in self.api.list(&jobs(), &self.of_release(short)).await? {
+            fence.remove(&jobs(), api::name(&job)).await?;
+        }
+        Ok(())
+    }
+
+    /// What another release has changed around the one in service goes back with it.
+    pub(super) async fn restore(&self, fence: &Fence<'_>, stable: &ReleaseId) -> Result<()> {
+        let bundle = self.bundle(stable)?;
+        for object in &bundle.others {
+            match fence.apply(object).await {
+                // The way back does not end at what somebody else keeps.
+                Err(error) if api::is_owned_by_others(&error) => {
+                    self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
+                        .await;
+                }
+                applied => {
+                    applied?;
+                }
+            }
+        }
+        if let Some(autoscaler) = &bundle.autoscaler {
+            fence.take_over(autoscaler).await?;
+        }
+        self.traffic.settle(fence, bundle).await
+    }
+
+    /// Removes releases that run nothing and that nobody goes back to.
+    pub(super) async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+        let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
+        let earned = record.earned();
+        let mut old = self.api.list(&deployments(), &self.labels()).await?;
+        old.retain(|deployment| {
+            let id = release_of(deployment);
+            deployment["spec"]["replicas"] == 0
+                && id.as_ref() != Some(&plan.candidate)
+                && id != plan.stable
+                && id.is_none_or(|id| !earned.contains(&id))
+        });
+        old.sort_by_key(|deployment| {
+            deployment["metadata"]["creationTimestamp"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        });
+        let surplus = old.len().saturating_sub(KEPT);
+        for deployment in &old[..surplus] {
+            let name = api::name(deployment);
+            fence.remove(&services(), name).await?;
+            fence.remove(&autoscalers(), name).await?;
+            fence.remove(&deployments(), name).await?;
+            if let Some(short) = api::label(deployment, RELEASE) {
+                self.remove_jobs(fence, short).await?;
+                let kept = record::release_name(&self.settings, short);
+                fence.remove(&record::kind(), &kept).await?;
+            }
+        }
+        Ok(())
+    }
+}
