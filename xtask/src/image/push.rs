@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use http::HeaderValue;
 use oci_client::client::{Client, ClientConfig, ClientProtocol};
+use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Reference, RegistryOperation};
 use serde_json::Value;
@@ -74,7 +75,7 @@ impl Target {
         client
             .auth(reference, &self.auth, RegistryOperation::Push)
             .await
-            .context("logging in; `docker login` leaves the credentials that are used")?;
+            .map_err(explain)?;
         let manifest = layout.read(digest)?;
         let parsed: Value = serde_json::from_slice(&manifest).context("reading the manifest")?;
         for blob in Layout::blobs(&parsed) {
@@ -85,21 +86,45 @@ impl Target {
             }
             let content = layout.read(&blob)?;
             output.progress(format_args!("pushing {blob} ({} bytes)", content.len()));
-            client.push_blob(reference, content, &blob).await?;
+            let pushed = client.push_blob(reference, content, &blob).await;
+            pushed.map_err(explain)?;
         }
         let by_digest = reference.clone_with_digest(digest.to_owned());
         let kind = HeaderValue::from_static(MANIFEST);
         client
             .push_manifest_raw(&by_digest, manifest.clone(), kind.clone())
-            .await?;
+            .await
+            .map_err(explain)?;
         if reference.tag().is_some_and(|tag| tag != "latest") {
-            client.push_manifest_raw(reference, manifest, kind).await?;
+            let tagged = client.push_manifest_raw(reference, manifest, kind).await;
+            tagged.map_err(explain)?;
         }
         Ok(format!(
             "{}/{}@{digest}",
             reference.registry(),
             reference.repository()
         ))
+    }
+}
+
+/// A refusal with what to do about it. Some registries ask who it is only when something is pushed.
+fn explain(error: OciDistributionError) -> anyhow::Error {
+    use OciDistributionError::{AuthenticationFailure, ServerError, UnauthorizedError};
+    let is_refusal = matches!(
+        error,
+        AuthenticationFailure(_)
+            | UnauthorizedError { .. }
+            | ServerError {
+                code: 401 | 403,
+                ..
+            }
+    );
+    let error = anyhow::Error::from(error);
+    match is_refusal {
+        true => {
+            error.context("it is not allowed; `docker login` leaves the credentials that are used")
+        }
+        false => error,
     }
 }
 

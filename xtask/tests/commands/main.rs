@@ -7,6 +7,7 @@ mod bad_input;
 mod cache;
 mod ci;
 mod fixture;
+mod guard;
 mod judge;
 mod killed;
 mod push;

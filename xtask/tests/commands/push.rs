@@ -1,10 +1,11 @@
 //! Images to a real registry.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use test_servers::{Server, lease};
 
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, ended};
+use crate::guard::{CREDENTIALS, Scheme, guard};
 
 async fn get(client: &reqwest::Client, url: String) -> (u16, Vec<u8>) {
     let manifest = "application/vnd.oci.image.manifest.v1+json";
@@ -67,6 +68,49 @@ async fn an_image_arrives_as_it_is() {
     }
     let again = fixture.run(&push).expect(0, "passed");
     assert!(again.said.contains("is there"), "{}", again.said);
+}
+
+/// A registry that asks for a name and a password, and one that sends whoever asks to another
+/// server for a token, get what `docker login` has left.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_pushes_says_who_it_is() {
+    let registry = lease(Server::Registry).await.unwrap();
+    let fixture = Fixture::new();
+    let docker = tempfile::tempdir().unwrap();
+    for scheme in [Scheme::Basic, Scheme::Bearer] {
+        let host = guard(&registry.address, scheme).await;
+        let reference = format!("{host}/guarded-{}/service:1.0.0", std::process::id());
+        let push = |credentials: &str| {
+            let config = json!({ "auths": { &host: { "auth": credentials } } });
+            std::fs::write(docker.path().join("config.json"), config.to_string()).unwrap();
+            let mut command =
+                fixture.command(&["image", "--version", "1.0.0", "--push", &reference]);
+            ended(
+                command
+                    .env("DOCKER_CONFIG", docker.path())
+                    .output()
+                    .unwrap(),
+            )
+        };
+        // `ci:wrong`
+        let refused = push("Y2k6d3Jvbmc=").expect(2, "failed");
+        assert!(
+            refused.said.contains("docker login"),
+            "{scheme:?}: {}",
+            refused.said
+        );
+        assert!(
+            !refused.said.contains("wrong"),
+            "{scheme:?}: {}",
+            refused.said
+        );
+        let pushed = push(CREDENTIALS).expect(0, "passed");
+        assert!(
+            pushed.said.contains("pushed "),
+            "{scheme:?}: {}",
+            pushed.said
+        );
+    }
 }
 
 #[test]
