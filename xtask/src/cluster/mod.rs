@@ -7,10 +7,11 @@
 
 mod build;
 mod gateway;
+mod images;
 mod node;
 pub mod places;
+mod root;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ use crate::image::layout::{ImageConfig, Layout};
 use crate::output::{Exit, Finished, Output};
 use crate::setup::system::{self, Package};
 use crate::setup::tools::Tools;
-use crate::setup::{engine, images};
+use crate::setup::{engine, images as server_images};
 use build::Programs;
 use places::Places;
 
@@ -42,9 +43,6 @@ const KUBECTL: &str = "XTASK_KUBECTL";
 /// How long the cluster may take to answer, and then its node to be ready.
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
-
-/// The servers whose images the node has.
-const SERVERS: [&str; 2] = ["postgres", "prometheus"];
 
 const NODE_PACKAGES: [Package; 8] = [
     package("containerd", &["containerd"]),
@@ -161,7 +159,7 @@ pub fn install(output: &Output) -> Result<()> {
     let tools = Tools::open()?;
     tools.install("kubectl", output)?;
     engine::ensure(output)?;
-    images::ensure(&tools, output)?;
+    server_images::ensure(&tools, output)?;
     build::ensure(output)?;
     output.detail(format_args!(
         "a cluster can be started: {}",
@@ -201,10 +199,10 @@ fn check_machine() -> Result<()> {
              its kubeconfig in {KUBECONFIG}"
         );
     }
-    if !system::is_root() {
+    if !system::is_root() && !system::has_sudo() {
         bail!(
-            "only root can start a cluster of its own; start one (kind, k3s, …) and name its \
-             kubeconfig in {KUBECONFIG}"
+            "only root, or who has sudo without a password, can start a cluster of its own; start \
+             one (kind, k3s, …) and name its kubeconfig in {KUBECONFIG}"
         );
     }
     Ok(())
@@ -241,6 +239,11 @@ impl Cluster {
 
     /// Starts the cluster, unless it runs.
     pub fn up(&self, output: &Output) -> Result<()> {
+        if !system::is_root() {
+            // What is installed and built is the user's, and root finds it there.
+            install(output)?;
+            return root::run(&["up".as_ref()]);
+        }
         let _lock = files::try_lock(&self.places.lock())?
             .context("another command is starting or stopping the cluster")?;
         if self.is_running() {
@@ -263,6 +266,7 @@ impl Cluster {
             self.clear()?;
         }
         started?;
+        root::give_to_user(&self.places.kubeconfig())?;
         output.good(format_args!(
             "the cluster is running after {:.1} s: {}",
             began.elapsed().as_secs_f64(),
@@ -379,6 +383,10 @@ impl Cluster {
     }
 
     fn down(&self, output: &Output) -> Result<Finished> {
+        if !system::is_root() {
+            root::run(&["down".as_ref()])?;
+            return Ok(Finished::new(Exit::Yes, "stopped"));
+        }
         let _lock = files::try_lock(&self.places.lock())?
             .context("another command is starting or stopping the cluster")?;
         let was_running = self.is_running();
@@ -463,66 +471,6 @@ impl Cluster {
             .ignore_stdout()
             .run()
             .context("removing namespaces")
-    }
-
-    /// Makes the images of an archive known to the node: `docker save`'s, or an OCI layout's.
-    pub fn load(&self, archive: &Path, output: &Output) -> Result<()> {
-        let archive = std::path::absolute(archive).context("resolving the archive's path")?;
-        let import = self
-            .inside("ctr")?
-            .args(["--namespace", "k8s.io", "images", "import"]);
-        let import = import.args(["--snapshotter", "overlayfs"]).arg(archive);
-        output.command(&import);
-        import
-            .quiet()
-            .ignore_stdout()
-            .run()
-            .context("loading the image")
-    }
-
-    /// What the node has under the name of a server: a repository and a digest.
-    pub fn image(&self, server: &str) -> Result<String> {
-        self.check_running()?;
-        let images: BTreeMap<String, String> = files::read_json(&self.places.images())?;
-        images
-            .get(server)
-            .cloned()
-            .with_context(|| format!("the cluster has no image of {server}"))
-    }
-
-    /// Gives the node images that the integration tests start servers from.
-    fn load_servers(&self, output: &Output) -> Result<()> {
-        let tools = Tools::open()?;
-        let images = SERVERS.map(|server| images::of(&tools, server));
-        let images = images.into_iter().collect::<Result<Vec<String>>>()?;
-        let names = &images;
-        let archive = self.places.dir.join("servers.tar");
-        let save = cmd!(self.shell, "docker save --output {archive} {names...}");
-        output.command(&save);
-        save.quiet()
-            .run()
-            .context("taking images from the container engine")?;
-        self.load(&archive, output)?;
-        std::fs::remove_file(&archive).context("removing the archive")?;
-        let ctr = ["--namespace", "k8s.io", "images"];
-        let list = self.inside("ctr")?.args(ctr).arg("list").quiet().read()?;
-        let mut names = BTreeMap::new();
-        for (server, image) in SERVERS.iter().zip(&images) {
-            let there = list.lines().find_map(|line| {
-                let mut fields = line.split_whitespace();
-                let (name, _kind, digest) = (fields.next()?, fields.next()?, fields.next()?);
-                let is_it = name.ends_with(&format!("/{image}"));
-                is_it.then_some((name, digest))
-            });
-            let (name, digest) =
-                there.with_context(|| format!("the node has no {image} after it was loaded"))?;
-            let by_digest = format!("xtask.local/{server}@{digest}");
-            let tag = self.inside("ctr")?.args(ctr).args(["tag", "--force"]);
-            let tag = tag.args([name, &by_digest]);
-            tag.quiet().ignore_stdout().run()?;
-            names.insert(server, by_digest);
-        }
-        files::write_json(&self.places.images(), &names)
     }
 
     /// A command that runs on the node.

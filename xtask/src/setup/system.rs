@@ -61,6 +61,12 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Whether root can be had without a password.
+pub fn has_sudo() -> bool {
+    let ask = |shell: Shell| cmd!(shell, "sudo -n true").quiet().ignore_stderr().run();
+    cargo::shell().is_ok_and(|shell| ask(shell).is_ok())
+}
+
 /// The command that installs the package here, for people.
 pub fn advice(package: Package) -> String {
     match manager() {
@@ -138,9 +144,7 @@ fn manager() -> Option<Manager> {
         if is_root() {
             return Some(Manager::Apt { sudo: false });
         }
-        let shell = cargo::shell().ok()?;
-        let sudo = cmd!(shell, "sudo -n true").quiet().ignore_stderr().run();
-        return sudo.is_ok().then_some(Manager::Apt { sudo: true });
+        return has_sudo().then_some(Manager::Apt { sudo: true });
     }
     find("brew").map(|_| Manager::Brew)
 }
