@@ -67,7 +67,8 @@ impl App {
         }))
     }
 
-    /// Brings the schema up to date; its version before, where there was any, and after.
+    /// Brings the schema up to date, unless it is somebody else's; its version before, where there
+    /// was any, and after.
     pub async fn migrate(config: Config) -> anyhow::Result<(Option<i64>, i64)> {
         let open = async |migrate| {
             let database = Database {
@@ -77,9 +78,6 @@ impl App {
             let storage = storage::open(&database).await;
             storage.context("opening the database")
         };
-        if config.database.read_only {
-            anyhow::bail!("database.read_only is set, so the schema stays as it is");
-        }
         let storage = open(false).await?;
         let before = storage.schema_version().await.ok();
         storage.close().await;

@@ -76,6 +76,11 @@ pub trait Platform: Send + Sync {
         wanted.to_vec()
     }
 
+    /// How many instances a release with traffic has at least.
+    fn least(&self) -> u32 {
+        1
+    }
+
     /// Whether numbers of instances make the split of the traffic.
     fn by_replicas(&self) -> bool {
         false

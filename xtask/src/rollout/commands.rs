@@ -295,7 +295,7 @@ impl<'a> Session<'a> {
         let metrics = metrics::open(&self.pipeline, &self.name, platform)?;
         let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
         self.output.progress("measuring stable's traffic");
-        let counts = measure(&*metrics, plan, time).await?;
+        let (counts, time) = measure(&*metrics, plan, time).await?;
         let forecast = plan::forecast(
             &plan.stages,
             self.pipeline.rollout.min_stage.0.as_secs_f64(),
@@ -629,18 +629,23 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Stable's counts over `time`.
-async fn measure(metrics: &dyn Metrics, plan: &engine::Plan, time: Duration) -> Result<Counts> {
+/// Stable's counts over `time`, or over as long as it took.
+async fn measure(
+    metrics: &dyn Metrics,
+    plan: &engine::Plan,
+    time: Duration,
+) -> Result<(Counts, Duration)> {
     let before = metrics
         .sample()
         .await
         .context("measuring stable's traffic")?;
+    let began = Instant::now();
     tokio::time::sleep(time).await;
     let after = metrics
         .sample()
         .await
         .context("measuring stable's traffic")?;
-    Ok(Counts::sum(
-        &metrics::window(plan, 0, time.as_secs_f64(), &before, &after).baseline,
-    ))
+    let time = began.elapsed();
+    let window = metrics::window(plan, 0, time.as_secs_f64(), &before, &after);
+    Ok((Counts::sum(&window.baseline), time))
 }

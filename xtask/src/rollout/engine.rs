@@ -26,6 +26,10 @@ pub struct Plan {
     pub candidate: ReleaseId,
     /// The processes (pods) that carry all of the traffic.
     pub replicas: u32,
+    /// A release with traffic has so many processes, where stable has as many: one may be taken
+    /// away at any time.
+    #[serde(default = "one")]
+    pub least: u32,
     /// Whether the numbers of processes make the split, as behind a plain Service.
     #[serde(default)]
     pub by_replicas: bool,
@@ -39,6 +43,10 @@ pub struct Plan {
     pub others: Vec<ReleaseId>,
     pub stages: Vec<Stage>,
     pub limits: Limits,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// Times in milliseconds.
@@ -333,7 +341,7 @@ impl Plan {
             let rest = 100 - weight;
             return ((full * weight + rest / 2) / rest).max(1);
         }
-        (full * weight).div_ceil(100).max(1)
+        (full * weight).div_ceil(100).max(self.least.min(full))
     }
 
     /// The split of a stage.

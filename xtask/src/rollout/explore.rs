@@ -118,6 +118,7 @@ impl Rollout {
                 stable: stable.then(|| "stable".into()),
                 candidate: "candidate".into(),
                 replicas: 2,
+                least: 1,
                 by_replicas: false,
                 keeps_previous: false,
                 others: Vec::new(),

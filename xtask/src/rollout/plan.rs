@@ -47,6 +47,7 @@ pub fn plan(
         stable: status.stable.clone(),
         candidate: candidate.clone(),
         replicas,
+        least: platform.least(),
         by_replicas: platform.by_replicas(),
         // What is gone back from was found wanting: nobody returns to it in a hurry.
         keeps_previous: rollout.keep_previous.is_some() && kind != Kind::Rollback,

@@ -40,6 +40,7 @@ pub fn started() -> Started {
             stable: Some("stable".into()),
             candidate: "candidate".into(),
             replicas: 2,
+            least: 1,
             by_replicas: false,
             keeps_previous: false,
             others: Vec::new(),

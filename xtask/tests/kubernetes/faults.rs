@@ -53,6 +53,30 @@ fn every_fault_at_every_call() {
     }
 }
 
+/// Answers take their time: some longer than a call is waited for, after they took effect.
+#[test]
+fn slow_answers_are_waited_for_or_asked_for_again() {
+    let namespace = Namespace::new("slow");
+    let proxy = Proxy::start(None);
+    namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let release = namespace.release("1.1.0");
+    // A rollout that has not begun is not begun where nobody answers.
+    proxy.fail(|number, _| match (number, number % 40) {
+        (..80, _) => Fault::None,
+        (_, 9 | 19 | 29) => Fault::Slow(Duration::from_secs(1)),
+        (_, 39) => Fault::Slow(Duration::from_secs(40)),
+        _ => Fault::None,
+    });
+    let start = ["canary", "start", "--release", &release];
+    let ended = namespace.run_by(&proxy.kubeconfig(), &start);
+    let ended = ended.expect(0, "healthy");
+    let calls = proxy.log().len();
+    assert!(calls > 160, "{calls} calls\n{}", ended.said);
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
 /// Nothing answers for longer than a call is repeated: the rollout waits, and goes on.
 #[test]
 fn a_partition_is_waited_for() {
@@ -65,7 +89,7 @@ fn a_partition_is_waited_for() {
     let was_cut = Arc::new(AtomicBool::new(false));
     let cut = Arc::clone(&was_cut);
     proxy.fail(move |_, _| {
-        let partition = Duration::from_secs(6)..Duration::from_secs(30);
+        let partition = Duration::from_secs(6)..Duration::from_secs(66);
         if !partition.contains(&began.elapsed()) {
             return Fault::None;
         }

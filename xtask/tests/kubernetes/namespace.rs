@@ -313,6 +313,22 @@ impl Namespace {
         serde_json::from_str(&self.ask(&words)).unwrap()
     }
 
+    /// Asks for a pod's end, as a drain does; whether the disruption budget allows it now.
+    pub fn evict(&self, pod: &str) -> bool {
+        let eviction = json!({
+            "apiVersion": "policy/v1", "kind": "Eviction",
+            "metadata": { "name": pod, "namespace": self.name },
+        });
+        let file = self.manifests.join("eviction.json");
+        std::fs::write(&file, eviction.to_string()).unwrap();
+        let path = format!("/api/v1/namespaces/{}/pods/{pod}/eviction", self.name);
+        let file = file.display().to_string();
+        let asked = self.kubectl(&["create", "--raw", &path, "--filename", &file]);
+        let said = String::from_utf8_lossy(&asked.stderr);
+        // One that is gone already needs no eviction.
+        asked.status.success() || said.contains("not found")
+    }
+
     pub fn apply(&self, object: &Value) {
         let mut child = Command::new(kubectl())
             .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])

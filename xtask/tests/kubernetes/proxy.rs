@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -23,6 +24,8 @@ pub enum Fault {
     None,
     /// It takes effect, and its answer is lost.
     AnswerLost,
+    /// It takes effect, and its answer comes so much later.
+    Slow(Duration),
     /// It never arrives.
     CallLost,
     /// 429, to be tried again after a second.
@@ -246,7 +249,7 @@ async fn serve(
                 "the object has been modified; please apply your changes to the latest version";
             return answer(409, "Conflict", message);
         }
-        Fault::None | Fault::AnswerLost => {}
+        Fault::None | Fault::AnswerLost | Fault::Slow(_) => {}
     }
     let mut forward = state
         .client
@@ -266,8 +269,10 @@ async fn serve(
             call.2 = true;
         }
     }
-    if fault == Fault::AnswerLost {
-        return Err(Cut);
+    match fault {
+        Fault::AnswerLost => return Err(Cut),
+        Fault::Slow(delay) => tokio::time::sleep(delay).await,
+        _ => {}
     }
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = StatusCode::from_u16(status.as_u16()).map_err(|_| Cut)?;

@@ -241,18 +241,82 @@ fn the_candidate_follows_an_autoscaler() {
     assert!(load.stop().is_empty());
 }
 
-/// The candidate's pods are evicted, as when a node is drained: they come back elsewhere, and the
-/// rollout goes on.
+/// What a drain of their nodes does to pods: they are evicted, one after another as the budget
+/// allows, and come up elsewhere.
 #[test]
-fn evicted_pods_come_back() {
-    let namespace = Namespace::with("evicted", "gateway", &[("rollout.min_stage", "8s".into())]);
+fn drained_pods_come_back_and_nothing_fails() {
+    let namespace = Namespace::with("drained", "gateway", &[("rollout.min_stage", "8s".into())]);
     namespace.in_service("1.0.0");
     let load = namespace.load();
     let next = namespace.release("1.1.0");
     let running = namespace.judged_canary(&next);
-    let own = format!("xtask.dev/release={}", short(&next));
-    namespace.ask(&["delete", "pods", "--selector", &own, "--wait=false"]);
+    let pods = namespace.json(&["get", "pods", "--selector", "xtask.dev/release"]);
+    for pod in pods["items"].as_array().unwrap() {
+        let name = pod["metadata"]["name"].as_str().unwrap();
+        eventually("the eviction", || namespace.evict(name));
+    }
     running.wait().expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&next), 2, 2)]);
-    let _ = load.stop();
+    let failed = load.stop();
+    assert!(failed.is_empty(), "failed by release: {failed:?}");
+}
+
+/// Somebody tidies up ConfigMaps in the middle of a rollout.
+#[test]
+fn what_is_deleted_by_hand_is_put_back_or_named() {
+    let namespace = Namespace::with("deleted", "gateway", &[("rollout.min_stage", "4s".into())]);
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let delete = |selector: &str| {
+        let names = namespace.ask(&["get", "configmaps", "--output", "name"]);
+        for name in names.lines().filter(|name| name.contains(selector)) {
+            namespace.ask(&["delete", name]);
+        }
+    };
+
+    // A configuration: its next pods need it.
+    let second = namespace.release_with("1.1.0", &["# another"]);
+    let running = namespace.judged_canary(&second);
+    delete("service-config-");
+    running.wait().expect(0, "healthy");
+
+    // The journal: nobody can go on with this rollout, and it says so. It can be begun again.
+    let third = namespace.release_with("1.2.0", &["# yet another"]);
+    let running = namespace.judged_canary(&third);
+    delete("service-rollout-2");
+    let ended = running.wait().expect(2, "failed");
+    says(
+        &ended.said,
+        &["the journal", "service-rollout-2", "is gone"],
+    );
+    let start = ["canary", "start", "--release", &third];
+    namespace.run(&start).expect(0, "healthy");
+
+    // The record: what gets the requests is in service all the same, and is not replaced unjudged.
+    delete("service-rollouts");
+    let bad = namespace.release_with("1.3.0", &["read_only = true"]);
+    let start = ["canary", "start", "--release", &bad];
+    namespace.run(&start).expect(1, "rolled-back");
+    assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
+    let failed = load.stop();
+    assert_eq!(failed.keys().collect::<Vec<_>>(), [&short(&bad)]);
+    assert_ne!(first, third);
+}
+
+/// The manifests for teams, with a horizontal autoscaler, and the deployer's rights.
+#[test]
+fn what_ships_is_what_the_api_server_takes() {
+    let namespace = Namespace::new("ships");
+    for dir in ["overlays/staging", "overlays/production", "deployer"] {
+        let dir = namespace.manifests.join(dir);
+        let dir = dir.to_str().unwrap();
+        let apply = [
+            "apply",
+            "--server-side",
+            "--dry-run=server",
+            "--validate=strict",
+        ];
+        let said = namespace.ask(&[&apply[..], &["--kustomize", dir]].concat());
+        assert!(said.lines().count() > 2, "{said}");
+    }
 }

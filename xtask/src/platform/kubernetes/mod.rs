@@ -64,6 +64,10 @@ fn deployments() -> Kind {
     Kind::new("apps/v1", "Deployment")
 }
 
+fn budgets() -> Kind {
+    Kind::new("policy/v1", "PodDisruptionBudget")
+}
+
 fn autoscalers() -> Kind {
     Kind::new("autoscaling/v2", "HorizontalPodAutoscaler")
 }
@@ -221,6 +225,8 @@ impl Kubernetes {
             first["metadata"]["annotations"][UNFINISHED] = json!("true");
             self.apply_deployment(fence, release, &first).await?;
             self.provide(fence, bundle).await?;
+        } else if replicas > 0 {
+            self.replace_lost(fence, bundle).await?;
         }
         wanted["spec"]["replicas"] = json!(replicas);
         self.apply_deployment(fence, release, &wanted).await?;
@@ -365,9 +371,14 @@ impl Platform for Kubernetes {
         for deployment in &deployments {
             releases.extend(self.release(deployment, &pods, &weights).await);
         }
+        // Where somebody has removed the record, what gets all requests is in service all the same.
+        let served = match weights.as_slice() {
+            [(only, 100)] => Some(only.clone()),
+            _ => None,
+        };
         Ok(Status {
             releases,
-            stable: record.stable,
+            stable: record.stable.or(served),
             history: record.history,
         })
     }
@@ -470,6 +481,11 @@ impl Platform for Kubernetes {
 
     fn stages(&self, wanted: &[Stage], replicas: u32) -> Vec<Stage> {
         self.traffic.stages(wanted, replicas)
+    }
+
+    /// A drain of its node, or a preemption, may take a pod at any time.
+    fn least(&self) -> u32 {
+        2
     }
 
     fn by_replicas(&self) -> bool {

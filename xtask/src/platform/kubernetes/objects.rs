@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use super::api::{self, Kind};
 use super::fence::Fence;
 use super::render::{Bundle, JOB_OF, RELEASE};
-use super::{Kubernetes, TICK, autoscalers, deployments, pods, record, release_of, services};
+use super::{
+    Kubernetes, TICK, autoscalers, budgets, deployments, pods, record, release_of, services,
+};
 use crate::release::ReleaseId;
 use crate::rollout::engine::Plan;
 
@@ -44,12 +46,25 @@ impl Kubernetes {
         for config in &bundle.configs {
             fence.apply(config).await?;
         }
-        fence.apply(&bundle.service).await?;
+        for object in bundle.of_pods() {
+            fence.apply(object).await?;
+        }
         for object in bundle.others.iter().filter(|o| o["kind"] == "StatefulSet") {
             self.await_set(object).await?;
         }
         for job in &bundle.jobs {
             self.run_job(job, bundle.id.short()).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts back what new pods need and somebody has removed since.
+    pub(super) async fn replace_lost(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
+        for object in bundle.configs.iter().chain(bundle.of_pods()) {
+            let kind = Kind::of(object)?;
+            if self.api.get(&kind, api::name(object)).await?.is_none() {
+                fence.apply(object).await?;
+            }
         }
         Ok(())
     }
@@ -208,6 +223,7 @@ impl Kubernetes {
             let name = api::name(deployment);
             fence.remove(&services(), name).await?;
             fence.remove(&autoscalers(), name).await?;
+            fence.remove(&budgets(), name).await?;
             fence.remove(&deployments(), name).await?;
             if let Some(short) = api::label(deployment, RELEASE) {
                 self.remove_jobs(fence, short).await?;

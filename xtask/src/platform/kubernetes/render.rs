@@ -52,6 +52,9 @@ pub struct Bundle {
     /// The Service of this release's pods only.
     pub service: Value,
     pub autoscaler: Option<Value>,
+    /// How many of its pods may be taken away at a time.
+    #[serde(default)]
+    pub budget: Option<Value>,
     /// Run to their end before the first pod starts.
     pub jobs: Vec<Value>,
     /// Immutable, named by their content.
@@ -76,7 +79,8 @@ impl Bundle {
     fn sort(recorded: &Recorded, settings: &Settings, objects: Vec<Value>) -> Result<Self> {
         let name = settings.name.as_str();
         let overlay = &settings.overlay;
-        let (mut deployment, mut front, mut route, mut autoscaler) = (None, None, None, None);
+        let (mut deployment, mut front, mut route) = (None, None, None);
+        let (mut autoscaler, mut budget) = (None, None);
         let (mut jobs, mut configs, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for mut object in objects {
             mark(&mut object, name);
@@ -87,6 +91,7 @@ impl Bundle {
                 "Service" if is_ours => front = Some(object),
                 "HTTPRoute" | "GRPCRoute" | "HTTPProxy" if is_ours => route = Some(object),
                 "HorizontalPodAutoscaler" if is_ours => autoscaler = Some(object),
+                "PodDisruptionBudget" if is_ours => budget = Some(object),
                 "Job" => jobs.push(object),
                 "ConfigMap" => configs.push(object),
                 "Secret" => bail!(
@@ -109,6 +114,7 @@ impl Bundle {
             service: Value::Null,
             front: front.with_context(|| missing("Service"))?,
             autoscaler,
+            budget,
             jobs,
             configs,
             route,
@@ -158,8 +164,12 @@ impl Bundle {
         if let Some(autoscaler) = &mut self.autoscaler {
             autoscaler["spec"]["scaleTargetRef"]["name"] = json!(own);
         }
+        if let Some(budget) = &mut self.budget {
+            budget["spec"]["selector"]["matchLabels"][RELEASE] = json!(short);
+        }
         let owned = [&mut self.deployment, &mut self.service];
-        for object in owned.into_iter().chain(&mut self.autoscaler) {
+        let owned = owned.into_iter().chain(&mut self.autoscaler);
+        for object in owned.chain(&mut self.budget) {
             object["metadata"]["name"] = json!(own);
             self_label(object, &self.id, &self.version);
         }
@@ -179,14 +189,20 @@ impl Bundle {
         name_of(settings, &self.id)
     }
 
+    /// What is about the release's pods, and there before them.
+    pub fn of_pods(&self) -> impl Iterator<Item = &Value> {
+        [&self.service].into_iter().chain(&self.budget)
+    }
+
     /// All of it, in the order in which it is needed.
     pub fn all(&self) -> impl Iterator<Item = &Value> {
-        let one = [&self.deployment, &self.service, &self.front];
+        let one = [&self.deployment, &self.front];
         self.others
             .iter()
             .chain(&self.configs)
             .chain(&self.jobs)
             .chain(one)
+            .chain(self.of_pods())
             .chain(&self.autoscaler)
             .chain(&self.route)
     }
