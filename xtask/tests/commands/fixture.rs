@@ -16,7 +16,7 @@ pub const PRODUCTION: &str = "production";
 /// No condition takes longer than this, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A load ends by itself after this time.
-const LONGEST_LOAD: Duration = Duration::from_secs(120);
+const LONGEST_LOAD: Duration = Duration::from_secs(240);
 
 pub struct Fixture {
     dir: TempDir,
