@@ -7,10 +7,15 @@ use std::time::Duration;
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 
-use crate::adapters::storage::{self, Storage, StorageError};
+use crate::adapters::bus::{self, Bus};
+use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
 use crate::config::{Config, Database};
-use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected};
+use crate::consumers;
+use crate::domain::events::{Event, Kind};
+use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
 
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -19,6 +24,9 @@ pub struct App {
     pub config: Config,
     pub metrics: PrometheusHandle,
     storage: Arc<dyn Storage>,
+    bus: Arc<dyn Bus>,
+    /// Says that there is something to tell.
+    pub untold: Notify,
     draining: AtomicBool,
 }
 
@@ -29,8 +37,24 @@ pub enum Error {
     Invalid(#[from] Rejected),
     #[error("there is no order {0}")]
     NotFound(OrderId),
+    #[error("the idempotency key belongs to another request")]
+    KeyTaken,
     #[error(transparent)]
     Storage(#[from] StorageError),
+}
+
+/// By what a client's repeated request is known.
+#[derive(Debug)]
+pub struct Key {
+    pub client: String,
+    pub key: String,
+}
+
+/// An order that was placed, now or by the same request before.
+#[derive(Debug)]
+pub struct Created {
+    pub order: Order,
+    pub repeated: bool,
 }
 
 /// Whether a part of the service can do its work.
@@ -60,6 +84,8 @@ impl App {
             .await
             .context("opening the database")?;
         Ok(Arc::new(Self {
+            bus: bus::open(&config),
+            untold: Notify::new(),
             config,
             metrics,
             storage,
@@ -87,11 +113,55 @@ impl App {
         Ok((before, after))
     }
 
-    pub async fn create_order(&self, request: OrderRequest) -> Result<Order, Error> {
+    /// Tries again what consumers have put aside; how many events were acted on, and those left.
+    pub async fn replay(config: Config) -> anyhow::Result<(usize, Vec<DeadLetter>)> {
+        let storage = storage::open(&config.database).await;
+        let storage = storage.context("opening the database")?;
+        let replayed = consumers::replay(&*storage).await;
+        storage.close().await;
+        Ok(replayed?)
+    }
+
+    pub fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    pub fn bus(&self) -> &dyn Bus {
+        &*self.bus
+    }
+
+    /// Places an order. With a key, the same request again gets the same answer and places none.
+    pub async fn create_order(
+        &self,
+        request: OrderRequest,
+        key: Option<Key>,
+    ) -> Result<Created, Error> {
+        let fingerprint = Sha256::digest(serde_json::to_vec(&request).unwrap_or_default());
+        let once = key.map(|Key { client, key }| Once {
+            client,
+            key,
+            fingerprint: fingerprint.into(),
+        });
         let order = Order::place(request, self.config.orders.max_items.get())?;
-        self.storage.insert(&order).await?;
-        metrics::counter!("orders_created_total").increment(1);
-        Ok(order)
+        let event = Event::new(Kind::Placed, &order);
+        match self.storage.place(&order, &event, once.as_ref()).await? {
+            Placed::New => {
+                metrics::counter!("orders_created_total").increment(1);
+                self.untold.notify_one();
+                let repeated = false;
+                Ok(Created { order, repeated })
+            }
+            Placed::Before(order) => {
+                let (order, repeated) = (order.as_placed(), true);
+                Ok(Created { order, repeated })
+            }
+            Placed::KeyTaken => Err(Error::KeyTaken),
+        }
+    }
+
+    /// What a customer has ordered and not cancelled; it follows the orders a moment later.
+    pub async fn totals(&self, customer: &str) -> Result<Vec<Total>, Error> {
+        Ok(self.storage.totals(customer).await?)
     }
 
     pub async fn order(&self, id: OrderId) -> Result<Order, Error> {
@@ -116,10 +186,9 @@ impl App {
 
     /// Cancelling a cancelled order changes nothing and answers with it.
     pub async fn cancel_order(&self, id: OrderId) -> Result<Order, Error> {
-        self.storage
-            .cancel(id, jiff::Timestamp::now())
-            .await?
-            .ok_or(Error::NotFound(id))
+        let order = self.storage.cancel(id, jiff::Timestamp::now()).await?;
+        self.untold.notify_one();
+        order.ok_or(Error::NotFound(id))
     }
 
     /// The state of each part that the service cannot work without.

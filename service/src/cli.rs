@@ -17,6 +17,8 @@ pub enum Command {
     Serve,
     /// Bring the database's schema up to date, and end.
     Migrate,
+    /// Try again what consumers have put aside, and end.
+    Replay,
     /// Say whether the configuration can be used, and end.
     CheckConfig,
 }

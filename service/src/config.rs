@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -22,6 +22,8 @@ pub struct Config {
     pub server: Server,
     pub logging: Logging,
     pub database: Database,
+    pub events: Events,
+    pub rabbitmq: RabbitMq,
     pub orders: Orders,
 }
 
@@ -60,6 +62,38 @@ pub struct Database {
     pub read_only: bool,
     pub migrate: bool,
 }
+
+/// What is told of orders, and what is done about it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Events {
+    pub bus: BusKind,
+    pub batch: NonZeroU32,
+    pub poll: Timeout,
+    pub lease: Timeout,
+    pub attempts: NonZeroU32,
+    pub keep_days: NonZeroU32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BusKind {
+    InProcess,
+    #[serde(rename = "rabbitmq")]
+    RabbitMq,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RabbitMq {
+    pub url: BrokerUrl,
+    pub exchange: String,
+    pub prefetch: NonZeroU16,
+}
+
+/// A broker's address. It may hold a password, which is never shown.
+#[derive(Clone, Deserialize)]
+pub struct BrokerUrl(pub String);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -260,24 +294,30 @@ fn scheme(url: &str) -> Option<Scheme> {
     }
 }
 
-impl fmt::Display for DatabaseUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&without_password(&self.0))
-    }
-}
+/// Addresses are shown and hashed without their passwords: a hash must not tell whether a guess at
+/// one is right.
+macro_rules! without_its_password {
+    ($($address:ty),*) => {$(
+        impl fmt::Display for $address {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&without_password(&self.0))
+            }
+        }
 
-/// Without the password, so that a hash of the configuration tells nobody whether a guess is right.
-impl Serialize for DatabaseUrl {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
+        impl fmt::Debug for $address {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
 
-impl fmt::Debug for DatabaseUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
+        impl Serialize for $address {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )*};
 }
+without_its_password!(BrokerUrl, DatabaseUrl);
 
 /// `scheme://user:password@host/…?password=…` with stars for the passwords.
 fn without_password(url: &str) -> String {

@@ -51,6 +51,16 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             });
             Ok(())
         }
+        Command::Replay => {
+            let (done, left) = runtime.block_on(App::replay(config))?;
+            for letter in &left {
+                let (id, consumer, error) = (letter.id, &letter.consumer, &letter.error);
+                telemetry::tell(&format!("{consumer} still cannot act on {id}: {error}"));
+            }
+            telemetry::tell(&format!("{done} events acted on, {} left", left.len()));
+            anyhow::ensure!(left.is_empty(), "some events are left");
+            Ok(())
+        }
         Command::CheckConfig => {
             telemetry::tell(&format!("the configuration is good: {}", config.hash()));
             Ok(())

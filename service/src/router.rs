@@ -15,6 +15,7 @@ pub fn public(app: &Arc<App>) -> Router {
         .route("/v1/orders", post(rest::create).get(rest::list))
         .route("/v1/orders/{id}", get(rest::get))
         .route("/v1/orders/{id}/cancel", post(rest::cancel))
+        .route("/v1/customers/{customer}/totals", get(rest::totals))
         .route("/health/live", get(operations::live))
         .route("/health/ready", get(operations::ready))
         .route("/info", get(operations::info))

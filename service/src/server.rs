@@ -10,9 +10,11 @@ use tokio::sync::watch;
 
 use crate::app::App;
 use crate::config::Server;
-use crate::router;
+use crate::consumers::{self, CONSUMERS};
+use crate::{relay, router};
 
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 
 /// The listening sockets of the service and of its operators.
 pub struct Sockets {
@@ -71,6 +73,16 @@ pub async fn serve(
                 .await
         });
     }
+    // Requests in flight may still have something to tell, so these end last. They may be cut off
+    // anywhere: what they were at is done again.
+    let mut workers = tokio::task::JoinSet::new();
+    if !app.config.database.read_only {
+        workers.spawn(relay::run(Arc::clone(&app)));
+        workers.spawn(housekeeping(Arc::clone(&app)));
+        for consumer in &CONSUMERS {
+            workers.spawn(consumers::run(Arc::clone(&app), consumer));
+        }
+    }
     // Samples are kept until they are folded into buckets, and perhaps nobody scrapes.
     let metrics = app.metrics.clone();
     let upkeep = tokio::spawn(async move {
@@ -88,11 +100,24 @@ pub async fn serve(
     stopping.send_replace(true);
     let drained = async { while servers.join_next().await.is_some() {} };
     let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
+    workers.shutdown().await;
     app.close().await;
     upkeep.abort();
     drained.context("requests were still running at server.drain_timeout")?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Forgets, now and then, what was kept for those who repeat themselves.
+async fn housekeeping(app: Arc<App>) {
+    let mut interval = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        interval.tick().await;
+        let days = i64::from(app.config.events.keep_days.get());
+        if let Err(error) = app.storage().forget(days).await {
+            tracing::warn!(%error, "forgetting what is old failed");
+        }
+    }
 }
 
 /// Resolves on SIGTERM or Ctrl-C.

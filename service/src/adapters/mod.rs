@@ -1,3 +1,4 @@
 //! The outside world, each part behind one trait with an embedded adapter.
 
+pub mod bus;
 pub mod storage;

@@ -59,6 +59,11 @@ impl From<Error> for Problem {
             Error::NotFound(_) => {
                 Self::new(StatusCode::NOT_FOUND, "not-found", "Not found").detail(error.to_string())
             }
+            Error::KeyTaken => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency-key-reused",
+                "The Idempotency-Key belongs to another request",
+            ),
             // What storage says is logged, never sent.
             Error::Storage(error) => {
                 tracing::error!(%error, "storage failed");

@@ -5,30 +5,69 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{FromRequest, Path, Query, State};
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::IntoResponse;
 use serde::Deserialize;
 
 use super::problem::Problem;
-use crate::app::App;
+use crate::app::{App, Created, Key};
 use crate::domain::orders::{
-    FieldError, Order, OrderId, OrderRequest, Page, PageRequest, Rejected,
+    FieldError, Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total,
 };
+
+const KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const MAX_KEY: usize = 255;
+/// Whether the answer is one that was given before.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 type Answer<T> = Result<T, Problem>;
 
-/// `POST /v1/orders`: 201 with the order and its `Location`.
+/// `POST /v1/orders`: 201 with the order and its `Location`. With an `Idempotency-Key` the same
+/// request again gets the same answer, and places no other order.
 pub async fn create(
     State(app): State<Arc<App>>,
+    headers: HeaderMap,
     Body(request): Body<OrderRequest>,
-) -> Answer<(StatusCode, [(HeaderName, String); 1], Json<Order>)> {
-    let order = app.create_order(request).await?;
+) -> Answer<(StatusCode, [(HeaderName, String); 2], Json<Order>)> {
+    let Created { order, repeated } = app.create_order(request, key(&headers)?).await?;
     let location = format!("/v1/orders/{}", order.id);
     Ok((
         StatusCode::CREATED,
-        [(header::LOCATION, location)],
+        [
+            (header::LOCATION, location),
+            (REPLAYED, repeated.to_string()),
+        ],
         Json(order),
     ))
+}
+
+/// `GET /v1/customers/{customer}/totals`: by currency.
+pub async fn totals(
+    State(app): State<Arc<App>>,
+    Path(customer): Path<String>,
+) -> Answer<Json<Vec<Total>>> {
+    Ok(Json(app.totals(&customer).await?))
+}
+
+/// The key of a request that may be sent again.
+/// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/>
+fn key(headers: &HeaderMap) -> Answer<Option<Key>> {
+    let Some(key) = headers.get(KEY) else {
+        return Ok(None);
+    };
+    let wrong = || {
+        rejected(
+            "Idempotency-Key",
+            "must have 1 to 255 visible ASCII characters",
+        )
+    };
+    let key = key.to_str().map_err(|_| wrong())?.to_owned();
+    if key.is_empty() || key.len() > MAX_KEY {
+        return Err(wrong());
+    }
+    // Until clients say who they are, all are one.
+    let client = String::new();
+    Ok(Some(Key { client, key }))
 }
 
 /// `GET /v1/orders/{id}`

@@ -1,3 +1,4 @@
-//! Types and rules, no input or output.
+//! What the service is about: types and rules, no I/O.
 
+pub mod events;
 pub mod orders;

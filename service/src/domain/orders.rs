@@ -14,17 +14,17 @@ const MAX_QUANTITY: u32 = 10_000;
 const MAX_UNIT_PRICE_CENTS: i64 = 100_000_000;
 
 /// UUIDv7 (RFC 9562, section 5.7): ids sort by the time they were made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct OrderId(Uuid);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     Open,
     Cancelled,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     pub id: OrderId,
     pub customer: String,
@@ -37,7 +37,7 @@ pub struct Order {
     pub updated_at: Timestamp,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Item {
     pub sku: String,
     pub quantity: u32,
@@ -45,7 +45,7 @@ pub struct Item {
 }
 
 /// What a client sends; not yet known to be valid.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OrderRequest {
     pub customer: String,
@@ -53,12 +53,20 @@ pub struct OrderRequest {
     pub items: Vec<ItemRequest>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ItemRequest {
     pub sku: String,
     pub quantity: u32,
     pub unit_price_cents: i64,
+}
+
+/// What one customer has ordered and not cancelled, in one currency.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, sqlx::FromRow)]
+pub struct Total {
+    pub currency: String,
+    pub orders: i64,
+    pub total_cents: i64,
 }
 
 /// Which page a client wants: `limit` orders older than `after`.
@@ -149,6 +157,16 @@ impl Order {
             items,
             (now, now),
         ))
+    }
+
+    /// The order as it was when it was placed.
+    #[must_use]
+    pub fn as_placed(self) -> Self {
+        Self {
+            status: Status::Open,
+            updated_at: self.created_at,
+            ..self
+        }
     }
 
     /// An order from its parts, as storage keeps them; `times` are creation and last change.

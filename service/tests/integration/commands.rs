@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use crate::database::Database;
 use crate::test_app::TestApp;
 
-fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
+pub fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service");
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
         .arg(command)

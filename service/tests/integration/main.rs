@@ -2,9 +2,12 @@
 //! database of its own for each test.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod broker;
+mod bus;
 mod commands;
 mod config;
 mod database;
+mod events;
 mod operations;
 mod orders;
 mod storage;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use service::adapters::storage::{self, Storage, StorageError};
+use service::adapters::storage::{self, Change, Once, Placed, Storage, StorageError};
+use service::domain::events::{Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderId, OrderRequest, Status};
 
 use crate::database::Database;
@@ -40,12 +41,17 @@ fn order(lines: u32) -> Order {
     Order::place(request, 50).unwrap()
 }
 
+async fn place(storage: &dyn Storage, order: &Order) -> Result<Placed, StorageError> {
+    let event = Event::new(Kind::Placed, order);
+    storage.place(order, &event, None).await
+}
+
 #[tokio::test]
 async fn what_went_in_comes_out() {
     for (kind, _database, storage) in each().await {
         let (one, many) = (order(1), order(50));
-        storage.insert(&one).await.unwrap();
-        storage.insert(&many).await.unwrap();
+        place(&*storage, &one).await.unwrap();
+        place(&*storage, &many).await.unwrap();
         assert_eq!(storage.find(one.id).await.unwrap(), Some(one), "{kind}");
         assert_eq!(storage.find(many.id).await.unwrap(), Some(many), "{kind}");
         assert_eq!(storage.find(order(1).id).await.unwrap(), None, "{kind}");
@@ -58,7 +64,7 @@ async fn pages_go_from_the_newest_to_the_oldest() {
         let mut placed = Vec::new();
         for _ in 0..7 {
             let order = order(3);
-            storage.insert(&order).await.unwrap();
+            place(&*storage, &order).await.unwrap();
             placed.push(order);
         }
         placed.sort_by_key(|order| std::cmp::Reverse(order.id));
@@ -81,7 +87,7 @@ async fn pages_go_from_the_newest_to_the_oldest() {
 async fn an_order_is_cancelled_once() {
     for (kind, _database, storage) in each().await {
         let order = order(2);
-        storage.insert(&order).await.unwrap();
+        place(&*storage, &order).await.unwrap();
         let at = |millis| Timestamp::from_millisecond(millis).unwrap();
         let first = storage.cancel(order.id, at(1_000)).await.unwrap().unwrap();
         assert_eq!(first.status, Status::Cancelled, "{kind}");
@@ -105,11 +111,11 @@ async fn an_order_is_written_whole_or_not_at_all() {
         let mut broken = order.clone();
         // The schema refuses it, after the order's own row and its first line went in.
         broken.items[1].quantity = 0;
-        let error = storage.insert(&broken).await.unwrap_err();
+        let error = place(&*storage, &broken).await.unwrap_err();
         assert!(matches!(error, StorageError::Failed(_)), "{kind}: {error}");
         assert_eq!(storage.find(order.id).await.unwrap(), None, "{kind}");
-        storage.insert(&order).await.unwrap();
-        let twice = storage.insert(&order).await.unwrap_err();
+        place(&*storage, &order).await.unwrap();
+        let twice = place(&*storage, &order).await.unwrap_err();
         assert!(matches!(twice, StorageError::Failed(_)), "{kind}: {twice}");
     }
 }
@@ -118,14 +124,14 @@ async fn an_order_is_written_whole_or_not_at_all() {
 async fn a_read_only_adapter_reads_and_refuses_writes() {
     for (kind, database, storage) in each().await {
         let placed = order(1);
-        storage.insert(&placed).await.unwrap();
+        place(&*storage, &placed).await.unwrap();
         let reader = open(&database, true).await;
         assert_eq!(
             reader.find(placed.id).await.unwrap(),
             Some(placed),
             "{kind}"
         );
-        let refused = reader.insert(&order(1)).await.unwrap_err();
+        let refused = place(&*reader, &order(1)).await.unwrap_err();
         assert!(
             matches!(refused, StorageError::ReadOnly),
             "{kind}: {refused}"
@@ -145,7 +151,7 @@ async fn all_of_many_starts_find_the_schema() {
         for start in starts.collect::<Vec<_>>() {
             let storage = start.await.unwrap();
             storage.check().await.unwrap();
-            storage.insert(&order(1)).await.unwrap();
+            place(&*storage, &order(1)).await.unwrap();
         }
     }
 }
@@ -157,5 +163,168 @@ async fn a_schema_that_is_too_old_is_named() {
         let error = storage.check().await.unwrap_err();
         let named = matches!(error, StorageError::Schema { found: 0, needed } if needed > 0);
         assert!(named, "{kind}: {error}");
+    }
+}
+
+/// What happened and what is told of it are one.
+#[tokio::test]
+async fn each_change_leaves_one_event_in_order() {
+    for (kind, _database, storage) in each().await {
+        let (first, second) = (order(1), order(2));
+        place(&*storage, &first).await.unwrap();
+        place(&*storage, &second).await.unwrap();
+        let at = Timestamp::from_millisecond(1_000).unwrap();
+        for _ in 0..2 {
+            storage.cancel(first.id, at).await.unwrap();
+        }
+        // One that was not written is not told of.
+        let mut broken = order(2);
+        broken.items[1].quantity = 0;
+        place(&*storage, &broken).await.unwrap_err();
+
+        let untold = storage.untold(10).await.unwrap();
+        let events: Vec<Event> = untold
+            .iter()
+            .map(|untold| serde_json::from_str(&untold.event).unwrap())
+            .collect();
+        let told: Vec<_> = events
+            .iter()
+            .map(|event| (event.kind, event.subject))
+            .collect();
+        let wanted = [
+            (Kind::Placed, first.id),
+            (Kind::Placed, second.id),
+            (Kind::Cancelled, first.id),
+        ];
+        assert_eq!(told, wanted, "{kind}");
+        assert_eq!(events[2].data.status, Status::Cancelled, "{kind}");
+
+        storage.told(&[untold[0].seq, untold[2].seq]).await.unwrap();
+        let left = storage.untold(10).await.unwrap();
+        assert_eq!(left, untold[1..2], "{kind}");
+        assert_eq!(storage.backlog().await.unwrap(), 1, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_belongs_to_one_request() {
+    for (kind, _database, storage) in each().await {
+        let once = |fingerprint: u8, client: &str| Once {
+            client: client.to_owned(),
+            key: "k".to_owned(),
+            fingerprint: [fingerprint; 32],
+        };
+        // Sixteen at a time: one of them places an order, and all learn of it.
+        let storage: Arc<dyn Storage> = storage;
+        let attempts = (0..16).map(|_| {
+            let (storage, once) = (Arc::clone(&storage), once(1, "ada"));
+            tokio::spawn(async move {
+                let order = order(1);
+                let event = Event::new(Kind::Placed, &order);
+                let placed = storage.place(&order, &event, Some(&once)).await.unwrap();
+                match placed {
+                    Placed::New => (order.id, true),
+                    Placed::Before(before) => (before.id, false),
+                    Placed::KeyTaken => panic!("the same request"),
+                }
+            })
+        });
+        let mut placed = Vec::new();
+        for attempt in attempts.collect::<Vec<_>>() {
+            placed.push(attempt.await.unwrap());
+        }
+        assert_eq!(
+            placed.iter().filter(|(_, is_new)| *is_new).count(),
+            1,
+            "{kind}"
+        );
+        assert!(placed.iter().all(|(id, _)| *id == placed[0].0), "{kind}");
+        assert_eq!(storage.backlog().await.unwrap(), 1, "{kind}");
+
+        let other = order(1);
+        let event = Event::new(Kind::Placed, &other);
+        let place = async |once: Once| storage.place(&other, &event, Some(&once)).await.unwrap();
+        assert_eq!(place(once(2, "ada")).await, Placed::KeyTaken, "{kind}");
+        assert_eq!(
+            place(once(2, "bob")).await,
+            Placed::New,
+            "{kind}: another client's key"
+        );
+        // Forgotten, it is a new one.
+        storage.forget(-1).await.unwrap();
+        let third = order(1);
+        let event = Event::new(Kind::Placed, &third);
+        let placed = storage.place(&third, &event, Some(&once(3, "ada"))).await;
+        assert_eq!(placed.unwrap(), Placed::New, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn a_lease_has_one_owner_at_a_time() {
+    for (kind, database, storage) in each().await {
+        let lease = async |owner: &str| storage.lease("relay", owner, 60).await.unwrap();
+        assert!(lease("a").await, "{kind}");
+        assert!(lease("a").await, "{kind}: it may stay");
+        assert!(!lease("b").await, "{kind}");
+        assert!(storage.lease("another", "b", 60).await.unwrap(), "{kind}");
+        // However the owner's own clock goes: the database's says that its time is over.
+        database
+            .execute("UPDATE leases SET expires_at = 1 WHERE name = 'relay'")
+            .await;
+        assert!(lease("b").await, "{kind}");
+        assert!(!lease("a").await, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn an_event_is_acted_on_once_and_by_each_consumer() {
+    for (kind, _database, storage) in each().await {
+        let order = order(1);
+        let event = Event::new(Kind::Placed, &order);
+        let change = |orders| Change::Totals {
+            customer: "ada".to_owned(),
+            currency: "EUR".to_owned(),
+            orders,
+            total_cents: orders * 5,
+        };
+        let consume = async |consumer: &str, event: &Event, orders: i64| {
+            storage.consume(consumer, event, &change(orders)).await
+        };
+        assert!(consume("totals", &event, 1).await.unwrap(), "{kind}");
+        assert!(!consume("totals", &event, 1).await.unwrap(), "{kind}");
+        assert!(
+            storage
+                .consume("other", &event, &Change::Nothing)
+                .await
+                .unwrap(),
+            "{kind}"
+        );
+        let totals = storage.totals("ada").await.unwrap();
+        let total = (
+            totals[0].currency.as_str(),
+            totals[0].orders,
+            totals[0].total_cents,
+        );
+        assert_eq!((totals.len(), total), (1, ("EUR", 1, 5)), "{kind}");
+
+        // What the schema refuses is not half done, and can be put aside and tried again.
+        let another = Event::new(Kind::Cancelled, &order);
+        let error = consume("totals", &another, -7).await.unwrap_err();
+        assert!(matches!(error, StorageError::Failed(_)), "{kind}: {error}");
+        storage
+            .bury("totals", another.id, "{}", "why")
+            .await
+            .unwrap();
+        storage
+            .bury("totals", another.id, "{}", "why")
+            .await
+            .unwrap();
+        let buried = storage.buried(10).await.unwrap();
+        let letter = (buried[0].id, buried[0].error.as_str());
+        assert_eq!((buried.len(), letter), (1, (another.id, "why")), "{kind}");
+        assert!(consume("totals", &another, -1).await.unwrap(), "{kind}");
+        storage.unbury("totals", another.id).await.unwrap();
+        assert!(storage.buried(10).await.unwrap().is_empty(), "{kind}");
+        assert_eq!(storage.totals("ada").await.unwrap()[0].orders, 0, "{kind}");
     }
 }

@@ -73,6 +73,16 @@ impl TestApp {
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> (u16, Value) {
+        self.send_with(method, path, body, &[]).await
+    }
+
+    pub async fn send_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+        headers: &[(&str, String)],
+    ) -> (u16, Value) {
         let request = self
             .client
             .request(method, format!("http://{}{path}", self.public));
@@ -80,6 +90,9 @@ impl TestApp {
             Some(body) => request.json(&body),
             None => request,
         };
+        let request = headers.iter().fold(request, |request, (name, value)| {
+            request.header(*name, value)
+        });
         let response = request.send().await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
     }

@@ -8,24 +8,118 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::Serialize;
+use uuid::Uuid;
 
 use crate::config::{Database, Scheme};
-use crate::domain::orders::{Order, OrderId};
+use crate::domain::events::Event;
+use crate::domain::orders::{Order, OrderId, Total};
 
-/// Durable orders. An `Ok` of a write means that it survives a crash of the process.
+/// Durable orders and what is to be told of them. An `Ok` of a write means that it survives a crash
+/// of the process, whole.
 #[async_trait]
 pub trait Storage: Send + Sync {
-    async fn insert(&self, order: &Order) -> Result<(), StorageError>;
+    /// Takes a new order, with its event. With a key, the same request again changes nothing.
+    async fn place(
+        &self,
+        order: &Order,
+        event: &Event,
+        once: Option<&Once>,
+    ) -> Result<Placed, StorageError>;
     async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError>;
     /// At most `limit` orders older than `after`, newest first.
     async fn list(&self, after: Option<OrderId>, limit: u32) -> Result<Vec<Order>, StorageError>;
-    /// Cancels an open order; the order as it is afterwards, or `None` where there is none.
+    /// Cancels an open order, with its event; the order as it is afterwards, or `None` where there
+    /// is none.
     async fn cancel(&self, id: OrderId, now: Timestamp) -> Result<Option<Order>, StorageError>;
+    /// What a customer has ordered, by currency.
+    async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError>;
+
+    /// Becomes, or stays, the one who does what `name` says for `seconds` from now, by the database's
+    /// clock; `false` while somebody else is.
+    async fn lease(&self, name: &str, owner: &str, seconds: i64) -> Result<bool, StorageError>;
+    /// The oldest events that are still to be told, at most `limit`.
+    async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
+    /// These events have been told.
+    async fn told(&self, events: &[i64]) -> Result<(), StorageError>;
+    /// How many events are still to be told.
+    async fn backlog(&self) -> Result<i64, StorageError>;
+    /// Forgets answers to writes, and what consumers have done, that are older than `days`.
+    async fn forget(&self, days: i64) -> Result<(), StorageError>;
+
+    /// Does what a consumer does with an event, unless it has done so before: then `false`.
+    async fn consume(
+        &self,
+        consumer: &str,
+        event: &Event,
+        change: &Change,
+    ) -> Result<bool, StorageError>;
+    /// Puts an event aside that a consumer could do nothing with.
+    async fn bury(
+        &self,
+        consumer: &str,
+        id: Uuid,
+        event: &str,
+        error: &str,
+    ) -> Result<(), StorageError>;
+    /// What was put aside, the oldest first.
+    async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError>;
+    /// An event that was put aside is none any more.
+    async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError>;
+
     /// Whether requests can be served: the database answers and its schema is new enough.
     async fn check(&self) -> Result<(), StorageError>;
     /// The newest migration that the database has.
     async fn schema_version(&self) -> Result<i64, StorageError>;
     async fn close(&self);
+}
+
+/// A write that a client may send again: by the same client and key only the same request.
+#[derive(Debug, Clone)]
+pub struct Once {
+    pub client: String,
+    pub key: String,
+    /// SHA-256 of the request.
+    pub fingerprint: [u8; 32],
+}
+
+/// What became of an order that was to be placed.
+#[derive(Debug, PartialEq)]
+pub enum Placed {
+    New,
+    /// It had been placed before: this is it, as it is now.
+    Before(Order),
+    /// The key belongs to another request.
+    KeyTaken,
+}
+
+/// An event of the outbox as JSON, and its place there.
+#[derive(Debug, PartialEq, sqlx::FromRow)]
+pub struct Untold {
+    pub seq: i64,
+    pub event: String,
+}
+
+/// What a consumer's event changes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    Nothing,
+    /// More or fewer orders of a customer.
+    Totals {
+        customer: String,
+        currency: String,
+        orders: i64,
+        total_cents: i64,
+    },
+}
+
+/// An event, as it came, that a consumer could do nothing with.
+#[derive(Debug, PartialEq, Serialize, sqlx::FromRow)]
+pub struct DeadLetter {
+    pub consumer: String,
+    pub id: Uuid,
+    pub event: String,
+    pub error: String,
 }
 
 /// Why storage could not do it. The text is for logs and operators, never for clients.

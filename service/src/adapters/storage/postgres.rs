@@ -8,10 +8,15 @@ use jiff::Timestamp;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
+use uuid::Uuid;
 
-use super::{Storage, StorageError, rows};
+use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
 use crate::config::Database;
-use crate::domain::orders::{Order, OrderId};
+use crate::domain::events::{Event, Kind};
+use crate::domain::orders::{Order, OrderId, Total};
+
+/// Milliseconds since the Unix epoch, by the database's clock.
+const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
@@ -68,8 +73,31 @@ impl Postgres {
 
 #[async_trait]
 impl Storage for Postgres {
-    async fn insert(&self, order: &Order) -> Result<(), StorageError> {
+    async fn place(
+        &self,
+        order: &Order,
+        event: &Event,
+        once: Option<&Once>,
+    ) -> Result<Placed, StorageError> {
         let mut tx = self.pool.begin().await?;
+        if let Some(once) = once {
+            let claim = sqlx::query(rows::CLAIM_KEY)
+                .bind(&once.client)
+                .bind(&once.key);
+            let claim = claim.bind(&once.fingerprint[..]).bind(order.id.as_uuid());
+            let claim = claim.bind(order.created_at.as_millisecond());
+            if claim.execute(&mut *tx).await?.rows_affected() == 0 {
+                let taken = sqlx::query_as(rows::KEY).bind(&once.client).bind(&once.key);
+                let (fingerprint, id): (Vec<u8>, Uuid) = taken.fetch_one(&mut *tx).await?;
+                drop(tx);
+                if fingerprint != once.fingerprint {
+                    return Ok(Placed::KeyTaken);
+                }
+                let before = self.find(OrderId::from(id)).await?;
+                let lost = || StorageError::Failed("a key's order is gone".to_owned());
+                return before.map(Placed::Before).ok_or_else(lost);
+            }
+        }
         sqlx::query(
             "INSERT INTO orders (id, customer, currency, status, created_at, updated_at)
              VALUES ($1, $2, $3, $4, $5, $6)",
@@ -99,8 +127,12 @@ impl Storage for Postgres {
         .bind(prices)
         .execute(&mut *tx)
         .await?;
+        let tell = sqlx::query(rows::TELL).bind(rows::to_text(event)?);
+        tell.bind(Timestamp::now().as_millisecond())
+            .execute(&mut *tx)
+            .await?;
         tx.commit().await?;
-        Ok(())
+        Ok(Placed::New)
     }
 
     async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
@@ -126,12 +158,115 @@ impl Storage for Postgres {
     }
 
     async fn cancel(&self, id: OrderId, now: Timestamp) -> Result<Option<Order>, StorageError> {
-        sqlx::query(rows::CANCEL)
+        let mut tx = self.pool.begin().await?;
+        let cancel = sqlx::query(rows::CANCEL)
             .bind(now.as_millisecond())
-            .bind(id.as_uuid())
-            .execute(&self.pool)
-            .await?;
-        self.find(id).await
+            .bind(id.as_uuid());
+        let is_changed = cancel.execute(&mut *tx).await?.rows_affected() == 1;
+        let select = rows::select("WHERE id = $1");
+        let lines = sqlx::query_as(&select).bind(id.as_uuid());
+        let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
+        if let Some(order) = order.as_ref().filter(|_| is_changed) {
+            let event = Event::new(Kind::Cancelled, order);
+            let tell = sqlx::query(rows::TELL).bind(rows::to_text(&event)?);
+            tell.bind(Timestamp::now().as_millisecond())
+                .execute(&mut *tx)
+                .await?;
+        }
+        tx.commit().await?;
+        Ok(order)
+    }
+
+    async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
+        let totals = sqlx::query_as(rows::TOTALS).bind(customer);
+        Ok(totals.fetch_all(&self.pool).await?)
+    }
+
+    async fn lease(&self, name: &str, owner: &str, seconds: i64) -> Result<bool, StorageError> {
+        let lease = rows::lease(NOW);
+        let lease = sqlx::query(&lease).bind(name).bind(owner);
+        let taken = lease.bind(seconds * 1000).execute(&self.pool).await?;
+        Ok(taken.rows_affected() == 1)
+    }
+
+    async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
+        let untold = sqlx::query_as(rows::UNTOLD).bind(i64::from(limit));
+        Ok(untold.fetch_all(&self.pool).await?)
+    }
+
+    async fn backlog(&self) -> Result<i64, StorageError> {
+        let backlog = sqlx::query_scalar(rows::BACKLOG);
+        Ok(backlog.fetch_one(&self.pool).await?)
+    }
+
+    async fn forget(&self, days: i64) -> Result<(), StorageError> {
+        for old in rows::FORGET {
+            let old = sqlx::query(old).bind(rows::days_ago(days));
+            old.execute(&self.pool).await?;
+        }
+        Ok(())
+    }
+
+    async fn consume(
+        &self,
+        consumer: &str,
+        event: &Event,
+        change: &Change,
+    ) -> Result<bool, StorageError> {
+        let mut tx = self.pool.begin().await?;
+        let done = sqlx::query(rows::DONE).bind(consumer).bind(event.id);
+        let done = done.bind(Timestamp::now().as_millisecond());
+        if done.execute(&mut *tx).await?.rows_affected() == 0 {
+            return Ok(false);
+        }
+        if let Change::Totals {
+            customer,
+            currency,
+            orders,
+            total_cents,
+        } = change
+        {
+            for add in rows::ADD_TO_TOTALS {
+                let add = sqlx::query(add).bind(customer).bind(currency);
+                let add = add.bind(orders).bind(total_cents);
+                if add.execute(&mut *tx).await?.rows_affected() == 1 {
+                    break;
+                }
+            }
+        }
+        tx.commit().await?;
+        Ok(true)
+    }
+
+    async fn bury(
+        &self,
+        consumer: &str,
+        id: Uuid,
+        event: &str,
+        error: &str,
+    ) -> Result<(), StorageError> {
+        let bury = sqlx::query(rows::BURY).bind(consumer).bind(id);
+        let bury = bury.bind(event).bind(error);
+        let bury = bury.bind(Timestamp::now().as_millisecond());
+        bury.execute(&self.pool).await?;
+        Ok(())
+    }
+
+    async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError> {
+        let buried = sqlx::query_as(rows::BURIED).bind(i64::from(limit));
+        Ok(buried.fetch_all(&self.pool).await?)
+    }
+
+    async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError> {
+        let unbury = sqlx::query(rows::UNBURY).bind(consumer).bind(event);
+        unbury.execute(&self.pool).await?;
+        Ok(())
+    }
+
+    async fn told(&self, events: &[i64]) -> Result<(), StorageError> {
+        let told = sqlx::query("DELETE FROM outbox WHERE seq = ANY($1)").bind(events);
+        told.execute(&self.pool).await?;
+        Ok(())
     }
 
     async fn check(&self) -> Result<(), StorageError> {

@@ -5,6 +5,7 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use super::StorageError;
+use crate::domain::events::Event;
 use crate::domain::orders::{Item, Order, OrderId, Status};
 
 /// One line of an order, with what all lines of the order share.
@@ -38,6 +39,61 @@ pub(super) const CANCEL: &str =
     "UPDATE orders SET status = 'cancelled', updated_at = $1 WHERE id = $2 AND status = 'open'";
 pub(super) const SCHEMA_VERSION: &str =
     "SELECT coalesce(max(version), 0) FROM _sqlx_migrations WHERE success";
+
+pub(super) const TOTALS: &str = "SELECT currency, orders, total_cents FROM customer_totals
+     WHERE customer = $1 ORDER BY currency";
+
+pub(super) const CLAIM_KEY: &str =
+    "INSERT INTO idempotency_keys (client, key, fingerprint, order_id, created_at)
+     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
+pub(super) const KEY: &str =
+    "SELECT fingerprint, order_id FROM idempotency_keys WHERE client = $1 AND key = $2";
+
+pub(super) const TELL: &str = "INSERT INTO outbox (event, created_at) VALUES ($1, $2)";
+pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMIT $1";
+pub(super) const BACKLOG: &str = "SELECT count(*) FROM outbox";
+
+pub(super) const DONE: &str = "INSERT INTO inbox (consumer, event_id, done_at) VALUES ($1, $2, $3)
+     ON CONFLICT DO NOTHING";
+/// First the one, and where there is nothing to add to, the other. (An upsert would hold a change of
+/// fewer against the rule that there are no fewer than none.)
+pub(super) const ADD_TO_TOTALS: [&str; 2] = [
+    "UPDATE customer_totals SET orders = orders + $3, total_cents = total_cents + $4
+     WHERE customer = $1 AND currency = $2",
+    "INSERT INTO customer_totals (customer, currency, orders, total_cents)
+     VALUES ($1, $2, $3, $4)",
+];
+pub(super) const BURY: &str =
+    "INSERT INTO dead_letters (consumer, event_id, event, error, failed_at)
+     VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
+pub(super) const BURIED: &str = "SELECT consumer, event_id AS id, event, error FROM dead_letters ORDER BY failed_at, event_id LIMIT $1";
+pub(super) const UNBURY: &str = "DELETE FROM dead_letters WHERE consumer = $1 AND event_id = $2";
+
+/// What is older than `$1` and was kept only for clients and brokers that repeat themselves.
+pub(super) const FORGET: [&str; 2] = [
+    "DELETE FROM idempotency_keys WHERE created_at < $1",
+    "DELETE FROM inbox WHERE done_at < $1",
+];
+
+/// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds.
+pub(super) fn lease(now: &str) -> String {
+    format!(
+        "INSERT INTO leases (name, owner, token, expires_at) VALUES ($1, $2, 1, {now} + $3)
+         ON CONFLICT (name) DO UPDATE
+         SET owner = excluded.owner, expires_at = excluded.expires_at,
+             token = leases.token + CASE WHEN leases.owner = excluded.owner THEN 0 ELSE 1 END
+         WHERE leases.owner = excluded.owner OR leases.expires_at < {now}"
+    )
+}
+
+/// Milliseconds of so many days ago.
+pub(super) fn days_ago(days: i64) -> i64 {
+    Timestamp::now().as_millisecond() - days * 86_400_000
+}
+
+pub(super) fn to_text(event: &Event) -> Result<String, StorageError> {
+    serde_json::to_string(event).map_err(|error| StorageError::Failed(error.to_string()))
+}
 
 /// The orders that the lines make up; lines of one order stand together.
 pub(super) fn orders(lines: Vec<Line>) -> Result<Vec<Order>, StorageError> {

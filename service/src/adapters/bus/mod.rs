@@ -1,0 +1,71 @@
+//! How events get from those who tell them to those who act on them: one trait, chosen by
+//! `events.bus`.
+
+mod in_process;
+mod rabbitmq;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+
+use crate::config::{BusKind, Config};
+use crate::domain::events::Event;
+
+/// Every consumer gets every event at least once, and those of one order in their order.
+#[async_trait]
+pub trait Bus: Send + Sync {
+    /// Hands events over. `Ok` means that none of them is lost any more, whoever is killed.
+    async fn publish(&self, events: &[Event]) -> Result<(), BusError>;
+
+    /// What a consumer is to do, from the first event that it is not done with.
+    async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError>;
+}
+
+#[async_trait]
+pub trait Subscription: Send {
+    /// The next event; it waits for one.
+    async fn next(&mut self) -> Result<Delivery, BusError>;
+}
+
+/// An event that comes again unless it is said to be done.
+pub struct Delivery {
+    /// As it came: JSON.
+    pub event: String,
+    receipt: Receipt,
+}
+
+enum Receipt {
+    InProcess(oneshot::Sender<()>),
+    RabbitMq(Box<lapin::message::Delivery>),
+}
+
+/// Why the bus could not do it; it is tried again.
+#[derive(Debug, thiserror::Error)]
+#[error("the bus: {0}")]
+pub struct BusError(String);
+
+/// The adapter that the configuration names; it connects when it is used.
+pub fn open(config: &Config) -> Arc<dyn Bus> {
+    match config.events.bus {
+        BusKind::InProcess => Arc::new(in_process::InProcess::default()),
+        BusKind::RabbitMq => Arc::new(rabbitmq::RabbitMq::new(&config.rabbitmq)),
+    }
+}
+
+impl Delivery {
+    /// The consumer is done with it.
+    pub async fn done(self) -> Result<(), BusError> {
+        match self.receipt {
+            Receipt::InProcess(receipt) => receipt
+                .send(())
+                .map_err(|()| BusError("nobody waits for it any more".to_owned())),
+            Receipt::RabbitMq(delivery) => {
+                delivery
+                    .ack(lapin::options::BasicAckOptions::default())
+                    .await?;
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The adapter for RabbitMQ: one topic exchange, and for each consumer a quorum queue that keeps its
+//! events until they are done. One process consumes a queue at a time, so that the order stays.
+//! <https://www.rabbitmq.com/docs/confirms>, <https://www.rabbitmq.com/docs/consumers#single-active-consumer>
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use lapin::options::{
+    BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
+    ExchangeKind,
+};
+use tokio::sync::Mutex;
+
+use super::{Bus, BusError, Delivery, Receipt, Subscription};
+use crate::config::RabbitMq as Config;
+use crate::domain::events::Event;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// AMQP's delivery mode for messages that outlive a restart of the broker.
+const PERSISTENT: u8 = 2;
+/// Of all orders.
+const EVERYTHING: &str = "order.#";
+
+pub struct RabbitMq {
+    config: Config,
+    /// What events are published on, until it breaks.
+    publisher: Mutex<Option<Line>>,
+}
+
+/// A channel, and the connection that it ends with.
+struct Line {
+    channel: Channel,
+    _connection: Connection,
+}
+
+struct Queue {
+    consumer: Consumer,
+    _line: Line,
+}
+
+impl RabbitMq {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            config: config.clone(),
+            publisher: Mutex::default(),
+        }
+    }
+
+    async fn connect(&self) -> Result<Line, BusError> {
+        let connect = async {
+            let options = ConnectionProperties::default();
+            let connection = Connection::connect(&self.config.url.0, options).await?;
+            let channel = connection.create_channel().await?;
+            let options = ExchangeDeclareOptions {
+                durable: true,
+                ..ExchangeDeclareOptions::default()
+            };
+            let (exchange, kind) = (self.exchange(), ExchangeKind::Topic);
+            let none = FieldTable::default();
+            channel
+                .exchange_declare(exchange, kind, options, none)
+                .await?;
+            Ok::<_, lapin::Error>(Line {
+                channel,
+                _connection: connection,
+            })
+        };
+        let late = |_| BusError(format!("{} does not answer", self.config.url));
+        let connected = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
+        connected
+            .map_err(late)?
+            .map_err(|error| BusError(format!("connecting to {}: {error}", self.config.url)))
+    }
+
+    fn exchange(&self) -> lapin::types::ShortString {
+        self.config.exchange.as_str().into()
+    }
+
+    /// Publishes all, then waits until the broker has taken all.
+    async fn send(&self, channel: &Channel, events: &[Event]) -> Result<(), BusError> {
+        let mut confirmations = Vec::new();
+        for event in events {
+            let body = serde_json::to_vec(event).map_err(|error| BusError(error.to_string()))?;
+            let options = BasicPublishOptions {
+                // What no queue takes comes back: no consumer has been there yet.
+                mandatory: true,
+                ..BasicPublishOptions::default()
+            };
+            let properties = BasicProperties::default()
+                .with_delivery_mode(PERSISTENT)
+                .with_content_type("application/cloudevents+json".into())
+                .with_message_id(event.id.to_string().into());
+            let key = event.kind.as_str().into();
+            let sent = channel.basic_publish(self.exchange(), key, options, &body, properties);
+            confirmations.push(sent.await?);
+        }
+        for confirmation in confirmations {
+            match confirmation.await? {
+                Confirmation::Ack(None) => {}
+                Confirmation::Ack(Some(_)) => {
+                    return Err(BusError("no consumer has a queue yet".to_owned()));
+                }
+                refused => return Err(BusError(format!("an event was refused: {refused:?}"))),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Bus for RabbitMq {
+    async fn publish(&self, events: &[Event]) -> Result<(), BusError> {
+        if events.is_empty() {
+            return Ok(());
+        }
+        let mut publisher = self.publisher.lock().await;
+        // Whoever is cancelled in the middle leaves a line behind that nobody knows the state of.
+        let line = match publisher.take() {
+            Some(line) if line.channel.status().connected() => line,
+            _ => {
+                let line = self.connect().await?;
+                let confirm = ConfirmSelectOptions::default();
+                line.channel.confirm_select(confirm).await?;
+                line
+            }
+        };
+        self.send(&line.channel, events).await?;
+        *publisher = Some(line);
+        Ok(())
+    }
+
+    async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError> {
+        let line = self.connect().await?;
+        let channel = &line.channel;
+        let name = format!("{}.{consumer}", self.config.exchange);
+        let mut arguments = FieldTable::default();
+        let quorum = AMQPValue::LongString("quorum".into());
+        arguments.insert("x-queue-type".into(), quorum);
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        let (durable, none) = (QueueDeclareOptions::durable(), FieldTable::default());
+        let queue = || lapin::types::ShortString::from(name.as_str());
+        channel.queue_declare(queue(), durable, arguments).await?;
+        let bind = QueueBindOptions::default();
+        let (exchange, key) = (self.exchange(), EVERYTHING.into());
+        channel
+            .queue_bind(queue(), exchange, key, bind, none.clone())
+            .await?;
+        let prefetch = BasicQosOptions::default();
+        channel
+            .basic_qos(self.config.prefetch.get(), prefetch)
+            .await?;
+        let options = BasicConsumeOptions::default();
+        // The broker gives the consumer a tag of its own.
+        let consumer = channel
+            .basic_consume(queue(), "".into(), options, none)
+            .await?;
+        Ok(Box::new(Queue {
+            consumer,
+            _line: line,
+        }))
+    }
+}
+
+#[async_trait]
+impl Subscription for Queue {
+    async fn next(&mut self) -> Result<Delivery, BusError> {
+        let closed = || BusError("the queue was closed".to_owned());
+        let delivery = self.consumer.next().await.ok_or_else(closed)??;
+        Ok(Delivery {
+            event: String::from_utf8_lossy(&delivery.data).into_owned(),
+            receipt: Receipt::RabbitMq(Box::new(delivery)),
+        })
+    }
+}
+
+impl From<lapin::Error> for BusError {
+    fn from(error: lapin::Error) -> Self {
+        Self(error.to_string())
+    }
+}

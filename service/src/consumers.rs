@@ -1,0 +1,137 @@
+//! What is done about events. An event may come twice, and is acted on once; one that cannot be
+//! acted on is put aside, and the next ones are not kept waiting.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::adapters::bus::{BusError, Delivery};
+use crate::adapters::storage::{Change, DeadLetter, Storage, StorageError};
+use crate::app::App;
+use crate::domain::events::{Event, Kind};
+
+/// The pause after a failure, at first and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// Something that acts on events.
+pub struct Consumer {
+    pub name: &'static str,
+    change: fn(&Event) -> Change,
+}
+
+/// All that there are: to add one is to add a line.
+pub const CONSUMERS: [Consumer; 1] = [Consumer {
+    name: "totals",
+    change: totals,
+}];
+
+/// What a customer has ordered and not cancelled.
+fn totals(event: &Event) -> Change {
+    let order = &event.data;
+    let sign = match event.kind {
+        Kind::Placed => 1,
+        Kind::Cancelled => -1,
+    };
+    Change::Totals {
+        customer: order.customer.clone(),
+        currency: order.currency.clone(),
+        orders: sign,
+        total_cents: sign * order.total_cents,
+    }
+}
+
+/// Consumes until it is cancelled, which it may be at any point.
+pub async fn run(app: Arc<App>, consumer: &'static Consumer) {
+    let mut pause = PAUSE.0;
+    loop {
+        let Err(error) = consume(&app, consumer, &mut pause).await;
+        let name = consumer.name;
+        tracing::warn!(%error, ?pause, consumer = name, "consuming events failed");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+/// Ends only when the bus does.
+async fn consume(
+    app: &App,
+    consumer: &'static Consumer,
+    pause: &mut Duration,
+) -> Result<std::convert::Infallible, BusError> {
+    let mut subscription = app.bus().subscribe(consumer.name).await?;
+    loop {
+        let delivery = subscription.next().await?;
+        *pause = PAUSE.0;
+        handle(app, consumer, delivery).await?;
+    }
+}
+
+/// Acts on one event, however long that takes, or puts it aside.
+async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<(), BusError> {
+    let storage = app.storage();
+    let attempts = app.config.events.attempts.get();
+    let (mut failed, mut pause) = (0, PAUSE.0);
+    let outcome = loop {
+        let (error, id) = match serde_json::from_str::<Event>(&delivery.event) {
+            Err(error) => {
+                failed = attempts;
+                (StorageError::Failed(error.to_string()), Uuid::now_v7())
+            }
+            Ok(event) => match act(storage, consumer, &event).await {
+                Ok(true) => break "done",
+                Ok(false) => break "repeated",
+                Err(error) => (error, event.id),
+            },
+        };
+        // A database that is away comes back; what it refuses it may refuse for ever.
+        failed += u32::from(matches!(error, StorageError::Failed(_)));
+        if failed >= attempts {
+            let why = error.to_string();
+            let buried = storage.bury(consumer.name, id, &delivery.event, &why).await;
+            if buried.is_ok() {
+                tracing::error!(%error, %id, consumer = consumer.name, "an event is put aside");
+                break "buried";
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    };
+    let labels = [("consumer", consumer.name), ("outcome", outcome)];
+    metrics::counter!("events_consumed_total", &labels).increment(1);
+    delivery.done().await
+}
+
+/// Whether it was done now, not before.
+async fn act(
+    storage: &dyn Storage,
+    consumer: &Consumer,
+    event: &Event,
+) -> Result<bool, StorageError> {
+    let change = (consumer.change)(event);
+    storage.consume(consumer.name, event, &change).await
+}
+
+/// Tries again what was put aside; how many events were acted on, and what still cannot be.
+pub async fn replay(storage: &dyn Storage) -> Result<(usize, Vec<DeadLetter>), StorageError> {
+    let (mut done, mut left) = (0, Vec::new());
+    for letter in storage.buried(u32::MAX).await? {
+        let consumer = CONSUMERS
+            .iter()
+            .find(|consumer| consumer.name == letter.consumer);
+        let event = serde_json::from_str::<Event>(&letter.event);
+        let (Some(consumer), Ok(event)) = (consumer, event) else {
+            left.push(letter);
+            continue;
+        };
+        match act(storage, consumer, &event).await {
+            Ok(_) => {
+                storage.unbury(consumer.name, letter.id).await?;
+                done += 1;
+            }
+            Err(StorageError::Failed(error)) => left.push(DeadLetter { error, ..letter }),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((done, left))
+}

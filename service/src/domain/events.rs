@@ -1,0 +1,57 @@
+//! What has happened to orders, as it is told to others.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::orders::{Order, OrderId};
+
+/// An event in the JSON format of CloudEvents 1.0.
+/// <https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md>
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    specversion: String,
+    /// UUIDv7: whoever has seen it before knows it by this.
+    pub id: Uuid,
+    source: String,
+    #[serde(rename = "type")]
+    pub kind: Kind,
+    /// The order. Events of one order are told in the order in which they happened.
+    pub subject: OrderId,
+    pub time: Timestamp,
+    datacontenttype: String,
+    /// The order as it was right after.
+    pub data: Order,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    #[serde(rename = "order.placed.v1")]
+    Placed,
+    #[serde(rename = "order.cancelled.v1")]
+    Cancelled,
+}
+
+impl Event {
+    pub fn new(kind: Kind, order: &Order) -> Self {
+        Self {
+            specversion: "1.0".to_owned(),
+            id: Uuid::now_v7(),
+            source: "/v1/orders".to_owned(),
+            kind,
+            subject: order.id,
+            time: order.updated_at,
+            datacontenttype: "application/json".to_owned(),
+            data: order.clone(),
+        }
+    }
+}
+
+impl Kind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Placed => "order.placed.v1",
+            Self::Cancelled => "order.cancelled.v1",
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! A bus of a test's own, of each kind that there is an adapter for.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use service::config::{BrokerUrl, BusKind, Config};
+use test_servers::{Lease, Server};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+
+#[derive(Clone)]
+pub struct Broker {
+    pub kind: &'static str,
+    url: String,
+    /// No other test has an exchange of this name.
+    exchange: String,
+    _server: Option<Arc<Lease>>,
+}
+
+impl Broker {
+    pub fn in_process() -> Self {
+        Self {
+            kind: "in-process",
+            url: String::new(),
+            exchange: String::new(),
+            _server: None,
+        }
+    }
+
+    pub async fn rabbitmq() -> Self {
+        let server = test_servers::lease(Server::RabbitMq).await.unwrap();
+        // The query tells tests where the management is.
+        let (url, _) = server.address.split_once('?').unwrap();
+        Self {
+            kind: "rabbitmq",
+            url: url.trim_end_matches('/').to_owned(),
+            exchange: format!("orders-{}", uuid::Uuid::now_v7().simple()),
+            _server: Some(Arc::new(server)),
+        }
+    }
+
+    /// One of each kind.
+    pub async fn each() -> [Self; 2] {
+        [Self::in_process(), Self::rabbitmq().await]
+    }
+
+    /// Reached at another address.
+    pub fn at(&self, address: SocketAddr) -> Self {
+        let (user, _) = self.url.rsplit_once('@').unwrap();
+        Self {
+            url: format!("{user}@{address}"),
+            ..self.clone()
+        }
+    }
+
+    pub fn address(&self) -> String {
+        self.url.rsplit_once('@').unwrap().1.to_owned()
+    }
+
+    pub fn use_in(&self, config: &mut Config) {
+        if self.kind == "rabbitmq" {
+            config.events.bus = BusKind::RabbitMq;
+            config.rabbitmq.url = BrokerUrl(self.url.clone());
+            config.rabbitmq.exchange.clone_from(&self.exchange);
+        }
+    }
+
+    /// The same for a process of its own.
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        match self.kind {
+            "rabbitmq" => vec![
+                ("SERVICE__EVENTS__BUS", "rabbitmq".to_owned()),
+                ("SERVICE__RABBITMQ__URL", self.url.clone()),
+                ("SERVICE__RABBITMQ__EXCHANGE", self.exchange.clone()),
+            ],
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Something between a service and its broker that can be cut.
+pub struct Wire(JoinHandle<()>);
+
+impl Wire {
+    pub async fn lay(from: SocketAddr, to: String) -> Self {
+        let listener = loop {
+            // The one that was cut a moment ago may still hold the address.
+            match TcpListener::bind(from).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        Self(tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((mut near, _)) = listener.accept().await {
+                let to = to.clone();
+                connections.spawn(async move {
+                    let mut far = TcpStream::connect(to).await?;
+                    tokio::io::copy_bidirectional(&mut near, &mut far).await
+                });
+            }
+        }))
+    }
+
+    /// Ends it and every connection over it.
+    pub async fn cut(self) {
+        self.0.abort();
+        let _ = self.0.await;
+    }
+}

@@ -1,0 +1,98 @@
+//! What every bus adapter promises.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use service::adapters::bus::{self, Bus};
+use service::domain::events::{Event, Kind};
+use service::domain::orders::{ItemRequest, Order, OrderRequest};
+
+use crate::broker::Broker;
+use crate::test_app::shipped_config;
+
+fn event() -> Event {
+    let item = ItemRequest {
+        sku: "tea".to_owned(),
+        quantity: 1,
+        unit_price_cents: 5,
+    };
+    let request = OrderRequest {
+        customer: "ada".to_owned(),
+        currency: "EUR".to_owned(),
+        items: vec![item],
+    };
+    Event::new(Kind::Placed, &Order::place(request, 50).unwrap())
+}
+
+/// A publisher that does as the relay does: again, until it is told that nothing is lost.
+fn publish(bus: &Arc<dyn Bus>, events: &[Event]) -> tokio::task::JoinHandle<()> {
+    let (bus, events) = (Arc::clone(bus), events.to_vec());
+    tokio::spawn(async move {
+        while bus.publish(&events).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+}
+
+#[tokio::test]
+async fn each_consumer_gets_all_in_order_and_again_until_it_is_done() {
+    for broker in Broker::each().await {
+        let mut config = shipped_config();
+        broker.use_in(&mut config);
+        let bus = bus::open(&config);
+        let kind = broker.kind;
+        let mut first = bus.subscribe("first").await.unwrap();
+        let mut second = bus.subscribe("second").await.unwrap();
+        let events: Vec<Event> = (0..20).map(|_| event()).collect();
+        let published = publish(&bus, &events);
+
+        let read = |text: &str| serde_json::from_str::<Event>(text).unwrap().id;
+        let wanted: Vec<_> = events.iter().map(|event| event.id).collect();
+        let mut seen = Vec::new();
+        for _ in &events {
+            let delivery = second.next().await.unwrap();
+            seen.push(read(&delivery.event));
+            delivery.done().await.unwrap();
+        }
+        assert_eq!(seen, wanted, "{kind}");
+
+        // The other one stops in the middle of the third; whoever takes its place gets that again.
+        for _ in 0..2 {
+            first.next().await.unwrap().done().await.unwrap();
+        }
+        let third = first.next().await.unwrap();
+        assert_eq!(read(&third.event), wanted[2], "{kind}");
+        drop((third, first));
+        let mut first = bus.subscribe("first").await.unwrap();
+        // What the second gets again it has had before.
+        let again = tokio::spawn(async move {
+            while let Ok(delivery) = second.next().await {
+                let _ = delivery.done().await;
+            }
+        });
+        let mut seen = Vec::new();
+        while seen.last() != wanted.last() {
+            let delivery = first.next().await.unwrap();
+            let id = read(&delivery.event);
+            delivery.done().await.unwrap();
+            seen.push(id);
+        }
+        let begin = wanted.iter().position(|id| *id == seen[0]).unwrap();
+        assert!(begin <= 2, "{kind}: it went on after {begin}");
+        assert_eq!(seen, wanted[begin..], "{kind}");
+        published.await.unwrap();
+        again.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_is_an_error_in_time() {
+    let mut config = shipped_config();
+    config.events.bus = service::config::BusKind::RabbitMq;
+    // Nobody listens there.
+    config.rabbitmq.url.0 = "amqp://guest:s3cret@127.0.0.1:9".to_owned();
+    let bus = bus::open(&config);
+    let error = bus.publish(&[event()]).await.unwrap_err().to_string();
+    assert!(error.contains("amqp://guest:***@127.0.0.1:9"), "{error}");
+    assert!(bus.subscribe("first").await.is_err());
+}

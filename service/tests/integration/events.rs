@@ -1,0 +1,255 @@
+//! Nothing that happened is lost, and nothing is done twice, whoever is killed and whenever.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::broker::{Broker, Wire};
+use crate::database::Database;
+use crate::test_app::{TestApp, order};
+
+/// Waits until `condition` holds.
+async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "{what} did not come about");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn totals(app: &TestApp, customer: &str) -> Value {
+    let (status, totals) = app.get(&format!("/v1/customers/{customer}/totals")).await;
+    assert_eq!(status, 200, "{totals}");
+    totals
+}
+
+#[tokio::test]
+async fn totals_follow_what_is_ordered_and_cancelled() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database, |_| {}).await;
+        let (_, first) = app.post("/v1/orders", order()).await;
+        app.post("/v1/orders", order()).await;
+        let two = json!([{ "currency": "EUR", "orders": 2, "total_cents": 4200 }]);
+        eventually("two orders", async || totals(&app, "ada").await == two).await;
+        let cancel = format!("/v1/orders/{}/cancel", first["id"].as_str().unwrap());
+        for _ in 0..2 {
+            app.post(&cancel, json!({})).await;
+        }
+        let one = json!([{ "currency": "EUR", "orders": 1, "total_cents": 2100 }]);
+        eventually("one order", async || totals(&app, "ada").await == one).await;
+        assert_eq!(totals(&app, "nobody").await, json!([]));
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_sent_again_places_one_order() {
+    let app = TestApp::start().await;
+    let key = |key: &str| [("idempotency-key", key.to_owned())];
+    let post = async |key: &[(&str, String)], body: Value| {
+        app.send_with(Method::POST, "/v1/orders", Some(body), key)
+            .await
+    };
+    let (status, first) = post(&key("one"), order()).await;
+    assert_eq!(status, 201, "{first}");
+    // Its answer stays what it was, whatever has become of the order.
+    let cancel = format!("/v1/orders/{}/cancel", first["id"].as_str().unwrap());
+    app.post(&cancel, json!({})).await;
+    assert_eq!(post(&key("one"), order()).await, (201, first));
+
+    let mut other = order();
+    other["customer"] = json!("bob");
+    let (status, problem) = post(&key("one"), other.clone()).await;
+    let kind = &problem["type"];
+    assert_eq!((status, kind), (422, &json!("idempotency-key-reused")));
+    assert_eq!(post(&key("two"), other).await.0, 201);
+    for wrong in [String::new(), "k".repeat(256)] {
+        let (status, problem) = post(&key(&wrong), order()).await;
+        assert_eq!(
+            (status, &problem["errors"][0]["field"]),
+            (422, &json!("Idempotency-Key"))
+        );
+    }
+}
+
+/// An event that cannot be acted on is put aside, those after it are acted on, and it is tried again
+/// when what was wrong is mended.
+#[tokio::test]
+async fn a_poisoned_event_is_put_aside() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database.clone(), |config| {
+            config.events.attempts = 2.try_into().unwrap();
+        })
+        .await;
+        let (_, poisoned) = app.post("/v1/orders", order()).await;
+        let one = json!([{ "currency": "EUR", "orders": 1, "total_cents": 2100 }]);
+        eventually("an order", async || totals(&app, "ada").await == one).await;
+        // Somebody has lost the customer's orders: one fewer than none cannot be.
+        app.execute("UPDATE customer_totals SET orders = 0").await;
+        let cancel = format!("/v1/orders/{}/cancel", poisoned["id"].as_str().unwrap());
+        app.post(&cancel, json!({})).await;
+        // And somebody has written what is no event at all.
+        app.execute("INSERT INTO outbox (event, created_at) VALUES ('{', 0)")
+            .await;
+        let mut next = order();
+        next["customer"] = json!("bob");
+        app.post("/v1/orders", next).await;
+        eventually("the next one", async || totals(&app, "bob").await == one).await;
+
+        let url = [("SERVICE__DATABASE__URL", database.url())];
+        let (code, said) = crate::commands::run("replay", &url);
+        assert_eq!(code, 1, "{said}");
+        for part in [
+            "0 events acted on, 2 left",
+            "totals still cannot",
+            "relay still cannot",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        app.execute("UPDATE customer_totals SET orders = 1").await;
+        let (_, said) = crate::commands::run("replay", &url);
+        assert!(said.contains("1 events acted on, 1 left"), "{said}");
+        let none = json!([{ "currency": "EUR", "orders": 0, "total_cents": 0 }]);
+        assert_eq!(totals(&app, "ada").await, none);
+    }
+}
+
+/// A service as a process of its own, which can be killed.
+struct Process(Child);
+
+impl Process {
+    fn start(database: &Database, broker: &Broker, port: u16, admin: u16) -> Self {
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service");
+        let child = Command::new(env!("CARGO_BIN_EXE_service"))
+            .env("SERVICE_CONFIG_DIR", config)
+            .env("SERVICE__DATABASE__URL", database.url())
+            .envs(broker.variables())
+            .env("SERVICE__SERVER__LISTEN", format!("127.0.0.1:{port}"))
+            .env(
+                "SERVICE__SERVER__ADMIN_LISTEN",
+                format!("127.0.0.1:{admin}"),
+            )
+            .env("SERVICE__EVENTS__LEASE", "1s")
+            .env("SERVICE__LOGGING__LEVEL", "error")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SIGKILL, wherever it is.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap().port()
+}
+
+/// Two processes on one database tell events and act on them, and are killed again and again while
+/// orders come in: afterwards the totals are those of the orders that are there, each counted once.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_doubled_when_processes_are_killed() {
+    let [sqlite, postgres] = Database::each().await;
+    let [in_process, rabbitmq] = Broker::each().await;
+    killed_again_and_again(sqlite, in_process).await;
+    killed_again_and_again(postgres, rabbitmq).await;
+}
+
+async fn killed_again_and_again(database: Database, broker: Broker) {
+    let kind = database.kind;
+    let ports = [free_port(), free_port(), free_port(), free_port()];
+    let start = |i: usize| Process::start(&database, &broker, ports[2 * i], ports[2 * i + 1]);
+    let mut processes = [Some(start(0)), Some(start(1))];
+    let client = reqwest::Client::new();
+    let mut acknowledged = 0;
+    for round in 0..12 {
+        // As many requests as there is time for until the kill, on both processes at once.
+        let until = Instant::now() + Duration::from_millis(150 + 40 * (round % 5));
+        let posts = (0..4).map(|i| {
+            let (client, url) = (
+                client.clone(),
+                format!("http://127.0.0.1:{}/v1/orders", ports[2 * (i % 2)]),
+            );
+            tokio::spawn(async move {
+                let mut placed = 0;
+                while Instant::now() < until {
+                    match client.post(&url).json(&order()).send().await {
+                        Ok(answer) if answer.status() == 201 => placed += 1,
+                        // One that has just been started.
+                        _ => tokio::time::sleep(Duration::from_millis(5)).await,
+                    }
+                }
+                placed
+            })
+        });
+        let posts: Vec<_> = posts.collect();
+        tokio::time::sleep_until((until - Duration::from_millis(30)).into()).await;
+        let victim = usize::try_from(round % 2).unwrap();
+        processes[victim] = None;
+        for post in posts {
+            acknowledged += post.await.unwrap();
+        }
+        processes[victim] = Some(start(victim));
+    }
+    assert!(acknowledged > 200, "{kind}: only {acknowledged} orders");
+
+    drop(processes);
+    let last = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
+    eventually("all is told", async || {
+        last.app.storage().backlog().await.unwrap() == 0
+    })
+    .await;
+    let (mut orders, mut after) = (0, None);
+    loop {
+        let page = last.app.storage().list(after, 500).await.unwrap();
+        let Some(oldest) = page.last() else { break };
+        after = Some(oldest.id);
+        orders += page.len();
+    }
+    // An order whose answer was lost may be there too.
+    assert!(orders >= acknowledged, "{kind}: {orders} of {acknowledged}");
+    let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+    eventually("all is counted", async || {
+        totals(&last, "ada").await == wanted
+    })
+    .await;
+    // Nothing comes that would be counted once more.
+    assert_eq!(totals(&last, "ada").await, wanted, "{kind}");
+}
+
+/// Writes go on while the broker is away, and nothing of them is lost.
+#[tokio::test]
+async fn a_broker_that_goes_away_keeps_nobody_waiting() {
+    let broker = Broker::rabbitmq().await;
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = socket.local_addr().unwrap();
+    drop(socket);
+    let app = TestApp::start_on(Database::sqlite(), |config| {
+        broker.at(place).use_in(config);
+    })
+    .await;
+    let mut placed = 0;
+    for _ in 0..3 {
+        for _ in 0..20 {
+            assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+            placed += 1;
+        }
+        assert_eq!(app.get("/health/ready").await.0, 200);
+        assert!(app.app.storage().backlog().await.unwrap() > 0);
+        let wire = Wire::lay(place, broker.address()).await;
+        let wanted = json!([{ "currency": "EUR", "orders": placed, "total_cents": placed * 2100 }]);
+        eventually("all is counted", async || {
+            totals(&app, "ada").await == wanted
+        })
+        .await;
+        wire.cut().await;
+    }
+}
