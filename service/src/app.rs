@@ -25,6 +25,8 @@ pub struct App {
     pub metrics: PrometheusHandle,
     storage: Arc<dyn Storage>,
     bus: Arc<dyn Bus>,
+    /// This process' own.
+    pub name: String,
     /// Says that there is something to tell.
     pub untold: Notify,
     draining: AtomicBool,
@@ -85,6 +87,7 @@ impl App {
             .context("opening the database")?;
         Ok(Arc::new(Self {
             bus: bus::open(&config),
+            name: uuid::Uuid::now_v7().to_string(),
             untold: Notify::new(),
             config,
             metrics,

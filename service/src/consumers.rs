@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::adapters::bus::{BusError, Delivery};
@@ -34,6 +35,7 @@ fn totals(event: &Event) -> Change {
         Kind::Cancelled => -1,
     };
     Change::Totals {
+        order: order.id,
         customer: order.customer.clone(),
         currency: order.currency.clone(),
         orders: sign,
@@ -76,7 +78,8 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
         let (error, id) = match serde_json::from_str::<Event>(&delivery.event) {
             Err(error) => {
                 failed = attempts;
-                (StorageError::Failed(error.to_string()), Uuid::now_v7())
+                let id = id_of(&delivery.event);
+                (StorageError::Failed(error.to_string()), id)
             }
             Ok(event) => match act(storage, consumer, &event).await {
                 Ok(true) => break "done",
@@ -84,6 +87,10 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 Err(error) => (error, event.id),
             },
         };
+        // One that comes again must not keep the others waiting again.
+        if let Ok(true) = storage.is_buried(consumer.name, id).await {
+            break "buried";
+        }
         // A database that is away comes back; what it refuses it may refuse for ever.
         failed += u32::from(matches!(error, StorageError::Failed(_)));
         if failed >= attempts {
@@ -100,6 +107,14 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
     let labels = [("consumer", consumer.name), ("outcome", outcome)];
     metrics::counter!("events_consumed_total", &labels).increment(1);
     delivery.done().await
+}
+
+/// The id of something that has none: the same for the same text.
+pub fn id_of(unreadable: &str) -> Uuid {
+    let digest = Sha256::digest(unreadable);
+    let mut id = [0; 16];
+    id.copy_from_slice(&digest[..16]);
+    Uuid::from_bytes(id)
 }
 
 /// Whether it was done now, not before.

@@ -4,10 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use uuid::Uuid;
-
 use crate::adapters::storage::{Storage, StorageError, Untold};
 use crate::app::App;
+use crate::consumers::id_of;
 use crate::domain::events::Event;
 
 /// The lease's name, and the consumer under which unreadable events are put aside.
@@ -17,11 +16,11 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 /// Relays until it is cancelled, which it may be at any point.
 pub async fn run(app: Arc<App>) {
-    let owner = Uuid::now_v7().to_string();
+    let owner = app.name.as_str();
     let config = &app.config.events;
     let mut pause = PAUSE.0;
     loop {
-        match step(&app, &owner).await {
+        match step(&app, owner).await {
             Ok(0) => {
                 pause = PAUSE.0;
                 // Whoever places an order in this process says so; another process' are looked for.
@@ -35,6 +34,13 @@ pub async fn run(app: Arc<App>) {
                 pause = (pause * 2).min(PAUSE.1);
             }
         }
+    }
+}
+
+/// Lets another process do it from now on.
+pub async fn give_up(app: &App) {
+    if let Err(error) = app.storage().give_up(RELAY, &app.name).await {
+        tracing::warn!(%error, "another process relays events only when the lease has ended");
     }
 }
 
@@ -83,7 +89,7 @@ async fn readable(storage: &dyn Storage, untold: Vec<Untold>) -> Result<Vec<Even
             Err(error) => {
                 tracing::error!(%error, event, "an event cannot be read");
                 let error = error.to_string();
-                storage.bury(RELAY, Uuid::now_v7(), &event, &error).await?;
+                storage.bury(RELAY, id_of(&event), &event, &error).await?;
             }
         }
     }

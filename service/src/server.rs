@@ -100,7 +100,11 @@ pub async fn serve(
     stopping.send_replace(true);
     let drained = async { while servers.join_next().await.is_some() {} };
     let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
+    let relays = !workers.is_empty();
     workers.shutdown().await;
+    if relays {
+        relay::give_up(&app).await;
+    }
     app.close().await;
     upkeep.abort();
     drained.context("requests were still running at server.drain_timeout")?;

@@ -50,3 +50,16 @@ CREATE TABLE customer_totals (
     total_cents INTEGER NOT NULL,
     PRIMARY KEY (customer, currency)
 ) STRICT, WITHOUT ROWID;
+
+-- The orders that are in those sums. An order of a time, or of a release, that told nothing is in none
+-- and is not taken out when it is cancelled.
+CREATE TABLE counted_orders (
+    order_id BLOB PRIMARY KEY NOT NULL
+) STRICT, WITHOUT ROWID;
+
+INSERT INTO counted_orders SELECT id FROM orders WHERE status = 'open';
+INSERT INTO customer_totals (customer, currency, orders, total_cents)
+SELECT customer, currency, count(DISTINCT id), sum(quantity * unit_price_cents)
+FROM orders JOIN order_items ON order_id = id
+WHERE status = 'open'
+GROUP BY customer, currency;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use service::config::Timeout;
 
 use crate::broker::{Broker, Wire};
 use crate::database::Database;
@@ -113,6 +114,90 @@ async fn a_poisoned_event_is_put_aside() {
         assert!(said.contains("1 events acted on, 1 left"), "{said}");
         let none = json!([{ "currency": "EUR", "orders": 0, "total_cents": 0 }]);
         assert_eq!(totals(&app, "ada").await, none);
+    }
+}
+
+/// However many there are, and however long each takes: the ones after them are acted on.
+#[tokio::test]
+async fn many_poisoned_events_keep_nobody_waiting_for_ever() {
+    let app = TestApp::start_on(Database::sqlite(), |config| {
+        config.events.attempts = 3.try_into().unwrap();
+        // A batch must be over within half of it.
+        config.events.lease = Timeout(Duration::from_secs(1));
+    })
+    .await;
+    let mut cancels = Vec::new();
+    for _ in 0..12 {
+        let (_, placed) = app.post("/v1/orders", order()).await;
+        cancels.push(format!(
+            "/v1/orders/{}/cancel",
+            placed["id"].as_str().unwrap()
+        ));
+    }
+    let all = json!([{ "currency": "EUR", "orders": 12, "total_cents": 12 * 2100 }]);
+    eventually("the orders", async || totals(&app, "ada").await == all).await;
+    app.execute("UPDATE customer_totals SET orders = 0").await;
+    for cancel in cancels {
+        app.post(&cancel, json!({})).await;
+    }
+    let mut next = order();
+    next["customer"] = json!("bob");
+    app.post("/v1/orders", next).await;
+    let one = json!([{ "currency": "EUR", "orders": 1, "total_cents": 2100 }]);
+    eventually("the next one", async || totals(&app, "bob").await == one).await;
+    assert_eq!(app.app.storage().buried(100).await.unwrap().len(), 12);
+}
+
+/// Orders that were placed before anything was told of them, or by a release that told nothing.
+#[tokio::test]
+async fn totals_begin_with_what_is_there() {
+    for database in Database::each().await {
+        let kind = database.kind;
+        let app = TestApp::start_on(database.clone(), |_| {}).await;
+        let (_, first) = app.post("/v1/orders", order()).await;
+        app.post("/v1/orders", order()).await;
+        // As it was before.
+        for table in [
+            "counted_orders",
+            "customer_totals",
+            "idempotency_keys",
+            "dead_letters",
+            "inbox",
+            "leases",
+            "outbox",
+        ] {
+            app.execute(&format!("DROP TABLE {table}")).await;
+        }
+        app.execute("DELETE FROM _sqlx_migrations WHERE version = 2")
+            .await;
+        let upgraded = app.beside(|_| {}).await;
+        let two = json!([{ "currency": "EUR", "orders": 2, "total_cents": 4200 }]);
+        assert_eq!(totals(&upgraded, "ada").await, two, "{kind}");
+        let cancel = format!("/v1/orders/{}/cancel", first["id"].as_str().unwrap());
+        upgraded.post(&cancel, json!({})).await;
+        let one = json!([{ "currency": "EUR", "orders": 1, "total_cents": 2100 }]);
+        eventually("one order", async || totals(&upgraded, "ada").await == one).await;
+
+        // One that nobody was told of is not taken out either.
+        let (_, untold) = upgraded.post("/v1/orders", order()).await;
+        eventually("two orders", async || totals(&upgraded, "ada").await == two).await;
+        let id = untold["id"].as_str().unwrap();
+        let hex = id.replace('-', "");
+        let id = if kind == "SQLite" {
+            format!("x'{hex}'")
+        } else {
+            format!("'{id}'")
+        };
+        upgraded
+            .execute(&format!("DELETE FROM counted_orders WHERE order_id = {id}"))
+            .await;
+        let cancel = format!("/v1/orders/{}/cancel", untold["id"].as_str().unwrap());
+        upgraded.post(&cancel, json!({})).await;
+        eventually("it is told", async || {
+            upgraded.app.storage().backlog().await.unwrap() == 0
+        })
+        .await;
+        assert_eq!(totals(&upgraded, "ada").await, two, "{kind}");
     }
 }
 

@@ -266,6 +266,8 @@ async fn a_lease_has_one_owner_at_a_time() {
         assert!(lease("a").await, "{kind}");
         assert!(lease("a").await, "{kind}: it may stay");
         assert!(!lease("b").await, "{kind}");
+        storage.give_up("relay", "b").await.unwrap();
+        assert!(!lease("b").await, "{kind}: it was not b's");
         assert!(storage.lease("another", "b", 60).await.unwrap(), "{kind}");
         // However the owner's own clock goes: the database's says that its time is over.
         database
@@ -273,6 +275,8 @@ async fn a_lease_has_one_owner_at_a_time() {
             .await;
         assert!(lease("b").await, "{kind}");
         assert!(!lease("a").await, "{kind}");
+        storage.give_up("relay", "b").await.unwrap();
+        assert!(lease("a").await, "{kind}");
     }
 }
 
@@ -282,6 +286,7 @@ async fn an_event_is_acted_on_once_and_by_each_consumer() {
         let order = order(1);
         let event = Event::new(Kind::Placed, &order);
         let change = |orders| Change::Totals {
+            order: order.id,
             customer: "ada".to_owned(),
             currency: "EUR".to_owned(),
             orders,

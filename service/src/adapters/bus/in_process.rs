@@ -13,9 +13,19 @@ use crate::domain::events::Event;
 /// How many events may wait for a consumer.
 const WAITING: usize = 256;
 
-#[derive(Default)]
 pub struct InProcess {
+    /// So many consumers there are; before all have subscribed, nothing is handed over.
+    expected: usize,
     consumers: Mutex<BTreeMap<&'static str, mpsc::Sender<Delivery>>>,
+}
+
+impl InProcess {
+    pub fn new(expected: usize) -> Self {
+        Self {
+            expected,
+            consumers: Mutex::default(),
+        }
+    }
 }
 
 struct Waiting(mpsc::Receiver<Delivery>);
@@ -31,6 +41,9 @@ impl Bus for InProcess {
                 .map(|(name, sender)| (*name, sender.clone()))
                 .collect()
         };
+        if consumers.len() < self.expected {
+            return Err(BusError("not every consumer has subscribed yet".to_owned()));
+        }
         let mut receipts = Vec::new();
         for event in events {
             let text = serde_json::to_string(event).map_err(|error| BusError(error.to_string()))?;

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 
 use crate::config::{BusKind, Config};
+use crate::consumers::CONSUMERS;
 use crate::domain::events::Event;
 
 /// Every consumer gets every event at least once, and those of one order in their order.
@@ -48,7 +49,7 @@ pub struct BusError(String);
 /// The adapter that the configuration names; it connects when it is used.
 pub fn open(config: &Config) -> Arc<dyn Bus> {
     match config.events.bus {
-        BusKind::InProcess => Arc::new(in_process::InProcess::default()),
+        BusKind::InProcess => Arc::new(in_process::InProcess::new(CONSUMERS.len())),
         BusKind::RabbitMq => Arc::new(rabbitmq::RabbitMq::new(&config.rabbitmq)),
     }
 }

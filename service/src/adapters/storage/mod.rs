@@ -38,6 +38,8 @@ pub trait Storage: Send + Sync {
     /// Becomes, or stays, the one who does what `name` says for `seconds` from now, by the database's
     /// clock; `false` while somebody else is.
     async fn lease(&self, name: &str, owner: &str, seconds: i64) -> Result<bool, StorageError>;
+    /// Lets somebody else do it at once.
+    async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError>;
     /// The oldest events that are still to be told, at most `limit`.
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
     /// These events have been told.
@@ -62,6 +64,8 @@ pub trait Storage: Send + Sync {
         event: &str,
         error: &str,
     ) -> Result<(), StorageError>;
+    /// Whether an event was put aside.
+    async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError>;
     /// What was put aside, the oldest first.
     async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError>;
     /// An event that was put aside is none any more.
@@ -104,8 +108,9 @@ pub struct Untold {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     Nothing,
-    /// More or fewer orders of a customer.
+    /// One order of a customer more, or one fewer of those that were counted.
     Totals {
+        order: OrderId,
         customer: String,
         currency: String,
         orders: i64,

@@ -189,6 +189,12 @@ impl Storage for Postgres {
         Ok(taken.rows_affected() == 1)
     }
 
+    async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
+        let give_up = sqlx::query(rows::GIVE_UP).bind(name).bind(owner);
+        give_up.execute(&self.pool).await?;
+        Ok(())
+    }
+
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
         let untold = sqlx::query_as(rows::UNTOLD).bind(i64::from(limit));
         Ok(untold.fetch_all(&self.pool).await?)
@@ -220,13 +226,17 @@ impl Storage for Postgres {
             return Ok(false);
         }
         if let Change::Totals {
+            order,
             customer,
             currency,
             orders,
             total_cents,
         } = change
         {
-            for add in rows::ADD_TO_TOTALS {
+            let count = rows::COUNT[usize::from(*orders < 0)];
+            let count = sqlx::query(count).bind(order.as_uuid());
+            let is_counted = count.execute(&mut *tx).await?.rows_affected() == 1;
+            for add in rows::ADD_TO_TOTALS.iter().filter(|_| is_counted) {
                 let add = sqlx::query(add).bind(customer).bind(currency);
                 let add = add.bind(orders).bind(total_cents);
                 if add.execute(&mut *tx).await?.rows_affected() == 1 {
@@ -250,6 +260,12 @@ impl Storage for Postgres {
         let bury = bury.bind(Timestamp::now().as_millisecond());
         bury.execute(&self.pool).await?;
         Ok(())
+    }
+
+    async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError> {
+        let buried = sqlx::query_scalar::<_, i64>(rows::IS_BURIED);
+        let buried = buried.bind(consumer).bind(event);
+        Ok(buried.fetch_one(&self.pool).await? > 0)
     }
 
     async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError> {

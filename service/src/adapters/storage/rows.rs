@@ -63,6 +63,13 @@ pub(super) const ADD_TO_TOTALS: [&str; 2] = [
     "INSERT INTO customer_totals (customer, currency, orders, total_cents)
      VALUES ($1, $2, $3, $4)",
 ];
+/// With one more order, and with one fewer.
+pub(super) const COUNT: [&str; 2] = [
+    "INSERT INTO counted_orders (order_id) VALUES ($1) ON CONFLICT DO NOTHING",
+    "DELETE FROM counted_orders WHERE order_id = $1",
+];
+pub(super) const IS_BURIED: &str =
+    "SELECT count(*) FROM dead_letters WHERE consumer = $1 AND event_id = $2";
 pub(super) const BURY: &str =
     "INSERT INTO dead_letters (consumer, event_id, event, error, failed_at)
      VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
@@ -85,6 +92,8 @@ pub(super) fn lease(now: &str) -> String {
          WHERE leases.owner = excluded.owner OR leases.expires_at < {now}"
     )
 }
+
+pub(super) const GIVE_UP: &str = "UPDATE leases SET expires_at = 0 WHERE name = $1 AND owner = $2";
 
 /// Milliseconds of so many days ago.
 pub(super) fn days_ago(days: i64) -> i64 {
