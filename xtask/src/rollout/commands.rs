@@ -226,10 +226,11 @@ impl<'a> Session<'a> {
             .request()
             .await?
             .map_or(0, |request| request.number);
+        let metrics = metrics::open(&self.pipeline, &self.name, &*platform)?;
         let started = Started {
             judge: self.pipeline.judge.clone(),
             bounds,
-            counts: match (platform.counts().await, kind) {
+            counts: match (metrics.totals().await, kind) {
                 (Ok(counts), _) => counts,
                 (Err(error), Kind::Canary) => return Err(error),
                 // Where nothing is judged, nothing waits for metrics.
@@ -250,9 +251,21 @@ impl<'a> Session<'a> {
 
     /// Makes the platform know every release that the rollout names.
     async fn prepare(&self, platform: &mut dyn Platform, plan: &engine::Plan) -> Result<()> {
-        for id in plan.releases() {
+        for id in plan.stable.iter().chain([&plan.candidate]) {
             let recorded = self.release(platform, id).await?;
             platform.prepare(&recorded).await?;
+        }
+        for id in &plan.others {
+            // What only has to be stopped must not keep the rest from being done.
+            let prepared = match self.release(platform, id).await {
+                Ok(recorded) => platform.prepare(&recorded).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = prepared {
+                let short = id.short();
+                self.output
+                    .warn(format_args!("{short} is to be stopped, but: {error:#}"));
+            }
         }
         Ok(())
     }

@@ -354,7 +354,7 @@ impl Driver<'_> {
         let mut counts = seen.to_vec();
         remember(
             &mut counts,
-            &self.platform.counts().await.unwrap_or_default(),
+            &self.metrics.totals().await.unwrap_or_default(),
         );
         let before = &journal.started().counts;
         let arm = |release: Option<&ReleaseId>| {

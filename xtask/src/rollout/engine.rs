@@ -301,12 +301,6 @@ impl State {
 }
 
 impl Plan {
-    /// All releases that the rollout has to do with.
-    pub fn releases(&self) -> impl Iterator<Item = &ReleaseId> {
-        let two = self.stable.iter().chain([&self.candidate]);
-        two.chain(&self.others)
-    }
-
     /// What the releases have earned once the rollout has earned its candidate `mark`.
     pub fn marks(&self, mark: Mark) -> Vec<(ReleaseId, Mark)> {
         let replaced = self.stable.iter().filter(|_| {

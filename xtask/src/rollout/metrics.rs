@@ -18,6 +18,11 @@ use crate::platform::{InstanceCounts, Platform};
 pub trait Metrics: Send + Sync {
     async fn sample(&self) -> Result<Vec<InstanceCounts>>;
 
+    /// The same for reports, which nothing is decided by.
+    async fn totals(&self) -> Result<Vec<InstanceCounts>> {
+        self.sample().await
+    }
+
     /// How old a sample's counts are.
     fn lag(&self) -> Duration {
         Duration::ZERO
@@ -73,6 +78,11 @@ struct ScrapeMetrics<'a> {
 impl Metrics for ScrapeMetrics<'_> {
     async fn sample(&self) -> Result<Vec<InstanceCounts>> {
         scrape(self.platform, &self.path, &self.names).await
+    }
+
+    /// A proxy knows of failures of a process that died, too.
+    async fn totals(&self) -> Result<Vec<InstanceCounts>> {
+        self.platform.counts().await
     }
 }
 

@@ -50,7 +50,10 @@ pub fn plan(
         least: platform.least(),
         by_replicas: platform.by_replicas(),
         // What is gone back from was found wanting: nobody returns to it in a hurry.
-        keeps_previous: rollout.keep_previous.is_some() && kind != Kind::Rollback,
+        // And behind a plain Service every pod gets requests.
+        keeps_previous: rollout.keep_previous.is_some()
+            && kind != Kind::Rollback
+            && !platform.by_replicas(),
         others: status
             .releases
             .iter()

@@ -7,7 +7,7 @@
 //! samples before and after it. Nothing is extrapolated: what is counted in one window is not
 //! counted in the next, and sums are those of the processes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -107,14 +107,11 @@ impl Server {
                 HeaderValue::try_from(value).with_context(wrong)?,
             );
         }
-        let server = Self {
+        Ok(Self {
             settings: settings.clone(),
             client: http::client()?,
             headers,
-        };
-        // What is missing is said before anything is done.
-        server.password()?;
-        Ok(server)
+        })
     }
 
     /// The token, or the user's password; a file is read each time, as it may be a new one.
@@ -177,10 +174,12 @@ impl Server {
         Ok(sums)
     }
 
-    /// The series' values at `at`, with their process and all their labels.
+    /// The series' values at `at`, with their process and all their labels. Of a process that has been
+    /// started anew around then, what it had counted before and after is not to be told apart: it is
+    /// left out.
     fn values<'s>(&self, series: &'s [Series], at: f64) -> Result<Vec<(Process, &'s Series, f64)>> {
         let (release, instance) = (&self.settings.release_label, &self.settings.instance_label);
-        let mut values = Vec::new();
+        let (mut values, mut broken) = (Vec::new(), BTreeSet::new());
         for series in series {
             let label = |name: &String| {
                 series.metric.get(name).cloned().with_context(|| {
@@ -188,11 +187,14 @@ impl Server {
                     format!("a series has no label {name}; it has {}", labels.join(", "))
                 })
             };
-            let key = (label(release)?, label(instance)?);
-            if let Some(value) = value_at(&series.values, at)? {
-                values.push((key, series, value));
+            let process = (label(release)?, label(instance)?);
+            match value_at(&series.values, at)? {
+                Value::Counted(value) => values.push((process, series, value)),
+                Value::NotYet => {}
+                Value::Broken => drop(broken.insert(process)),
             }
         }
+        values.retain(|(process, ..)| !broken.contains(process));
         Ok(values)
     }
 }
@@ -292,9 +294,18 @@ fn check_age(series: &[Series], now: f64, interval: Duration) -> Result<()> {
     Ok(())
 }
 
-/// A counter at a moment between two of its samples; `None` before the first and after the last,
-/// when its process was not there yet, or not any more.
-fn value_at(samples: &[Sample], at: f64) -> Result<Option<f64>> {
+/// A counter at a moment.
+#[derive(Debug, PartialEq)]
+enum Value {
+    /// Between two of its samples.
+    Counted(f64),
+    /// Its process was not there, or had not counted that.
+    NotYet,
+    /// Its process has been started anew, or is gone.
+    Broken,
+}
+
+fn value_at(samples: &[Sample], at: f64) -> Result<Value> {
     let number = |(_, text): &Sample| -> Result<f64> {
         let value: f64 = text
             .parse()
@@ -305,17 +316,19 @@ fn value_at(samples: &[Sample], at: f64) -> Result<Option<f64>> {
         Ok(value)
     };
     let after = samples.partition_point(|(time, _)| *time <= at);
-    if after == 0 || after == samples.len() {
-        return Ok(None);
+    if after == 0 {
+        return Ok(Value::NotYet);
     }
-    let (earlier, later) = (&samples[after - 1], &samples[after]);
+    let Some(later) = samples.get(after) else {
+        return Ok(Value::Broken);
+    };
+    let earlier = &samples[after - 1];
     let (from, to) = (number(earlier)?, number(later)?);
     if to < from {
-        // It was restarted in between: what it counted since then comes with its next sample.
-        return Ok(Some(from));
+        return Ok(Value::Broken);
     }
     let part = (at - earlier.0) / (later.0 - earlier.0);
-    Ok(Some(from + (to - from) * part))
+    Ok(Value::Counted(from + (to - from) * part))
 }
 
 #[cfg(test)]
@@ -331,14 +344,14 @@ mod tests {
     fn counters_are_taken_at_one_moment() {
         let values = samples(&[(10.0, 100.0), (20.0, 200.0), (30.0, 400.0)]);
         let at = |at| value_at(&values, at).unwrap();
-        assert_eq!(at(9.9), None, "it was not there yet");
-        assert_eq!(at(10.0), Some(100.0));
-        assert_eq!(at(15.0), Some(150.0));
-        assert_eq!(at(25.0), Some(300.0));
-        assert_eq!(at(30.0), None, "it may be gone");
+        assert_eq!(at(9.9), Value::NotYet);
+        assert_eq!(at(10.0), Value::Counted(100.0));
+        assert_eq!(at(15.0), Value::Counted(150.0));
+        assert_eq!(at(25.0), Value::Counted(300.0));
+        assert_eq!(at(30.0), Value::Broken, "it may be gone");
         let restarted = samples(&[(10.0, 100.0), (20.0, 4.0), (30.0, 8.0)]);
-        assert_eq!(value_at(&restarted, 19.0).unwrap(), Some(100.0));
-        assert_eq!(value_at(&restarted, 25.0).unwrap(), Some(6.0));
+        assert_eq!(value_at(&restarted, 19.0).unwrap(), Value::Broken);
+        assert_eq!(value_at(&restarted, 25.0).unwrap(), Value::Counted(6.0));
     }
 
     /// Processes that are scraped at different moments get equal windows all the same.
@@ -350,7 +363,11 @@ mod tests {
             let times = (0..20).map(|i| offset + f64::from(i) * interval);
             let values: Vec<(f64, f64)> = times.map(|time| (time, time * 10.0)).collect();
             let values = samples(&values);
-            value_at(&values, to).unwrap().unwrap() - value_at(&values, from).unwrap().unwrap()
+            let value = |at| match value_at(&values, at).unwrap() {
+                Value::Counted(value) => value,
+                other => panic!("{other:?}"),
+            };
+            value(to) - value(from)
         };
         for offset in [0.0, 3.0, 14.0] {
             let window = counted(offset, 100.0, 120.0);
@@ -388,6 +405,29 @@ mod tests {
         let series = read(ok, body.as_bytes()).unwrap();
         let error = value_at(&series[0].values, 15.0).unwrap_err().to_string();
         assert!(error.contains("NaN"), "{error}");
+    }
+
+    /// A process that is started anew begins without some of its series: what it had counted must not
+    /// come as one window's.
+    #[test]
+    fn a_process_that_was_started_anew_is_left_out() {
+        let series = |pod: &str, status: &str, values: &[(f64, f64)]| Series {
+            metric: [("release", "a"), ("pod", pod), ("status", status)]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
+            values: samples(values),
+        };
+        let all = [
+            series("old", "200", &[(10.0, 5.0), (20.0, 6.0), (30.0, 7.0)]),
+            series("new", "200", &[(10.0, 100.0), (20.0, 3.0), (30.0, 4.0)]),
+            series("new", "503", &[(10.0, 50.0)]),
+        ];
+        let server = server("http://localhost", "");
+        let sums = |at| server.sums(&all, at).unwrap();
+        let old = ("a".to_owned(), "old".to_owned());
+        assert_eq!(sums(15.0), BTreeMap::from([(old.clone(), 5.5)]));
+        // As long as a series of its is seen to have ended, it is not whole.
+        assert_eq!(sums(25.0), BTreeMap::from([(old, 6.5)]));
     }
 
     /// Answers one request with `body`, after `delay`; what was asked is returned.
@@ -472,15 +512,12 @@ mod tests {
         thread.join().unwrap();
     }
 
-    #[test]
-    fn a_secret_that_is_missing_is_named() {
-        let settings: Settings = toml::from_str(
-            "url = \"http://localhost\"\ninterval = \"15s\"\ntimeout = \"1s\"\nrequests = \"r\"\n\
-             errors = \"e\"\nrelease_label = \"release\"\ninstance_label = \"pod\"\n\
-             secret = { env = \"XTASK_TEST_NO_SUCH_VARIABLE\" }",
-        )
-        .unwrap();
-        let error = format!("{:#}", Server::open(&settings).err().unwrap());
+    /// Where it is missing nothing is judged; but a rollback needs no metrics.
+    #[tokio::test]
+    async fn a_secret_that_is_missing_is_named() {
+        let secret = "secret = { env = \"XTASK_TEST_NO_SUCH_VARIABLE\" }";
+        let server = server("http://localhost", secret);
+        let error = format!("{:#}", server.ask("up", 1.0).await.unwrap_err());
         assert!(error.contains("XTASK_TEST_NO_SUCH_VARIABLE"), "{error}");
     }
 

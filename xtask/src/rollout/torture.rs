@@ -193,6 +193,10 @@ impl Metrics for Memory {
         self.point().await;
         self.counts().await
     }
+
+    async fn totals(&self) -> Result<Vec<InstanceCounts>> {
+        self.counts().await
+    }
 }
 
 #[async_trait]
