@@ -31,6 +31,8 @@ pub fn run(words: &[&OsStr]) -> Result<()> {
         .arg(std::env::current_exe().context("finding this program")?)
         .arg("cluster")
         .args(words)
+        // What it says is for people: standard output is this command's own.
+        .stdout(std::io::stderr())
         .current_dir(cargo::root()?);
     let ended = command.status().context("starting sudo")?;
     if !ended.success() {

@@ -131,7 +131,7 @@ fn damaged_files() {
     let text = std::fs::read_to_string(&record).unwrap();
     std::fs::write(
         &record,
-        text.replace("\"schema_version\": 1", "\"schema_version\": 2"),
+        text.replace("\"schema_version\": ", "\"schema_version\": 1"),
     )
     .unwrap();
     let ended = fixture.run(&start).expect(2, "failed");

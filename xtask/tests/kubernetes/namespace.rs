@@ -210,6 +210,22 @@ impl Namespace {
         });
     }
 
+    /// Releases that are made from now on do without those objects, and their pods have one more label,
+    /// which their Service selects by.
+    pub fn change_labels(&self) {
+        self.change_overlay(|kustomization| {
+            let resources = kustomization["resources"].as_array_mut().unwrap();
+            resources.retain(|resource| resource != "more.yaml");
+            let add = |path: &str| json!([{ "op": "add", "path": path, "value": "web" }]).to_string();
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            patches.extend([
+                json!({ "target": { "kind": "Deployment" }, "patch": add("/spec/template/metadata/labels/tier") }),
+                json!({ "target": { "kind": "Deployment" }, "patch": add("/spec/selector/matchLabels/tier") }),
+                json!({ "target": { "kind": "Service", "name": "service" }, "patch": add("/spec/selector/tier") }),
+            ]);
+        });
+    }
+
     fn change_overlay(&self, change: impl FnOnce(&mut Value)) {
         let overlay = self.manifests.join("overlays/test/kustomization.yaml");
         let text = std::fs::read_to_string(&overlay).unwrap();

@@ -149,7 +149,7 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
     }
     namespace.run_by(&by, &["rollback"]).expect(0, "healthy");
     assert!(load.stop().is_empty());
-    assert_ne!(namespace.running(), [(short(&last), 2, 2)]);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
 
     let granted = granted(&namespace.json(&["get", "role", "deployer"]));
     let mut used = proxy.rights();

@@ -1,6 +1,6 @@
 //! The same outcomes as in the sandbox, behind each kind of router, under load.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixture::{Ended, Load};
 use crate::namespace::{Namespace, short};
@@ -126,6 +126,42 @@ fn a_kept_release_is_gone_back_to_at_once() {
     let retire = ["canary", "retire", "--now"];
     namespace.run(&retire).expect(0, "passed");
     assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
+    nothing_failed(load);
+}
+
+/// The Service inside the cluster has pods at every moment, and what only one release needs goes and
+/// comes with it.
+#[test]
+fn a_release_may_change_its_labels_and_its_objects() {
+    let namespace = Namespace::new("labels");
+    namespace.add_objects(&[json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": "more" },
+    })]);
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    namespace.change_labels();
+    let second = namespace.release("1.1.0");
+    let is_served = || {
+        let own = [
+            "get",
+            "endpointslices",
+            "--selector",
+            "kubernetes.io/service-name=service",
+        ];
+        let slices = namespace.json(&own);
+        let slices = slices["items"].as_array().unwrap();
+        slices
+            .iter()
+            .any(|slice| !slice["endpoints"].as_array().unwrap().is_empty())
+    };
+    let accounts = || namespace.ask(&["get", "serviceaccounts", "--output", "name"]);
+    let running = namespace.judged_canary(&second);
+    assert!(is_served() && accounts().contains("more"));
+    running.wait().expect(0, "healthy");
+    assert!(is_served() && !accounts().contains("more"));
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(is_served() && accounts().contains("more"));
     nothing_failed(load);
 }
 

@@ -204,8 +204,14 @@ impl Kubernetes {
     }
 
     async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
+        let name = name_of(&self.settings, release);
+        if replicas == 0 && !self.bundles.contains_key(release) {
+            // Of one that nobody can say more of, at least this.
+            fence.remove(&autoscalers(), &name).await?;
+            let none = |_: &Value| Some(json!({ "spec": { "replicas": 0 } }));
+            return fence.change(&deployments(), &name, none).await;
+        }
         let bundle = self.bundle(release)?;
-        let name = bundle.name(&self.settings);
         let there = self.api.get(&deployments(), &name).await?;
         let runs_nothing = |there: &Value| there["spec"]["replicas"] == 0;
         if replicas == 0 {
@@ -220,10 +226,8 @@ impl Kubernetes {
         let mut wanted = bundle.deployment.clone();
         if replicas > 0 && there.as_ref().is_none_or(runs_nothing) {
             // Whoever gives the release up must find that there is something of it.
-            let mut first = wanted.clone();
-            first["spec"]["replicas"] = json!(0);
-            first["metadata"]["annotations"][UNFINISHED] = json!("true");
-            self.apply_deployment(fence, release, &first).await?;
+            self.apply_deployment(fence, release, &unfinished(bundle))
+                .await?;
             self.provide(fence, bundle).await?;
         } else if replicas > 0 {
             self.replace_lost(fence, bundle).await?;
@@ -237,6 +241,18 @@ impl Kubernetes {
         );
         self.event(release, "Normal", "Scaled", &said).await;
         Ok(())
+    }
+
+    /// Ends a release's pods; what else there is of it is still to be taken away.
+    async fn empty(&self, fence: &Fence<'_>, release: &ReleaseId) -> Result<()> {
+        let bundle = self.bundle(release)?;
+        let name = bundle.name(&self.settings);
+        fence.remove(&autoscalers(), &name).await?;
+        if self.api.get(&deployments(), &name).await?.is_none() {
+            return Ok(());
+        }
+        self.apply_deployment(fence, release, &unfinished(bundle))
+            .await
     }
 
     async fn apply_deployment(
@@ -266,7 +282,17 @@ impl Kubernetes {
                 None => bail!("no release was prepared"),
             },
         };
-        if let Some(taken_over) = self.traffic.route(fence, bundle, weights).await?
+        // One that was kept may have lost something meanwhile.
+        for (release, _) in weights {
+            self.replace_lost(fence, self.bundle(release)?).await?;
+        }
+        // Each release has its own labels: the Service must select those of the one that it leads to.
+        let front = match traffic::in_service(weights) {
+            Some(release) => &self.bundle(release)?.front,
+            None => &bundle.front,
+        };
+        let routed = self.traffic.route(fence, bundle, front, weights).await?;
+        if let Some(taken_over) = routed
             && let Some((release, _)) = weights.last()
         {
             self.event(release, "Warning", "TakenOver", &taken_over)
@@ -313,6 +339,17 @@ impl Kubernetes {
             .await?;
         self.event(&plan.candidate, "Normal", "Recorded", &mark.to_string())
             .await;
+        // A release that runs on may need what its successor does without.
+        if let (Mark::Healthy, Some(replaced), false) = (mark, &plan.stable, plan.keeps_previous) {
+            self.drop_unused(fence, replaced, &plan.candidate).await?;
+        }
+        // Releases of before had one budget together, and a pod with two cannot be evicted.
+        if plan.stable_after(mark).is_some_and(|stable| {
+            self.bundle(stable)
+                .is_ok_and(|bundle| bundle.budget.is_some())
+        }) {
+            fence.remove(&budgets(), &self.settings.name).await?;
+        }
         self.condition(&plan.candidate, &mark.to_string()).await;
         // What is left over for now goes with the next record.
         if let Err(error) = self.forget_old(fence, plan).await {
@@ -326,6 +363,14 @@ impl Kubernetes {
         }
         Ok(())
     }
+}
+
+/// What runs a release, as it is while other things of it are made or taken away.
+fn unfinished(bundle: &Bundle) -> Value {
+    let mut deployment = bundle.deployment.clone();
+    deployment["spec"]["replicas"] = json!(0);
+    deployment["metadata"]["annotations"][UNFINISHED] = json!("true");
+    deployment
 }
 
 /// Who besides us has changed what runs a release: then it is that release no more.
@@ -372,8 +417,9 @@ impl Platform for Kubernetes {
             releases.extend(self.release(deployment, &pods, &weights).await);
         }
         // Where somebody has removed the record, what gets all requests is in service all the same.
+        let is_gone = record.environment.is_empty();
         let served = match weights.as_slice() {
-            [(only, 100)] => Some(only.clone()),
+            [(only, 100)] if is_gone => Some(only.clone()),
             _ => None,
         };
         Ok(Status {
@@ -436,7 +482,8 @@ impl Platform for Kubernetes {
                     self.raise_floor(&fence, &name, plan.replicas).await?;
                 }
                 if is_candidate && *replicas == 0 {
-                    // Its pods go last: as long as they are there, somebody comes back to this.
+                    // Its pods go, and that there is something left to do stays on record meanwhile.
+                    self.empty(&fence, release).await?;
                     if let Some(stable) = &plan.stable {
                         self.restore(&fence, stable).await?;
                     }

@@ -22,8 +22,21 @@ const KEPT: usize = 5;
 /// release has earned its place.
 const BROUGHT_BY: &str = "xtask.dev/brought-by";
 
-/// Kinds that may hold what nobody can make again.
-const HOLDS_DATA: [&str; 2] = ["PersistentVolumeClaim", "StatefulSet"];
+/// Kinds that hold nothing that could not be made again: only those are removed.
+const REMOVABLE: [&str; 7] = [
+    "Ingress",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "Role",
+    "RoleBinding",
+    "Service",
+    "ServiceAccount",
+];
+
+/// Whether both are the same object of the environment.
+fn is_same(one: &Value, other: &Value) -> bool {
+    one["kind"] == other["kind"] && api::name(one) == api::name(other)
+}
 
 fn jobs() -> Kind {
     Kind::new("batch/v1", "Job")
@@ -53,14 +66,15 @@ impl Kubernetes {
             self.await_set(object).await?;
         }
         for job in &bundle.jobs {
-            self.run_job(job, bundle.id.short()).await?;
+            self.run_job(fence, job, bundle.id.short()).await?;
         }
         Ok(())
     }
 
     /// Puts back what new pods need and somebody has removed since.
     pub(super) async fn replace_lost(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
-        for object in bundle.configs.iter().chain(bundle.of_pods()) {
+        let needed = bundle.others.iter().chain(&bundle.configs);
+        for object in needed.chain(bundle.of_pods()) {
             let kind = Kind::of(object)?;
             if self.api.get(&kind, api::name(object)).await?.is_none() {
                 fence.apply(object).await?;
@@ -76,12 +90,21 @@ impl Kubernetes {
         let pods = api
             .list(&pods::kind(), &format!("{JOB_OF}={short}"))
             .await?;
+        // Those of a job of the same name that was removed may still be there.
+        let is_own = |pod: &Value| {
+            let mut owners = api::items(&pod["metadata"]["ownerReferences"]);
+            owners.any(|owner| {
+                jobs.iter()
+                    .any(|job| job["metadata"]["uid"] == owner["uid"])
+            })
+        };
+        let pods: Vec<Value> = pods.into_iter().filter(is_own).collect();
         let broken = pods::broken_job(&jobs, &pods);
         if broken.is_some() || !pods.is_empty() {
             return Ok(broken);
         }
         // Of pods that are refused only events tell.
-        for job in jobs.iter().map(api::name) {
+        for job in &jobs {
             if let Some(why) = pods::refused(&api, job).await? {
                 return Ok(Some((why, None)));
             }
@@ -129,10 +152,9 @@ impl Kubernetes {
     }
 
     /// Runs a job to its end, once for each release.
-    async fn run_job(&self, job: &Value, release: &str) -> Result<()> {
-        match self.api.create(job).await {
-            Err(error) if api::is_there_already(&error) => {}
-            created => created.map(|_| ())?,
+    async fn run_job(&self, fence: &Fence<'_>, job: &Value, release: &str) -> Result<()> {
+        if self.api.get(&jobs(), api::name(job)).await?.is_none() {
+            fence.apply(job).await?;
         }
         self.until(job, Some(release), |job| {
             let mut conditions = api::items(&job["status"]["conditions"]);
@@ -152,13 +174,10 @@ impl Kubernetes {
             Some(stable) => self.bundle(stable)?.others.as_slice(),
             None => &[],
         };
-        let identity = |object: &Value| (object["kind"].clone(), api::name(object).to_owned());
         for object in &self.bundle(candidate)?.others {
             let kind = Kind::of(object)?;
-            let is_kept = stays
-                .iter()
-                .any(|stays| identity(stays) == identity(object));
-            if is_kept || HOLDS_DATA.contains(&kind.kind.as_str()) {
+            let is_kept = stays.iter().any(|stays| is_same(stays, object));
+            if is_kept || !REMOVABLE.contains(&kind.kind.as_str()) {
                 continue;
             }
             let there = self.api.get(&kind, api::name(object)).await?;
@@ -169,6 +188,24 @@ impl Kubernetes {
             }
         }
         self.remove_jobs(fence, candidate.short()).await
+    }
+
+    /// Takes away what the environment had with one release and has no more with the next.
+    pub(super) async fn drop_unused(
+        &self,
+        fence: &Fence<'_>,
+        replaced: &ReleaseId,
+        next: &ReleaseId,
+    ) -> Result<()> {
+        let stays = &self.bundle(next)?.others;
+        for object in &self.bundle(replaced)?.others {
+            let kind = Kind::of(object)?;
+            let is_kept = stays.iter().any(|stays| is_same(stays, object));
+            if !is_kept && REMOVABLE.contains(&kind.kind.as_str()) {
+                fence.remove(&kind, api::name(object)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// A release's jobs are run again the next time that it is rolled out.
@@ -197,7 +234,14 @@ impl Kubernetes {
         if let Some(autoscaler) = &bundle.autoscaler {
             fence.take_over(autoscaler).await?;
         }
-        self.traffic.settle(fence, bundle).await
+        match self.traffic.settle(fence, bundle).await {
+            Err(error) if api::is_owned_by_others(&error) => {
+                self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
+                    .await;
+                Ok(())
+            }
+            settled => settled,
+        }
     }
 
     /// Removes releases that run nothing and that nobody goes back to.
@@ -224,12 +268,13 @@ impl Kubernetes {
             fence.remove(&services(), name).await?;
             fence.remove(&autoscalers(), name).await?;
             fence.remove(&budgets(), name).await?;
-            fence.remove(&deployments(), name).await?;
             if let Some(short) = api::label(deployment, RELEASE) {
                 self.remove_jobs(fence, short).await?;
                 let kept = record::release_name(&self.settings, short);
                 fence.remove(&record::kind(), &kept).await?;
             }
+            // The rest is found by it.
+            fence.remove(&deployments(), name).await?;
         }
         Ok(())
     }

@@ -21,6 +21,9 @@ const HOPELESS: [&str; 8] = [
 /// A scheduler that has found no place for so long, in seconds, waits for somebody.
 const UNSCHEDULABLE: i64 = 10;
 
+/// A job without a pod for so long, in seconds, is not being started at this moment.
+const REFUSED: i64 = 5;
+
 pub fn kind() -> Kind {
     Kind::new("v1", "Pod")
 }
@@ -139,15 +142,24 @@ fn pod_broken(pod: &Value) -> Option<String> {
     })
 }
 
-/// Why a job's pods cannot be created, where that was tried.
-pub async fn refused(api: &Api, job: &str) -> Result<Option<String>> {
-    let events = events(api, job).await?;
-    let refused = events
-        .iter()
-        .find(|event| event["reason"] == "FailedCreate");
+/// Why a job's pods cannot be created, where that was tried for a while.
+pub async fn refused(api: &Api, job: &Value) -> Result<Option<String>> {
+    let since = job["metadata"]["creationTimestamp"].as_str();
+    let since = since.and_then(|since| since.parse::<jiff::Timestamp>().ok());
+    let waited = since.map(|since| jiff::Timestamp::now().as_second() - since.as_second());
+    if waited.is_none_or(|waited| waited < REFUSED) {
+        return Ok(None);
+    }
+    let name = api::name(job);
+    let events = events(api, name).await?;
+    // One of the same name that was removed has left events, too.
+    let refused = events.iter().find(|event| {
+        event["reason"] == "FailedCreate"
+            && event["involvedObject"]["uid"] == job["metadata"]["uid"]
+    });
     Ok(refused.map(|event| {
         let why = event["message"].as_str().unwrap_or_default();
-        format!("the pods of {job} are refused: {why}")
+        format!("the pods of {name} are refused: {why}")
     }))
 }
 

@@ -21,15 +21,23 @@ impl Shape for Gateway {
     }
 
     fn mark(&self, part: &mut Value, header: &str, value: &str) {
-        let set = json!([{ "name": header, "value": value }]);
-        let filter = json!({
-            "type": "ResponseHeaderModifier",
-            "responseHeaderModifier": { "set": set },
-        });
-        match part["filters"].as_array_mut() {
-            Some(filters) => filters.push(filter),
-            None => part["filters"] = json!([filter]),
+        let header = json!({ "name": header, "value": value });
+        let kind = "ResponseHeaderModifier";
+        // Of each kind there may be one filter.
+        let mut filters = part["filters"].as_array().cloned().unwrap_or_default();
+        match filters.iter_mut().find(|filter| filter["type"] == kind) {
+            Some(filter) => {
+                let set = &mut filter["responseHeaderModifier"]["set"];
+                match set.as_array_mut() {
+                    Some(set) => set.push(header),
+                    None => *set = json!([header]),
+                }
+            }
+            None => filters.push(json!({
+                "type": kind, "responseHeaderModifier": { "set": [header] },
+            })),
         }
+        part["filters"] = filters.into();
     }
 
     fn restrict(&self, rule: &mut Value, header: &str, value: &str) {
@@ -112,6 +120,21 @@ mod tests {
         ));
         let silent = json!({ "spec": { "parentRefs": [{ "name": "g" }] } });
         assert!(matches!(Gateway.taken(&silent, 1), Taken::NotYet));
+    }
+
+    #[test]
+    fn a_header_joins_those_that_are_set_already() {
+        let own = json!({
+            "type": "ResponseHeaderModifier",
+            "responseHeaderModifier": { "set": [{ "name": "a", "value": "1" }] },
+        });
+        let mut rule = json!({ "filters": [own] });
+        Gateway.mark(&mut rule, "b", "2");
+        let set = json!([{ "name": "a", "value": "1" }, { "name": "b", "value": "2" }]);
+        assert_eq!(rule["filters"][0]["responseHeaderModifier"]["set"], set);
+        let mut bare = json!({});
+        Gateway.mark(&mut bare, "b", "2");
+        assert_eq!(bare["filters"].as_array().map(Vec::len), Some(1));
     }
 
     #[test]

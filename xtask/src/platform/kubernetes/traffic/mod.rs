@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use async_trait::async_trait;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::api::{self, Api};
 use super::fence::Fence;
@@ -32,12 +32,14 @@ pub trait Traffic: Send + Sync {
     /// The split that the router was given.
     async fn weights(&self, api: &Api, known: &Known) -> Result<Weights>;
 
-    /// Gives the router this split and waits until it is in effect. `bundle` has the route. What
-    /// was taken over from somebody else is told.
+    /// Gives the router this split and waits until it is in effect. `bundle` has the route, and
+    /// `front` is the Service inside the cluster as the release in service has it. What was taken
+    /// over from somebody else is told.
     async fn route(
         &self,
         fence: &Fence<'_>,
         bundle: &Bundle,
+        front: &Value,
         weights: &Weights,
     ) -> Result<Option<String>>;
 
@@ -78,12 +80,17 @@ pub fn open(settings: &Settings, service: &Service) -> Box<dyn Traffic> {
     }
 }
 
+/// The release that gets everything, or else the one that got everything before.
+pub fn in_service(weights: &Weights) -> Option<&ReleaseId> {
+    let all = weights.iter().find(|(_, weight)| *weight == 100);
+    all.or(weights.first()).map(|(release, _)| release)
+}
+
 /// Points the Service inside the cluster, which cannot split, at the release in service: the
 /// candidate's pods are enough for all of its traffic only once they carry everything.
-async fn point(fence: &Fence<'_>, bundle: &Bundle, weights: &Weights) -> Result<()> {
-    let mut front = bundle.front.clone();
-    let all = weights.iter().find(|(_, weight)| *weight == 100);
-    if let Some((release, _)) = all.or(weights.first()) {
+async fn point(fence: &Fence<'_>, front: &Value, weights: &Weights) -> Result<()> {
+    let mut front = front.clone();
+    if let Some(release) = in_service(weights) {
         front["spec"]["selector"][RELEASE] = json!(release.short());
     }
     fence.apply(&front).await.map(|_| ())

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use async_trait::async_trait;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Known, Traffic, Weights};
 use crate::config::{Kubernetes as Settings, Stage};
@@ -51,10 +51,11 @@ impl Traffic for Replicas {
     async fn route(
         &self,
         fence: &Fence<'_>,
-        bundle: &Bundle,
+        _bundle: &Bundle,
+        front: &Value,
         weights: &Weights,
     ) -> Result<Option<String>> {
-        let mut front = bundle.front.clone();
+        let mut front = front.clone();
         let split: Vec<(&str, u8)> = weights
             .iter()
             .map(|(release, weight)| (release.short(), *weight))

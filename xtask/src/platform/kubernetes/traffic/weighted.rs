@@ -230,11 +230,16 @@ impl<S: Shape> Weighted<S> {
                 from => {
                     in_a_row = 0;
                     last = from.unwrap_or_else(|| match answer {
-                        Ok(answer) if answer.status().is_success() => format!(
+                        Ok(answer)
+                            if answer.status().is_success()
+                                && matches!(sign, Sign::Releases(_)) =>
+                        {
+                            format!(
                             "somebody without the header {header} (a gateway that does not heed \
                              filters of backends, such as Traefik, can only do without \
                              kubernetes.release_header)"
-                        ),
+                            )
+                        }
                         Ok(answer) => format!("nobody ({})", answer.status()),
                         Err(error) => format!("nobody ({error})"),
                     });
@@ -269,6 +274,7 @@ impl<S: Shape> Traffic for Weighted<S> {
         &self,
         fence: &Fence<'_>,
         bundle: &Bundle,
+        front: &Value,
         weights: &Weights,
     ) -> Result<Option<String>> {
         let kinds = self.shape.kinds();
@@ -294,6 +300,8 @@ impl<S: Shape> Traffic for Weighted<S> {
         let is_in =
             |backends: &[Backend], short: &str| backends.iter().any(|(other, _)| other == short);
 
+        // One release for everything: nobody's edit of the route may keep a way back closed.
+        let firm = weights.len() == 1;
         // One that got no traffic so far may be unknown to the router, even if it is in the route.
         let serves = |short: &str| {
             let mut backends = present.iter();
@@ -312,7 +320,7 @@ impl<S: Shape> Traffic for Weighted<S> {
                 secret: &secret,
             };
             let wanted = self.wanted(route, &introduced, Some(&probe))?;
-            self.apply(fence, &wanted, false).await?;
+            self.apply(fence, &wanted, firm).await?;
             self.see(Sign::Probe(&secret)).await?;
         }
         for (short, weight) in present {
@@ -322,9 +330,7 @@ impl<S: Shape> Traffic for Weighted<S> {
             }
         }
         // Those are ready by now; whoever is killed after the next write need not come back to this.
-        point(fence, bundle, weights).await?;
-        // One release for everything: nobody's edit of the route may keep a way back closed.
-        let firm = weights.len() == 1;
+        point(fence, front, weights).await?;
         // Where answers do not name their release, the new route has a rule of its own to be seen by.
         let secret = format!("{}-{}", fence.token, json!(split));
         let secret: String = secret
