@@ -343,7 +343,7 @@ impl Load {
         Self { stop, thread }
     }
 
-    /// The failed requests by release; "none" where no answer came.
+    /// The failed requests by release; where none answered, why.
     pub fn stop(self) -> BTreeMap<String, u64> {
         self.stop.store(true, Ordering::SeqCst);
         self.thread.join().unwrap()
@@ -389,10 +389,10 @@ fn note(failed: &mut BTreeMap<String, u64>, answer: reqwest::Result<reqwest::Res
     let release = match answer {
         Ok(answer) if !answer.status().is_server_error() => return,
         Ok(answer) => answer.headers().get("x-release").map_or_else(
-            || "none".to_owned(),
+            || format!("nobody: {}", answer.status()),
             |release| release.to_str().unwrap().to_owned(),
         ),
-        Err(_) => "none".to_owned(),
+        Err(error) => format!("nobody: {error:?}"),
     };
     *failed.entry(release).or_default() += 1;
 }

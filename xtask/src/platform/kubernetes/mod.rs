@@ -23,7 +23,7 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
+use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, StaleWriter, Status};
 use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Mark, Plan};
@@ -284,7 +284,15 @@ impl Kubernetes {
         };
         // One that was kept may have lost something meanwhile.
         for (release, _) in weights {
-            self.replace_lost(fence, self.bundle(release)?).await?;
+            match self.replace_lost(fence, self.bundle(release)?).await {
+                Err(error) if error.is::<StaleWriter>() => return Err(error),
+                // Traffic does not wait for what is not needed to move it.
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    self.event(release, "Warning", "NotReplaced", &why).await;
+                }
+                Ok(()) => {}
+            }
         }
         // Each release has its own labels: the Service must select those of the one that it leads to.
         let front = match traffic::in_service(weights) {
@@ -417,7 +425,7 @@ impl Platform for Kubernetes {
             releases.extend(self.release(deployment, &pods, &weights).await);
         }
         // Where somebody has removed the record, what gets all requests is in service all the same.
-        let is_gone = record.environment.is_empty();
+        let is_gone = record.stable.is_none() && record.history.is_empty();
         let served = match weights.as_slice() {
             [(only, 100)] if is_gone => Some(only.clone()),
             _ => None,
