@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -82,9 +81,7 @@ pub struct Info {
 impl App {
     /// Connects to what the configuration names.
     pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
-        let storage = storage::open(&config.database)
-            .await
-            .context("opening the database")?;
+        let storage = storage::open(&config.database).await?;
         Ok(Arc::new(Self {
             bus: bus::open(&config),
             name: uuid::Uuid::now_v7().to_string(),
@@ -104,8 +101,7 @@ impl App {
                 migrate,
                 ..config.database.clone()
             };
-            let storage = storage::open(&database).await;
-            storage.context("opening the database")
+            storage::open(&database).await
         };
         let storage = open(false).await?;
         let before = storage.schema_version().await.ok();
@@ -118,8 +114,7 @@ impl App {
 
     /// Tries again what consumers have put aside; how many events were acted on, and those left.
     pub async fn replay(config: Config) -> anyhow::Result<(usize, Vec<DeadLetter>)> {
-        let storage = storage::open(&config.database).await;
-        let storage = storage.context("opening the database")?;
+        let storage = storage::open(&config.database).await?;
         let replayed = consumers::replay(&*storage).await;
         storage.close().await;
         Ok(replayed?)

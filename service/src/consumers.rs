@@ -11,9 +11,10 @@ use crate::adapters::bus::{BusError, Delivery};
 use crate::adapters::storage::{Change, DeadLetter, Storage, StorageError};
 use crate::app::App;
 use crate::domain::events::{Event, Kind};
+use crate::pause::Pause;
 
-/// The pause after a failure, at first and at most.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// The first pause after a failure.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Something that acts on events.
 pub struct Consumer {
@@ -45,13 +46,12 @@ fn totals(event: &Event) -> Change {
 
 /// Consumes until it is cancelled, which it may be at any point.
 pub async fn run(app: Arc<App>, consumer: &'static Consumer) {
-    let mut pause = PAUSE.0;
+    let mut pause = Pause::new(PAUSE);
     loop {
         let Err(error) = consume(&app, consumer, &mut pause).await;
         let name = consumer.name;
-        tracing::warn!(%error, ?pause, consumer = name, "consuming events failed");
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE.1);
+        tracing::warn!(%error, consumer = name, "consuming events failed");
+        pause.wait().await;
     }
 }
 
@@ -59,12 +59,12 @@ pub async fn run(app: Arc<App>, consumer: &'static Consumer) {
 async fn consume(
     app: &App,
     consumer: &'static Consumer,
-    pause: &mut Duration,
+    pause: &mut Pause,
 ) -> Result<std::convert::Infallible, BusError> {
     let mut subscription = app.bus().subscribe(consumer.name).await?;
     loop {
         let delivery = subscription.next().await?;
-        *pause = PAUSE.0;
+        pause.reset();
         handle(app, consumer, delivery).await?;
     }
 }
@@ -73,7 +73,7 @@ async fn consume(
 async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<(), BusError> {
     let storage = app.storage();
     let attempts = app.config.events.attempts.get();
-    let (mut failed, mut pause) = (0, PAUSE.0);
+    let (mut failed, mut pause) = (0, Pause::new(PAUSE));
     let outcome = loop {
         let (error, id) = match serde_json::from_str::<Event>(&delivery.event) {
             Err(error) => {
@@ -101,8 +101,7 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 break "buried";
             }
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE.1);
+        pause.wait().await;
     };
     let labels = [("consumer", consumer.name), ("outcome", outcome)];
     metrics::counter!("events_consumed_total", &labels).increment(1);

@@ -11,6 +11,7 @@ pub mod config;
 pub mod consumers;
 pub mod domain;
 pub mod middleware;
+mod pause;
 pub mod relay;
 pub mod router;
 pub mod server;

@@ -8,30 +8,30 @@ use crate::adapters::storage::{Storage, StorageError, Untold};
 use crate::app::App;
 use crate::consumers::id_of;
 use crate::domain::events::Event;
+use crate::pause::Pause;
 
 /// The lease's name, and the consumer under which unreadable events are put aside.
 const RELAY: &str = "relay";
-/// The pause after a failure, at first and at most.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// The first pause after a failure.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Relays until it is cancelled, which it may be at any point.
 pub async fn run(app: Arc<App>) {
     let owner = app.name.as_str();
     let config = &app.config.events;
-    let mut pause = PAUSE.0;
+    let mut pause = Pause::new(PAUSE);
     loop {
         match step(&app, owner).await {
             Ok(0) => {
-                pause = PAUSE.0;
+                pause.reset();
                 // Whoever places an order in this process says so; another process' are looked for.
                 let _ = tokio::time::timeout(config.poll.0, app.untold.notified()).await;
             }
-            Ok(_) => pause = PAUSE.0,
+            Ok(_) => pause.reset(),
             Err(error) => {
-                tracing::warn!(%error, ?pause, "relaying events failed");
+                tracing::warn!(%error, "relaying events failed");
                 metrics::counter!("relay_failures_total").increment(1);
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE.1);
+                pause.wait().await;
             }
         }
     }

@@ -10,7 +10,6 @@ CREATE TABLE outbox (
 CREATE TABLE leases (
     name       text   PRIMARY KEY,
     owner      text    NOT NULL,
-    token      bigint  NOT NULL,   -- grows with each new owner
     expires_at bigint  NOT NULL
 );
 

@@ -10,7 +10,6 @@ CREATE TABLE outbox (
 CREATE TABLE leases (
     name       TEXT    PRIMARY KEY NOT NULL,
     owner      TEXT    NOT NULL,
-    token      INTEGER NOT NULL,   -- grows with each new owner
     expires_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 

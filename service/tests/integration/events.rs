@@ -194,7 +194,7 @@ async fn totals_begin_with_what_is_there() {
         let cancel = format!("/v1/orders/{}/cancel", untold["id"].as_str().unwrap());
         upgraded.post(&cancel, json!({})).await;
         eventually("it is told", async || {
-            upgraded.app.storage().backlog().await.unwrap() == 0
+            upgraded.app.storage().untold(1).await.unwrap().is_empty()
         })
         .await;
         assert_eq!(totals(&upgraded, "ada").await, two, "{kind}");
@@ -289,7 +289,7 @@ async fn killed_again_and_again(database: Database, broker: Broker) {
     drop(processes);
     let last = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
     eventually("all is told", async || {
-        last.app.storage().backlog().await.unwrap() == 0
+        last.app.storage().untold(1).await.unwrap().is_empty()
     })
     .await;
     let (mut orders, mut after) = (0, None);
@@ -328,7 +328,7 @@ async fn a_broker_that_goes_away_keeps_nobody_waiting() {
             placed += 1;
         }
         assert_eq!(app.get("/health/ready").await.0, 200);
-        assert!(app.app.storage().backlog().await.unwrap() > 0);
+        assert!(!app.app.storage().untold(1).await.unwrap().is_empty());
         let wire = Wire::lay(place, broker.address()).await;
         let wanted = json!([{ "currency": "EUR", "orders": placed, "total_cents": placed * 2100 }]);
         eventually("all is counted", async || {

@@ -2,10 +2,12 @@
 
 mod postgres;
 mod rows;
+mod sql;
 mod sqlite;
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -44,8 +46,6 @@ pub trait Storage: Send + Sync {
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
     /// These events have been told.
     async fn told(&self, events: &[i64]) -> Result<(), StorageError>;
-    /// How many events are still to be told.
-    async fn backlog(&self) -> Result<i64, StorageError>;
     /// Forgets answers to writes, and what consumers have done, that are older than `days`.
     async fn forget(&self, days: i64) -> Result<(), StorageError>;
 
@@ -143,10 +143,13 @@ pub enum StorageError {
 /// Opens the adapter that the address asks for and, unless told not to, brings its schema up to
 /// date.
 pub async fn open(config: &Database) -> anyhow::Result<Arc<dyn Storage>> {
-    Ok(match config.url.scheme() {
-        Scheme::Sqlite => Arc::new(sqlite::Sqlite::open(config).await?),
-        Scheme::Postgres => Arc::new(postgres::Postgres::open(config).await?),
-    })
+    let opened: anyhow::Result<Arc<dyn Storage>> = match config.url.scheme() {
+        Scheme::Sqlite => sqlite::Sqlite::open(config).await.map(|s| Arc::new(s) as _),
+        Scheme::Postgres => postgres::Postgres::open(config)
+            .await
+            .map(|s| Arc::new(s) as _),
+    };
+    opened.context("opening the database")
 }
 
 impl From<sqlx::Error> for StorageError {

@@ -51,7 +51,6 @@ pub(super) const KEY: &str =
 
 pub(super) const TELL: &str = "INSERT INTO outbox (event, created_at) VALUES ($1, $2)";
 pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMIT $1";
-pub(super) const BACKLOG: &str = "SELECT count(*) FROM outbox";
 
 pub(super) const DONE: &str = "INSERT INTO inbox (consumer, event_id, done_at) VALUES ($1, $2, $3)
      ON CONFLICT DO NOTHING";
@@ -85,10 +84,9 @@ pub(super) const FORGET: [&str; 2] = [
 /// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds.
 pub(super) fn lease(now: &str) -> String {
     format!(
-        "INSERT INTO leases (name, owner, token, expires_at) VALUES ($1, $2, 1, {now} + $3)
+        "INSERT INTO leases (name, owner, expires_at) VALUES ($1, $2, {now} + $3)
          ON CONFLICT (name) DO UPDATE
-         SET owner = excluded.owner, expires_at = excluded.expires_at,
-             token = leases.token + CASE WHEN leases.owner = excluded.owner THEN 0 ELSE 1 END
+         SET owner = excluded.owner, expires_at = excluded.expires_at
          WHERE leases.owner = excluded.owner OR leases.expires_at < {now}"
     )
 }
