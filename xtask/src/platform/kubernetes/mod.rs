@@ -204,55 +204,57 @@ impl Kubernetes {
     }
 
     async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
-        let name = name_of(&self.settings, release);
-        if replicas == 0 && !self.bundles.contains_key(release) {
-            // Of one that nobody can say more of, at least this.
-            fence.remove(&autoscalers(), &name).await?;
-            let none = |_: &Value| Some(json!({ "spec": { "replicas": 0 } }));
-            return fence.change(&deployments(), &name, none).await;
+        if replicas == 0 {
+            return self.empty(fence, release, false).await;
         }
         let bundle = self.bundle(release)?;
+        let name = bundle.name(&self.settings);
         let there = self.api.get(&deployments(), &name).await?;
-        let runs_nothing = |there: &Value| there["spec"]["replicas"] == 0;
-        if replicas == 0 {
-            // An autoscaler would never let it go.
-            fence.remove(&autoscalers(), &name).await?;
-            if there.is_none() {
-                return Ok(());
-            }
-        } else {
-            self.raise_floor(fence, &name, replicas).await?;
-        }
-        let mut wanted = bundle.deployment.clone();
-        if replicas > 0 && there.as_ref().is_none_or(runs_nothing) {
+        self.raise_floor(fence, &name, replicas).await?;
+        if there.is_none_or(|there| there["spec"]["replicas"] == 0) {
             // Whoever gives the release up must find that there is something of it.
-            self.apply_deployment(fence, release, &unfinished(bundle))
+            self.apply_deployment(fence, release, &with_pods(bundle, 0, true))
                 .await?;
             self.provide(fence, bundle).await?;
-        } else if replicas > 0 {
+        } else {
             self.replace_lost(fence, bundle).await?;
         }
-        wanted["spec"]["replicas"] = json!(replicas);
-        self.apply_deployment(fence, release, &wanted).await?;
-        let said = format!(
-            "{replicas} pods of {} ({})",
-            bundle.version,
-            release.short()
-        );
-        self.event(release, "Normal", "Scaled", &said).await;
+        self.apply_deployment(fence, release, &with_pods(bundle, replicas, false))
+            .await?;
+        self.scaled(bundle, replicas).await;
         Ok(())
     }
 
-    /// Ends a release's pods; what else there is of it is still to be taken away.
-    async fn empty(&self, fence: &Fence<'_>, release: &ReleaseId) -> Result<()> {
-        let bundle = self.bundle(release)?;
-        let name = bundle.name(&self.settings);
+    /// Ends a release's pods. While it is `unfinished`, more of it is still to be taken away.
+    async fn empty(
+        &self,
+        fence: &Fence<'_>,
+        release: &ReleaseId,
+        is_unfinished: bool,
+    ) -> Result<()> {
+        let name = name_of(&self.settings, release);
+        // An autoscaler would never let it go.
         fence.remove(&autoscalers(), &name).await?;
+        let Some(bundle) = self.bundles.get(release) else {
+            // Of one that nobody can say more of, at least this.
+            let none = |_: &Value| Some(json!({ "spec": { "replicas": 0 } }));
+            return fence.change(&deployments(), &name, none).await;
+        };
         if self.api.get(&deployments(), &name).await?.is_none() {
             return Ok(());
         }
-        self.apply_deployment(fence, release, &unfinished(bundle))
-            .await
+        self.apply_deployment(fence, release, &with_pods(bundle, 0, is_unfinished))
+            .await?;
+        if !is_unfinished {
+            self.scaled(bundle, 0).await;
+        }
+        Ok(())
+    }
+
+    async fn scaled(&self, bundle: &Bundle, replicas: u32) {
+        let (version, short) = (&bundle.version, bundle.id.short());
+        let said = format!("{replicas} pods of {version} ({short})");
+        self.event(&bundle.id, "Normal", "Scaled", &said).await;
     }
 
     async fn apply_deployment(
@@ -336,6 +338,10 @@ impl Kubernetes {
         // The record comes last: once it is there, nobody comes back to the rest.
         if let Some(stable) = plan.stable_after(mark) {
             self.restore(fence, stable).await?;
+            if self.bundle(stable)?.budget.is_some() {
+                // Releases of before had one together, and a pod with two cannot be evicted.
+                fence.remove(&budgets(), &self.settings.name).await?;
+            }
         }
         let name = record::name(&self.settings);
         fence
@@ -347,20 +353,9 @@ impl Kubernetes {
             .await?;
         self.event(&plan.candidate, "Normal", "Recorded", &mark.to_string())
             .await;
-        // A release that runs on may need what its successor does without.
-        if let (Mark::Healthy, Some(replaced), false) = (mark, &plan.stable, plan.keeps_previous) {
-            self.drop_unused(fence, replaced, &plan.candidate).await?;
-        }
-        // Releases of before had one budget together, and a pod with two cannot be evicted.
-        if plan.stable_after(mark).is_some_and(|stable| {
-            self.bundle(stable)
-                .is_ok_and(|bundle| bundle.budget.is_some())
-        }) {
-            fence.remove(&budgets(), &self.settings.name).await?;
-        }
         self.condition(&plan.candidate, &mark.to_string()).await;
-        // What is left over for now goes with the next record.
-        if let Err(error) = self.forget_old(fence, plan).await {
+        // Nobody waits for this, and nothing that serves depends on it.
+        if let Err(error) = self.tidy(fence, plan, mark).await {
             self.event(
                 &plan.candidate,
                 "Warning",
@@ -373,11 +368,14 @@ impl Kubernetes {
     }
 }
 
-/// What runs a release, as it is while other things of it are made or taken away.
-fn unfinished(bundle: &Bundle) -> Value {
+/// What runs a release, with so many pods; `is_unfinished` while other things of it are made or taken
+/// away.
+fn with_pods(bundle: &Bundle, replicas: u32, is_unfinished: bool) -> Value {
     let mut deployment = bundle.deployment.clone();
-    deployment["spec"]["replicas"] = json!(0);
-    deployment["metadata"]["annotations"][UNFINISHED] = json!("true");
+    deployment["spec"]["replicas"] = json!(replicas);
+    if is_unfinished {
+        deployment["metadata"]["annotations"][UNFINISHED] = json!("true");
+    }
     deployment
 }
 
@@ -491,7 +489,7 @@ impl Platform for Kubernetes {
                 }
                 if is_candidate && *replicas == 0 {
                     // Its pods go, and that there is something left to do stays on record meanwhile.
-                    self.empty(&fence, release).await?;
+                    self.empty(&fence, release, true).await?;
                     if let Some(stable) = &plan.stable {
                         self.restore(&fence, stable).await?;
                     }

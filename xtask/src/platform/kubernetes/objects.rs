@@ -12,7 +12,7 @@ use super::{
     Kubernetes, TICK, autoscalers, budgets, deployments, pods, record, release_of, services,
 };
 use crate::release::ReleaseId;
-use crate::rollout::engine::Plan;
+use crate::rollout::engine::{Mark, Plan};
 
 /// How long what must be there before the pods, or must have run, may take.
 const NEEDED: Duration = Duration::from_secs(300);
@@ -33,9 +33,21 @@ const REMOVABLE: [&str; 7] = [
     "ServiceAccount",
 ];
 
-/// Whether both are the same object of the environment.
-fn is_same(one: &Value, other: &Value) -> bool {
-    one["kind"] == other["kind"] && api::name(one) == api::name(other)
+/// The environment's objects that one release brings and another does without, of kinds that may be
+/// removed.
+fn only_in(one: &Bundle, other: Option<&Bundle>) -> Result<Vec<(Kind, String)>> {
+    let identity = |object: &Value| Ok((Kind::of(object)?, api::name(object).to_owned()));
+    let all = |bundle: &Bundle| {
+        bundle
+            .others
+            .iter()
+            .map(identity)
+            .collect::<Result<Vec<_>>>()
+    };
+    let stays = other.map_or_else(|| Ok(Vec::new()), all)?;
+    let mut only = all(one)?;
+    only.retain(|object| REMOVABLE.contains(&object.0.kind.as_str()) && !stays.contains(object));
+    Ok(only)
 }
 
 fn jobs() -> Kind {
@@ -170,46 +182,20 @@ impl Kubernetes {
         candidate: &ReleaseId,
         stable: Option<&ReleaseId>,
     ) -> Result<()> {
-        let stays = match stable {
-            Some(stable) => self.bundle(stable)?.others.as_slice(),
-            None => &[],
-        };
-        for object in &self.bundle(candidate)?.others {
-            let kind = Kind::of(object)?;
-            let is_kept = stays.iter().any(|stays| is_same(stays, object));
-            if is_kept || !REMOVABLE.contains(&kind.kind.as_str()) {
-                continue;
-            }
-            let there = self.api.get(&kind, api::name(object)).await?;
+        let stable = stable.map(|stable| self.bundle(stable)).transpose()?;
+        for (kind, name) in only_in(self.bundle(candidate)?, stable)? {
+            let there = self.api.get(&kind, &name).await?;
             if there.is_some_and(|there| {
                 api::annotation(&there, BROUGHT_BY) == Some(candidate.as_str())
             }) {
-                fence.remove(&kind, api::name(object)).await?;
+                fence.remove(&kind, &name).await?;
             }
         }
         self.remove_jobs(fence, candidate.short()).await
     }
 
-    /// Takes away what the environment had with one release and has no more with the next.
-    pub(super) async fn drop_unused(
-        &self,
-        fence: &Fence<'_>,
-        replaced: &ReleaseId,
-        next: &ReleaseId,
-    ) -> Result<()> {
-        let stays = &self.bundle(next)?.others;
-        for object in &self.bundle(replaced)?.others {
-            let kind = Kind::of(object)?;
-            let is_kept = stays.iter().any(|stays| is_same(stays, object));
-            if !is_kept && REMOVABLE.contains(&kind.kind.as_str()) {
-                fence.remove(&kind, api::name(object)).await?;
-            }
-        }
-        Ok(())
-    }
-
     /// A release's jobs are run again the next time that it is rolled out.
-    pub(super) async fn remove_jobs(&self, fence: &Fence<'_>, short: &str) -> Result<()> {
+    async fn remove_jobs(&self, fence: &Fence<'_>, short: &str) -> Result<()> {
         for job in self.api.list(&jobs(), &self.of_release(short)).await? {
             fence.remove(&jobs(), api::name(&job)).await?;
         }
@@ -220,32 +206,42 @@ impl Kubernetes {
     pub(super) async fn restore(&self, fence: &Fence<'_>, stable: &ReleaseId) -> Result<()> {
         let bundle = self.bundle(stable)?;
         for object in &bundle.others {
-            match fence.apply(object).await {
-                // The way back does not end at what somebody else keeps.
-                Err(error) if api::is_owned_by_others(&error) => {
-                    self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
-                        .await;
-                }
-                applied => {
-                    applied?;
-                }
-            }
+            let applied = fence.apply(object).await.map(|_| ());
+            self.forgive_others(stable, applied).await?;
         }
         if let Some(autoscaler) = &bundle.autoscaler {
             fence.take_over(autoscaler).await?;
         }
-        match self.traffic.settle(fence, bundle).await {
+        let settled = self.traffic.settle(fence, bundle).await;
+        self.forgive_others(stable, settled).await
+    }
+
+    /// The way back does not end at what somebody else keeps: that is told.
+    async fn forgive_others(&self, release: &ReleaseId, done: Result<()>) -> Result<()> {
+        match done {
             Err(error) if api::is_owned_by_others(&error) => {
-                self.event(stable, "Warning", "OwnedByOthers", &format!("{error:#}"))
+                self.event(release, "Warning", "OwnedByOthers", &format!("{error:#}"))
                     .await;
                 Ok(())
             }
-            settled => settled,
+            done => done,
         }
     }
 
+    /// Removes what nothing needs any more.
+    pub(super) async fn tidy(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
+        // A release that runs on may need what its successor does without.
+        if let (Mark::Healthy, Some(replaced), false) = (mark, &plan.stable, plan.keeps_previous) {
+            let (replaced, next) = (self.bundle(replaced)?, self.bundle(&plan.candidate)?);
+            for (kind, name) in only_in(replaced, Some(next))? {
+                fence.remove(&kind, &name).await?;
+            }
+        }
+        self.forget_old(fence, plan).await
+    }
+
     /// Removes releases that run nothing and that nobody goes back to.
-    pub(super) async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+    async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
         let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
         let earned = record.earned();
         let mut old = self.api.list(&deployments(), &self.labels()).await?;

@@ -29,6 +29,10 @@ const PROBES: u32 = 20;
 /// The header by which a rule of the rollout's own is asked, and in which its answers say so.
 const PROBE_HEADER: &str = "x-xtask-probe";
 
+/// What to do about answers that do not name their release.
+const NAMELESS: &str = "(a gateway that does not heed filters of backends, such as Traefik, can only \
+     do without kubernetes.release_header)";
+
 /// What is particular to a kind of route.
 pub trait Shape: Send + Sync {
     /// The kinds of objects, the usual one first.
@@ -229,16 +233,10 @@ impl<S: Shape> Weighted<S> {
                 Some(from) if values.contains(&from.as_str()) => in_a_row += 1,
                 from => {
                     in_a_row = 0;
+                    let wants_name = matches!(sign, Sign::Releases(_));
                     last = from.unwrap_or_else(|| match answer {
-                        Ok(answer)
-                            if answer.status().is_success()
-                                && matches!(sign, Sign::Releases(_)) =>
-                        {
-                            format!(
-                            "somebody without the header {header} (a gateway that does not heed \
-                             filters of backends, such as Traefik, can only do without \
-                             kubernetes.release_header)"
-                            )
+                        Ok(answer) if wants_name && answer.status().is_success() => {
+                            format!("somebody without the header {header} {NAMELESS}")
                         }
                         Ok(answer) => format!("nobody ({})", answer.status()),
                         Err(error) => format!("nobody ({error})"),
