@@ -281,10 +281,17 @@ pub struct ServersRunArgs {
     pub command: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+pub struct ClusterUpArgs {
+    /// Make no namespaces: whoever has called sudo does that, by their own settings.
+    #[arg(long, hide = true)]
+    pub bare: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
     /// Start it, building it first where that was never done: real pods, Services, DNS, a gateway.
-    Up,
+    Up(ClusterUpArgs),
     /// End it, with everything that runs in it.
     Down,
     /// Show its node and its pods.
@@ -486,7 +493,7 @@ impl Command {
             Self::Workflows(WorkflowsCommand::Conclude) => "workflows conclude",
             Self::Servers(ServersCommand::Run(_)) => "servers run",
             Self::Servers(ServersCommand::Sweep) => "servers sweep",
-            Self::Cluster(ClusterCommand::Up) => "cluster up",
+            Self::Cluster(ClusterCommand::Up(_)) => "cluster up",
             Self::Cluster(ClusterCommand::Down) => "cluster down",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
             Self::Cluster(ClusterCommand::Kubeconfig) => "cluster kubeconfig",

@@ -65,10 +65,15 @@ const fn package(program: &'static str, debian: &'static [&'static str]) -> Pack
 
 pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finished> {
     match command {
-        ClusterCommand::Up => {
+        ClusterCommand::Up(args) if args.bare => {
+            Cluster::open()?.up(output)?;
+            Ok(Finished::new(Exit::Yes, "running"))
+        }
+        ClusterCommand::Up(_) => {
+            let pipeline = Pipeline::load(&cli.pipeline)?;
             let cluster = Cluster::open()?;
             cluster.up(output)?;
-            cluster.make_namespaces(&Pipeline::load(&cli.pipeline)?)?;
+            cluster.make_namespaces(&pipeline)?;
             output.line(format_args!("export KUBECONFIG={}", cluster.kubeconfig()));
             Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", cluster.places.kubeconfig()))
         }
@@ -94,11 +99,12 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
 /// Runs a command with a cluster, which is taken down again unless it was there before.
 fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     let given = std::env::var_os(KUBECONFIG);
+    let pipeline = Pipeline::load(&cli.pipeline)?;
     let cluster = Cluster::open()?;
     let ours = given.is_none() && !cluster.is_running();
     if given.is_none() {
         cluster.up(output)?;
-        cluster.make_namespaces(&Pipeline::load(&cli.pipeline)?)?;
+        cluster.make_namespaces(&pipeline)?;
     }
     let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
     let (program, arguments) = args.command.split_first().context("there is no command")?;
@@ -242,7 +248,7 @@ impl Cluster {
         if !system::is_root() {
             // What is installed and built is the user's, and root finds it there.
             install(output)?;
-            return root::run(&["up".as_ref()]);
+            return root::run(&["up".as_ref(), "--bare".as_ref()]);
         }
         let _lock = files::try_lock(&self.places.lock())?
             .context("another command is starting or stopping the cluster")?;
