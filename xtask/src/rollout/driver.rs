@@ -7,8 +7,8 @@ use async_trait::async_trait;
 
 use super::desk::{Desk, Writer};
 use super::engine::{
-    Action, Arm, Decide, Hold, HoldReason, Kind, Millis, Observation, Outcome, Phase, Plan, State,
-    Verdict, View,
+    Action, Arm, Decide, Hold, HoldReason, Kind, Millis, Observation, Outcome, Phase, Plan,
+    RequestKind, State, Verdict, View,
 };
 use super::journal::{ArmTotals, Entry, Journal, Totals, millis};
 use super::judge::{Judge, Judgement};
@@ -191,7 +191,7 @@ impl Driver<'_> {
             }
             match action {
                 Some(action) => {
-                    refused = self.act(&plan, action, refused, journal).await?;
+                    refused = self.act(&plan, &state, action, refused, journal).await?;
                     if let Some(hold) = refused.as_ref().and_then(|r| r.hold(&plan, now)) {
                         return Ok(End::Held(hold));
                     }
@@ -223,6 +223,7 @@ impl Driver<'_> {
     async fn act(
         &self,
         plan: &Plan,
+        state: &State,
         action: Action,
         refused: Option<Refused>,
         journal: &mut Journal,
@@ -236,7 +237,15 @@ impl Driver<'_> {
                 }])
                 .await?;
         }
-        match self.platform.apply(plan, &action, self.writer.token).await {
+        // A candidate's jobs may take minutes: an abort ends the wait, as a crash would.
+        let may_wait = state.phase == Phase::Shift
+            && matches!(&action, Action::Scale { release, .. } if *release == plan.candidate);
+        let applied = tokio::select! {
+            biased;
+            applied = self.platform.apply(plan, &action, self.writer.token) => applied,
+            () = self.aborted(state.request), if may_wait => return Ok(None),
+        };
+        match applied {
             Ok(()) => {
                 journal.append([Entry::Done { action }]).await?;
                 Ok(None)
@@ -264,6 +273,19 @@ impl Driver<'_> {
                 };
                 self.clock.sleep(PAUSE).await;
                 Ok(Some(refused))
+            }
+        }
+    }
+
+    /// Ends when somebody asks for an abort that has not been heard yet.
+    async fn aborted(&self, heard: u64) {
+        loop {
+            self.clock.sleep(PAUSE).await;
+            if let Ok(Some(asked)) = self.desk.request().await
+                && asked.number > heard
+                && asked.kind == RequestKind::Abort
+            {
+                return;
             }
         }
     }
@@ -357,6 +379,10 @@ impl Driver<'_> {
             &self.metrics.totals().await.unwrap_or_default(),
         );
         let before = &journal.started().counts;
+        if before.is_empty() && plan.stable.is_some() {
+            // Nobody could tell what had been counted by then.
+            return Totals::default();
+        }
         let arm = |release: Option<&ReleaseId>| {
             let mut totals = ArmTotals::default();
             for now in counts.iter().filter(|now| Some(&now.release) == release) {

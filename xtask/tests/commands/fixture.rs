@@ -234,13 +234,16 @@ impl Fixture {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut events = Vec::new();
-        for line in lines.by_ref() {
+        let found = lines.by_ref().any(|line| {
             let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
             let found = wanted(&event);
             events.push(event);
-            if found {
-                break;
-            }
+            found
+        });
+        if !found {
+            let ended = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&ended.stderr);
+            panic!("{arguments:?} ended before that: {said}");
         }
         Running {
             child,

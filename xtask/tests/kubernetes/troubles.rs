@@ -79,6 +79,44 @@ fn a_migration_that_fails_ends_the_rollout() {
     assert!(load.stop().is_empty());
 }
 
+/// What a candidate needs before its pods may take minutes, and nobody has to wait for it to give up.
+#[test]
+fn an_abort_is_heard_while_a_job_is_waited_for() {
+    let namespace = Namespace::new("waiting");
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    namespace.add_objects(&[json!({
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": { "name": "waits" },
+        "spec": {
+            "suspend": true,
+            "template": { "spec": {
+                "restartPolicy": "Never", "containers": [{
+                    "name": "waits", "image": "service",
+                    // The test's overlay gives every job its database.
+                    "env": [{ "name": "DATABASE", "value": "" }],
+                }],
+            } },
+        },
+    })]);
+    let next = namespace.release("1.1.0");
+    let start = ["canary", "start", "--release", &next];
+    let running = namespace.fixture.start_until(&start, |event| {
+        event["event"] == "action" && event["name"] == "scale"
+    });
+    let jobs = || namespace.ask(&["get", "jobs", "--output", "name"]);
+    eventually("the job", || jobs().contains("waits"));
+    namespace.run(&["canary", "abort"]).expect(0, "aborted");
+    let given_up = running.wait().expect(1, "aborted");
+    assert!(
+        !given_up.said.contains("not done within"),
+        "{}",
+        given_up.said
+    );
+    assert!(!jobs().contains("waits"));
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    assert!(load.stop().is_empty());
+}
+
 #[test]
 fn a_quota_is_named() {
     let namespace = Namespace::new("quota");
