@@ -39,7 +39,7 @@ pub trait Platform: Send + Sync {
     async fn status(&self) -> Result<Status>;
 
     /// Finds all that is wrong with a release before anything is done with it. A release must be
-    /// prepared before `apply` can name it.
+    /// prepared before `apply` can start any of it or give it traffic.
     async fn prepare(&mut self, release: &Recorded) -> Result<()>;
 
     /// From now on only writers with this fencing token or a newer one are heard: what an older
@@ -49,7 +49,8 @@ pub trait Platform: Send + Sync {
     /// Makes it so. Done twice it is the same as done once.
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()>;
 
-    /// Ends what a prepared release still runs; it must have no traffic.
+    /// Ends what a release still runs; it must have no traffic. What only it needs goes too, where
+    /// it and the release in service are prepared.
     async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()>;
 
     /// What the platform's own proxy counted since it started, for each instance.

@@ -26,6 +26,8 @@ use crate::release::{Recorded, ReleaseId, Store};
 
 /// How often a journal that another command writes is read.
 const POLL: Duration = Duration::from_millis(200);
+/// How long what is only reported may keep a rollback from beginning.
+const COUNTED_WITHIN: Duration = Duration::from_millis(500);
 /// How long `promote` waits to be heard.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
@@ -230,11 +232,13 @@ impl<'a> Session<'a> {
         let started = Started {
             judge: self.pipeline.judge.clone(),
             bounds,
-            counts: match (metrics.totals().await, kind) {
-                (Ok(counts), _) => counts,
-                (Err(error), Kind::Canary) => return Err(error),
+            counts: match kind {
+                Kind::Canary => metrics.totals().await?,
                 // Where nothing is judged, nothing waits for metrics.
-                (Err(_), Kind::Deploy | Kind::Rollback) => Vec::new(),
+                Kind::Deploy | Kind::Rollback => {
+                    let counted = tokio::time::timeout(COUNTED_WITHIN, metrics.totals()).await;
+                    counted.ok().and_then(Result::ok).unwrap_or_default()
+                }
             },
             stable_name: stable.as_ref().map(ToString::to_string),
             candidate_name: candidate.to_string(),
@@ -256,18 +260,24 @@ impl<'a> Session<'a> {
             platform.prepare(&recorded).await?;
         }
         for id in &plan.others {
-            // What only has to be stopped must not keep the rest from being done.
-            let prepared = match self.release(platform, id).await {
-                Ok(recorded) => platform.prepare(&recorded).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = prepared {
-                let short = id.short();
-                self.output
-                    .warn(format_args!("{short} is to be stopped, but: {error:#}"));
-            }
+            self.prepare_to_stop(platform, id).await;
         }
         Ok(())
+    }
+
+    /// What is known of a release that only has to be stopped; less must not keep that from being
+    /// done.
+    async fn prepare_to_stop(&self, platform: &mut dyn Platform, id: &ReleaseId) {
+        let prepared = match self.release(platform, id).await {
+            Ok(recorded) => platform.prepare(&recorded).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = prepared {
+            let short = id.short();
+            self.output.warn(format_args!(
+                "of {short} only what runs is stopped: {error:#}"
+            ));
+        }
     }
 
     /// A release of this environment, from this machine or from the platform, which keeps it.
@@ -560,18 +570,21 @@ impl<'a> Session<'a> {
         let now = jiff::Timestamp::now();
         let mut retired = Vec::new();
         for (id, until) in plan::kept(&status, self.keep_previous()) {
-            let recorded = self.release(&*platform, &id).await?;
+            let version = status.release(&id).map_or("", |release| &release.version);
+            let named = format!("{version} ({})", id.short());
             if until > now && !at_once {
                 self.output.line(format_args!(
-                    "{recorded} is kept until {until:.0}; --now ends it"
+                    "{named} is kept until {until:.0}; --now ends it"
                 ));
                 continue;
             }
-            platform.prepare(&recorded).await?;
+            for needed in status.stable.iter().chain([&id]) {
+                self.prepare_to_stop(&mut *platform, needed).await;
+            }
             platform.claim(writer.token).await?;
             platform.stop(&id, writer.token).await?;
             self.output.good(format_args!(
-                "{recorded} is stopped; a rollback to it starts it again"
+                "{named} is stopped; a rollback to it starts it again"
             ));
             retired.push(id);
         }
@@ -613,7 +626,11 @@ impl<'a> Session<'a> {
         status::rollout(&journal, seen.as_ref(), driven, self.output);
         match &looked {
             Some((now, address)) => {
-                let kept = plan::kept(now, self.keep_previous());
+                let mut kept = plan::kept(now, self.keep_previous());
+                // One that is on its way up is not kept.
+                if journal.state().outcome().is_none() {
+                    kept.retain(|(id, _)| *id != journal.plan().candidate);
+                }
                 status::running(now, &kept, address, self.output);
             }
             None => self

@@ -279,6 +279,7 @@ impl Daemon {
         match change {
             Change::Claim => {}
             Change::Scale { run, replicas } => saved.scale(run, replicas),
+            Change::Stop { release } => saved.stop(&release),
             Change::Route { weights } => {
                 world.check_weights(name, &weights)?;
                 saved.weights = weights;

@@ -141,6 +141,12 @@ impl Platform for Sandbox {
 
     async fn apply(&self, plan: &Plan, action: &Action, token: u64) -> Result<()> {
         let change = match action {
+            Action::Scale {
+                release,
+                replicas: 0,
+            } => Change::Stop {
+                release: release.clone(),
+            },
             Action::Scale { release, replicas } => Change::Scale {
                 run: self.run(release)?.clone(),
                 replicas: *replicas,
@@ -158,8 +164,8 @@ impl Platform for Sandbox {
     }
 
     async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()> {
-        let run = self.run(release)?.clone();
-        self.change(token, Change::Scale { run, replicas: 0 }).await
+        let release = release.clone();
+        self.change(token, Change::Stop { release }).await
     }
 
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {

@@ -12,7 +12,7 @@ use crate::release::ReleaseId;
 use crate::rollout::engine::Mark;
 
 /// Changes whenever the lines change; another number is another sandbox.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
@@ -49,6 +49,10 @@ pub enum Change {
     Scale {
         run: Run,
         replicas: u32,
+    },
+    /// Ends what runs of a release; nothing of it need be known for that.
+    Stop {
+        release: ReleaseId,
     },
     Route {
         weights: Vec<(ReleaseId, u8)>,

@@ -46,6 +46,14 @@ impl SavedEnvironment {
         }
     }
 
+    pub fn stop(&mut self, release: &ReleaseId) {
+        for saved in &mut self.releases {
+            if saved.run.release == *release {
+                saved.replicas = 0;
+            }
+        }
+    }
+
     pub fn replicas(&self, release: &ReleaseId) -> u32 {
         let saved = self
             .releases
