@@ -106,6 +106,10 @@ fn behind_another_gateway() {
 fn a_kept_release_is_gone_back_to_at_once() {
     let keep = [("rollout.keep_previous", "30m".into())];
     let namespace = Namespace::with("kept", "gateway", &keep);
+    namespace.add_objects(&[json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": "more" },
+    })]);
+    let accounts = || namespace.ask(&["get", "serviceaccounts", "--output", "name"]);
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
     let second = namespace.release("1.1.0");
@@ -121,10 +125,14 @@ fn a_kept_release_is_gone_back_to_at_once() {
     assert_eq!(started, None, "{}", back.said);
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
 
+    // What only the kept one needs goes with it.
+    namespace.change_labels();
     let third = namespace.release("1.2.0");
     namespace.run(&start(&third)).expect(0, "healthy");
+    assert!(accounts().contains("more"));
     let retire = ["canary", "retire", "--now"];
     namespace.run(&retire).expect(0, "passed");
+    assert!(!accounts().contains("more"));
     assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
     nothing_failed(load);
 }

@@ -23,10 +23,10 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, StaleWriter, Status};
+use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
 use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
 use crate::release::{Recorded, ReleaseId};
-use crate::rollout::engine::{Action, Mark, Plan};
+use crate::rollout::engine::{Action, Kind as Rollout, Mark, Plan};
 use crate::rollout::metrics;
 use api::{Api, Kind};
 use fence::Fence;
@@ -286,15 +286,9 @@ impl Kubernetes {
         };
         // One that was kept may have lost something meanwhile.
         for (release, _) in weights {
-            match self.replace_lost(fence, self.bundle(release)?).await {
-                Err(error) if error.is::<StaleWriter>() => return Err(error),
-                // Traffic does not wait for what is not needed to move it.
-                Err(error) => {
-                    let why = format!("{error:#}");
-                    self.event(release, "Warning", "NotReplaced", &why).await;
-                }
-                Ok(()) => {}
-            }
+            // Traffic does not wait for what is not needed to move it.
+            let replaced = self.replace_lost(fence, self.bundle(release)?).await;
+            self.told(release, "NotReplaced", replaced).await?;
         }
         // Each release has its own labels: the Service must select those of the one that it leads to.
         let front = match traffic::in_service(weights) {
@@ -355,16 +349,8 @@ impl Kubernetes {
             .await;
         self.condition(&plan.candidate, &mark.to_string()).await;
         // Nobody waits for this, and nothing that serves depends on it.
-        if let Err(error) = self.tidy(fence, plan, mark).await {
-            self.event(
-                &plan.candidate,
-                "Warning",
-                "NotRemoved",
-                &format!("{error:#}"),
-            )
-            .await;
-        }
-        Ok(())
+        let forgotten = self.forget_old(fence, plan).await;
+        self.told(&plan.candidate, "NotRemoved", forgotten).await
     }
 }
 
@@ -496,15 +482,37 @@ impl Platform for Kubernetes {
                     self.take_away(&fence, release, plan.stable.as_ref())
                         .await?;
                 }
-                self.scale(&fence, release, *replicas).await
+                self.scale(&fence, release, *replicas).await?;
+                if !is_candidate && *replicas == 0 {
+                    // A release that runs on may need what its successor does without.
+                    let kept = plan.stable.as_ref().filter(|stable| *stable != release);
+                    let stay = [Some(&plan.candidate), kept];
+                    self.leave_nothing(&fence, release, stay.into_iter().flatten())
+                        .await?;
+                }
+                Ok(())
             }
-            Action::Route { weights } => self.route(&fence, weights).await,
+            Action::Route { weights } => {
+                if plan.kind == Rollout::Rollback {
+                    self.turn_back(&fence, plan).await?;
+                }
+                self.route(&fence, weights).await
+            }
             Action::Record { mark } => self.record(&fence, plan, *mark).await,
         }
     }
 
     async fn stop(&self, release: &ReleaseId, token: u64) -> Result<()> {
-        self.scale(&self.fence(token), release, 0).await
+        let fence = self.fence(token);
+        self.scale(&fence, release, 0).await?;
+        let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
+        let known = self.bundles.keys().filter(|id| *id != release);
+        match record.stable {
+            Some(stable) if self.bundles.contains_key(&stable) => {
+                self.leave_nothing(&fence, release, known).await
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn counts(&self) -> Result<Vec<InstanceCounts>> {

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 
 use super::api::{self, Kind};
 use super::fence::Fence;
-use super::render::{Bundle, JOB_OF, RELEASE};
+use super::render::{Bundle, JOB_OF, RELEASE, WORKLOAD};
 use super::{
     Kubernetes, TICK, autoscalers, budgets, deployments, pods, record, release_of, services,
 };
+use crate::platform::StaleWriter;
 use crate::release::ReleaseId;
-use crate::rollout::engine::{Mark, Plan};
+use crate::rollout::engine::Plan;
 
 /// How long what must be there before the pods, or must have run, may take.
 const NEEDED: Duration = Duration::from_secs(300);
@@ -33,9 +34,12 @@ const REMOVABLE: [&str; 7] = [
     "ServiceAccount",
 ];
 
-/// The environment's objects that one release brings and another does without, of kinds that may be
+/// The environment's objects that one release brings and the others do without, of kinds that may be
 /// removed.
-fn only_in(one: &Bundle, other: Option<&Bundle>) -> Result<Vec<(Kind, String)>> {
+fn only_in<'a>(
+    one: &Bundle,
+    others: impl IntoIterator<Item = &'a Bundle>,
+) -> Result<Vec<(Kind, String)>> {
     let identity = |object: &Value| Ok((Kind::of(object)?, api::name(object).to_owned()));
     let all = |bundle: &Bundle| {
         bundle
@@ -44,10 +48,20 @@ fn only_in(one: &Bundle, other: Option<&Bundle>) -> Result<Vec<(Kind, String)>> 
             .map(identity)
             .collect::<Result<Vec<_>>>()
     };
-    let stays = other.map_or_else(|| Ok(Vec::new()), all)?;
+    let mut stays = Vec::new();
+    for other in others {
+        stays.extend(all(other)?);
+    }
     let mut only = all(one)?;
     only.retain(|object| REMOVABLE.contains(&object.0.kind.as_str()) && !stays.contains(object));
     Ok(only)
+}
+
+/// An object that is not there yet, with a note of who brings it along.
+fn brought_by(object: &Value, release: &ReleaseId) -> Value {
+    let mut object = object.clone();
+    object["metadata"]["annotations"][BROUGHT_BY] = json!(release);
+    object
 }
 
 fn jobs() -> Kind {
@@ -60,13 +74,12 @@ impl Kubernetes {
     pub(super) async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
         for object in &bundle.others {
             let there = self.api.get(&Kind::of(object)?, api::name(object)).await?;
-            let mut object = object.clone();
             let ours =
                 |there: &Value| api::annotation(there, BROUGHT_BY) == Some(bundle.id.as_str());
-            if there.as_ref().is_none_or(ours) {
-                object["metadata"]["annotations"][BROUGHT_BY] = json!(bundle.id);
-            }
-            fence.apply(&object).await?;
+            match there.as_ref().is_none_or(ours) {
+                true => fence.apply(&brought_by(object, &bundle.id)).await?,
+                false => fence.apply(object).await?,
+            };
         }
         for config in &bundle.configs {
             fence.apply(config).await?;
@@ -85,11 +98,13 @@ impl Kubernetes {
 
     /// Puts back what new pods need and somebody has removed since.
     pub(super) async fn replace_lost(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
-        let needed = bundle.others.iter().chain(&bundle.configs);
-        for object in needed.chain(bundle.of_pods()) {
-            let kind = Kind::of(object)?;
-            if self.api.get(&kind, api::name(object)).await?.is_none() {
-                fence.apply(object).await?;
+        let others = bundle.others.iter();
+        let others = others.map(|object| brought_by(object, &bundle.id));
+        let own = bundle.configs.iter().chain(bundle.of_pods()).cloned();
+        for object in others.chain(own) {
+            let kind = Kind::of(&object)?;
+            if self.api.get(&kind, api::name(&object)).await?.is_none() {
+                fence.apply(&object).await?;
             }
         }
         Ok(())
@@ -205,15 +220,49 @@ impl Kubernetes {
     /// What another release has changed around the one in service goes back with it.
     pub(super) async fn restore(&self, fence: &Fence<'_>, stable: &ReleaseId) -> Result<()> {
         let bundle = self.bundle(stable)?;
-        for object in &bundle.others {
-            let applied = fence.apply(object).await.map(|_| ());
-            self.forgive_others(stable, applied).await?;
-        }
+        self.restore_others(fence, bundle).await?;
         if let Some(autoscaler) = &bundle.autoscaler {
             fence.take_over(autoscaler).await?;
         }
         let settled = self.traffic.settle(fence, bundle).await;
         self.forgive_others(stable, settled).await
+    }
+
+    /// Before a release that was kept gets its traffic back: what its successor has changed around
+    /// it. One that was started again has been given that already.
+    pub(super) async fn turn_back(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+        let bundle = self.bundle(&plan.candidate)?;
+        let left = plan.stable.as_ref().and_then(|id| self.bundles.get(id));
+        if left.is_some_and(|left| left.others == bundle.others) {
+            return Ok(());
+        }
+        let restored = self.restore_others(fence, bundle).await;
+        self.told(&plan.candidate, "NotRestored", restored).await
+    }
+
+    async fn restore_others(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
+        for object in &bundle.others {
+            let applied = fence.apply(object).await.map(|_| ());
+            self.forgive_others(&bundle.id, applied).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells of what failed and nothing that serves depends on.
+    pub(super) async fn told(
+        &self,
+        release: &ReleaseId,
+        reason: &str,
+        done: Result<()>,
+    ) -> Result<()> {
+        match done {
+            Err(error) if !error.is::<StaleWriter>() => {
+                self.event(release, "Warning", reason, &format!("{error:#}"))
+                    .await;
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// The way back does not end at what somebody else keeps: that is told.
@@ -228,20 +277,32 @@ impl Kubernetes {
         }
     }
 
-    /// Removes what nothing needs any more.
-    pub(super) async fn tidy(&self, fence: &Fence<'_>, plan: &Plan, mark: Mark) -> Result<()> {
-        // A release that runs on may need what its successor does without.
-        if let (Mark::Healthy, Some(replaced), false) = (mark, &plan.stable, plan.keeps_previous) {
-            let (replaced, next) = (self.bundle(replaced)?, self.bundle(&plan.candidate)?);
-            for (kind, name) in only_in(replaced, Some(next))? {
-                fence.remove(&kind, &name).await?;
+    /// Removes what was around a release that has ended and none of those that `stay` needs.
+    pub(super) async fn leave_nothing<'a>(
+        &self,
+        fence: &Fence<'_>,
+        ended: &ReleaseId,
+        stay: impl Iterator<Item = &'a ReleaseId>,
+    ) -> Result<()> {
+        let Some(bundle) = self.bundles.get(ended) else {
+            return Ok(());
+        };
+        let stay = stay.filter_map(|id| self.bundles.get(id));
+        let mut removed = Ok(());
+        for (kind, name) in only_in(bundle, stay)? {
+            let there = self.api.get(&kind, &name).await?;
+            // Another workload's may have the same name.
+            let is_ours =
+                |there: &Value| api::label(there, WORKLOAD) == Some(self.settings.name.as_str());
+            if there.as_ref().is_some_and(is_ours) {
+                removed = removed.and(fence.remove(&kind, &name).await);
             }
         }
-        self.forget_old(fence, plan).await
+        self.told(ended, "NotRemoved", removed).await
     }
 
     /// Removes releases that run nothing and that nobody goes back to.
-    async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
+    pub(super) async fn forget_old(&self, fence: &Fence<'_>, plan: &Plan) -> Result<()> {
         let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
         let earned = record.earned();
         let mut old = self.api.list(&deployments(), &self.labels()).await?;
