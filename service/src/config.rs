@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use figment::Figment;
 use figment::providers::{Env, Format, Toml};
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -20,6 +21,7 @@ const CONFIG_DIR: &str = "config/service";
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub server: Server,
+    pub rate_limit: RateLimit,
     pub logging: Logging,
     pub database: Database,
     pub events: Events,
@@ -36,6 +38,18 @@ pub struct Server {
     /// Bytes.
     pub body_limit: NonZeroUsize,
     pub drain_timeout: Timeout,
+    pub max_in_flight: NonZeroUsize,
+    /// Networks of proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+/// What one client may ask for, of each process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    pub per_second: NonZeroU32,
+    /// Requests at once.
+    pub burst: NonZeroU32,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -256,15 +270,21 @@ impl Serialize for Timeout {
     }
 }
 
+impl FromStr for LogFilter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match tracing_subscriber::EnvFilter::builder().parse(text) {
+            Ok(_) => Ok(Self(text.to_owned())),
+            Err(error) => Err(format!("not a log filter: {error}")),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for LogFilter {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        match tracing_subscriber::EnvFilter::builder().parse(&text) {
-            Ok(_) => Ok(LogFilter(text)),
-            Err(error) => Err(serde::de::Error::custom(format!(
-                "not a log filter: {error}"
-            ))),
-        }
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 

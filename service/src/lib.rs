@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod consumers;
 pub mod domain;
+pub mod limits;
 pub mod middleware;
 mod pause;
 pub mod relay;

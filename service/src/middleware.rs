@@ -1,5 +1,5 @@
 //! Every layer around every request, outermost first: request id, log and metrics, panics,
-//! time-out, body limit.
+//! limits of clients and of the process, time-out, body limit.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -18,15 +18,17 @@ use uuid::Uuid;
 use crate::api::problem::Problem;
 use crate::app::App;
 use crate::config::Server;
+use crate::limits::{self, Limits};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
 
-pub fn apply(routes: Router<Arc<App>>, config: &Server) -> Router<Arc<App>> {
+pub fn apply(routes: Router<Arc<App>>, config: &Server, limits: Arc<Limits>) -> Router<Arc<App>> {
     routes.layer(
         ServiceBuilder::new()
             .layer(from_fn(observe))
             .layer(CatchPanicLayer::custom(panicked))
+            .layer(from_fn_with_state(limits, limits::admit))
             .layer(from_fn_with_state(config.request_timeout.0, time_limit))
             .layer(DefaultBodyLimit::max(config.body_limit.get())),
     )

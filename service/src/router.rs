@@ -7,10 +7,11 @@ use axum::routing::{get, post};
 
 use crate::api::{operations, rest};
 use crate::app::App;
+use crate::limits::Limits;
 use crate::middleware;
 
 /// What clients reach.
-pub fn public(app: &Arc<App>) -> Router {
+pub fn public(app: &Arc<App>, limits: Arc<Limits>) -> Router {
     let routes = Router::new()
         .route("/v1/orders", post(rest::create).get(rest::list))
         .route("/v1/orders/{id}", get(rest::get))
@@ -21,7 +22,7 @@ pub fn public(app: &Arc<App>) -> Router {
         .route("/info", get(operations::info))
         .fallback(rest::not_found)
         .method_not_allowed_fallback(rest::wrong_method);
-    middleware::apply(routes, &app.config.server).with_state(Arc::clone(app))
+    middleware::apply(routes, &app.config.server, limits).with_state(Arc::clone(app))
 }
 
 /// What only operators reach, on a port of its own.
@@ -31,6 +32,10 @@ pub fn admin(app: &Arc<App>) -> Router {
         .route("/health/ready", get(operations::ready))
         .route("/info", get(operations::info))
         .route("/metrics", get(operations::metrics))
+        .route(
+            "/log-level",
+            get(operations::log_level).put(operations::set_log_level),
+        )
         .fallback(rest::not_found)
         .with_state(Arc::clone(app))
 }

@@ -11,9 +11,10 @@ use tokio::sync::watch;
 use crate::app::App;
 use crate::config::Server;
 use crate::consumers::{self, CONSUMERS};
+use crate::limits::Limits;
 use crate::{relay, router};
 
-const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 
 /// The listening sockets of the service and of its operators.
@@ -55,16 +56,18 @@ pub async fn serve(
     stop: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
     let (public, admin) = sockets.addresses()?;
+    let limits = Arc::new(Limits::new(&app.config));
     let (stopping, stopped) = watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
     for (listener, routes) in [
-        (sockets.public, router::public(&app)),
+        (sockets.public, router::public(&app, Arc::clone(&limits))),
         (sockets.admin, router::admin(&app)),
     ] {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut stopped = stopped.clone();
         servers.spawn(async move {
+            let routes = routes.into_make_service_with_connect_info::<SocketAddr>();
             axum::serve(listener, routes)
                 .with_graceful_shutdown(async move {
                     // An error means that the sender is gone, which also ends the service.
@@ -83,13 +86,15 @@ pub async fn serve(
             workers.spawn(consumers::run(Arc::clone(&app), consumer));
         }
     }
-    // Samples are kept until they are folded into buckets, and perhaps nobody scrapes.
+    // Samples are kept until they are folded into buckets, and perhaps nobody scrapes; clients until
+    // they are forgotten.
     let metrics = app.metrics.clone();
     let upkeep = tokio::spawn(async move {
-        let mut interval = tokio::time::interval(METRICS_UPKEEP);
+        let mut interval = tokio::time::interval(UPKEEP);
         loop {
             interval.tick().await;
             metrics.run_upkeep();
+            limits.forget_quiet_clients();
         }
     });
     tracing::info!(%public, %admin, config_hash = app.config.hash(), "serving");

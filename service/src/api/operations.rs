@@ -1,14 +1,21 @@
-//! What operators and platforms ask: health, build info, metrics.
+//! What operators and platforms ask: health, build info, metrics, what is logged.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::problem::Problem;
+use super::rest::Body;
 use crate::app::{App, Info};
+use crate::config::LogFilter;
+use crate::domain::orders::{FieldError, Rejected};
+use crate::telemetry;
 
 /// `GET /health/live`: the process turns its event loop.
 pub async fn live() -> impl IntoResponse {
@@ -26,6 +33,32 @@ pub async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     };
     let status = if ready { "ready" } else { "not ready" };
     (code, Json(json!({ "status": status, "parts": parts })))
+}
+
+/// `GET /log-level`: the filter of the process's log.
+pub async fn log_level() -> Result<Json<LogLevel>, Problem> {
+    let LogFilter(level) = telemetry::log_level().ok_or_else(Problem::internal)?;
+    Ok(Json(LogLevel { level }))
+}
+
+/// `PUT /log-level`: another filter, such as `{"level": "info,sqlx=debug"}`, until the process ends.
+pub async fn set_log_level(Body(wanted): Body<LogLevel>) -> Result<Json<LogLevel>, Problem> {
+    let filter = LogFilter::from_str(&wanted.level).map_err(|reason| {
+        let field = "/level".into();
+        Rejected(vec![FieldError { field, reason }])
+    })?;
+    telemetry::set_log_level(filter).map_err(|error| {
+        tracing::error!(%error, "the log's level could not be changed");
+        Problem::internal()
+    })?;
+    tracing::info!(level = wanted.level, "the log's level was changed");
+    Ok(Json(wanted))
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogLevel {
+    level: String,
 }
 
 /// `GET /info`

@@ -128,7 +128,7 @@ fn rejected(field: &str, reason: &str) -> Problem {
 }
 
 /// A JSON body; what is wrong with one is a [`Problem`] like everything else.
-pub struct Body<T>(T);
+pub struct Body<T>(pub T);
 
 impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Problem;

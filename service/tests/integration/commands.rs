@@ -1,16 +1,21 @@
 //! The program's commands, each as its own process.
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::database::Database;
 use crate::test_app::TestApp;
 
+fn config_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service")
+}
+
 pub fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
-    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service");
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
         .arg(command)
-        .env("SERVICE_CONFIG_DIR", config)
+        .env("SERVICE_CONFIG_DIR", config_dir())
         .envs(variables.iter().copied())
         .output()
         .unwrap();
@@ -45,6 +50,74 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
         let (code, said) = run("migrate", &[url[0], read_only]);
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
     }
+}
+
+/// What is logged can be changed while the process runs, to find out about it.
+#[tokio::test]
+async fn the_log_is_turned_up_and_down_while_it_runs() {
+    let database = Database::sqlite();
+    let socket = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = || socket().local_addr().unwrap().to_string();
+    let (public, admin) = (address(), address());
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_service"))
+        .arg("serve")
+        .env("SERVICE_CONFIG_DIR", config_dir())
+        .env("SERVICE__DATABASE__URL", database.url())
+        .env("SERVICE__SERVER__LISTEN", &public)
+        .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
+        .env("SERVICE__LOGGING__LEVEL", "info,access=error")
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut until = async |wanted: &str| {
+        let mut lines = Vec::new();
+        loop {
+            let line = log.next_line().await.unwrap().expect("the log goes on");
+            lines.push(line);
+            if lines.last().unwrap().contains(wanted) {
+                return lines.join("\n");
+            }
+        }
+    };
+    until("serving").await;
+    let client = reqwest::Client::new();
+    let level = format!("http://{admin}/log-level");
+    let put = async |level_: &str| {
+        let body = serde_json::json!({ "level": level_ });
+        client.put(&level).json(&body).send().await.unwrap()
+    };
+    let ask = async |path: &str| {
+        let answer = client.get(format!("http://{public}{path}")).send().await;
+        assert_eq!(answer.unwrap().status(), 200);
+    };
+    let now: serde_json::Value = client
+        .get(&level)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(now["level"], "info,access=error");
+    let wrong = put("info,access=loud").await;
+    assert_eq!(wrong.status(), 422);
+    assert!(wrong.text().await.unwrap().contains("not a log filter"));
+
+    ask("/info").await;
+    assert_eq!(put("info,access=info").await.status(), 200);
+    ask("/v1/orders").await;
+    let said = until("answered").await;
+    assert!(
+        said.contains("/v1/orders") && !said.contains("/info"),
+        "{said}"
+    );
+    assert_eq!(put("info,access=error").await.status(), 200);
+    ask("/v1/orders").await;
+    assert_eq!(put("info").await.status(), 200);
+    let said = until("level=\"info\"").await;
+    assert!(!said.contains("answered"), "{said}");
 }
 
 #[test]

@@ -1,0 +1,206 @@
+//! What one client may ask for, and what one process takes on: whatever is more is refused at once,
+//! before it costs anything.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use governor::clock::{Clock, DefaultClock};
+use governor::middleware::StateInformationMiddleware;
+use governor::state::keyed::DashMapStateStore;
+use governor::{Quota, RateLimiter};
+use ipnet::IpNet;
+use tokio::sync::Semaphore;
+
+use crate::api::problem::Problem;
+use crate::config::{Config, RateLimit};
+
+static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+static LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+
+/// Paths that whoever watches the service must always reach.
+const EXEMPT: &str = "/health/";
+
+type Buckets =
+    RateLimiter<IpAddr, DashMapStateStore<IpAddr>, DefaultClock, StateInformationMiddleware>;
+
+/// The limits of one process.
+pub struct Limits {
+    /// One bucket for each client: GCRA, which lets `burst` requests through at once and
+    /// `per_second` in the long run.
+    buckets: Buckets,
+    clock: DefaultClock,
+    settings: RateLimit,
+    trusted: Vec<IpNet>,
+    places: Semaphore,
+}
+
+impl Limits {
+    pub fn new(config: &Config) -> Self {
+        let settings = config.rate_limit.clone();
+        let quota = Quota::per_second(settings.per_second).allow_burst(settings.burst);
+        Self {
+            buckets: RateLimiter::dashmap(quota).with_middleware(),
+            clock: DefaultClock::default(),
+            settings,
+            trusted: config.server.trusted_proxies.clone(),
+            places: Semaphore::new(config.server.max_in_flight.get()),
+        }
+    }
+
+    /// Forgets clients that have been quiet for so long that nothing counts against them.
+    pub fn forget_quiet_clients(&self) {
+        self.buckets.retain_recent();
+        self.buckets.shrink_to_fit();
+    }
+
+    /// Counts a request: the requests that its client has left, or how long it has to wait.
+    fn count(&self, client: IpAddr) -> Result<u32, Duration> {
+        match self.buckets.check_key(&bucket_of(client)) {
+            Ok(state) => Ok(state.remaining_burst_capacity()),
+            Err(until) => Err(until.wait_time_from(self.clock.now())),
+        }
+    }
+
+    /// The fields that tell a client what it may do.
+    /// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/>
+    fn tell(&self, headers: &mut HeaderMap, left: u32, seconds: u64) {
+        let (burst, rate) = (self.settings.burst, self.settings.per_second);
+        let window = burst.get().div_ceil(rate.get());
+        for (name, value) in [
+            (&LIMIT, format!("\"client\";r={left};t={seconds}")),
+            (&POLICY, format!("\"client\";q={burst};w={window}")),
+        ] {
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                headers.insert(name.clone(), value);
+            }
+        }
+    }
+}
+
+/// Whoever has an IPv6 network has all of its addresses (RFC 6177), so they are one client.
+fn bucket_of(client: IpAddr) -> IpAddr {
+    match client {
+        IpAddr::V4(_) => client,
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(
+            address.to_bits() & !u128::from(u64::MAX),
+        )),
+    }
+}
+
+/// Who sent a request. What `X-Forwarded-For` says is believed as far as trusted proxies have written
+/// it: each adds, at the end, whom it was called by. The rest anybody may have written.
+fn client(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+    let fields = headers.get_all(&FORWARDED_FOR);
+    let fields = fields.iter().collect::<Vec<_>>().into_iter().rev();
+    let mut hops = fields.flat_map(|field| field.to_str().unwrap_or_default().rsplit(','));
+    let mut client = peer.to_canonical();
+    while trusted.iter().any(|network| network.contains(&client)) {
+        match hops.next().and_then(address) {
+            Some(before) => client = before.to_canonical(),
+            None => break,
+        }
+    }
+    client
+}
+
+/// An address as proxies write it, some with a port.
+fn address(text: &str) -> Option<IpAddr> {
+    let text = text.trim();
+    let with_port = || text.parse::<SocketAddr>().ok().map(|socket| socket.ip());
+    text.parse().ok().or_else(with_port)
+}
+
+/// Lets a request through, or refuses it: 429 where its client asks for too much, 503 where this
+/// process has its hands full.
+pub async fn admit(State(limits): State<Arc<Limits>>, request: Request, next: Next) -> Response {
+    if request.uri().path().starts_with(EXEMPT) {
+        return next.run(request).await;
+    }
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
+    let left = match limits.count(client(peer, request.headers(), &limits.trusted)) {
+        Ok(left) => left,
+        Err(wait) => {
+            refused("rate-limited");
+            let seconds = wait.as_secs() + 1;
+            let mut response = Problem::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate-limited",
+                "Too many requests",
+            )
+            .into_response();
+            let headers = response.headers_mut();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            limits.tell(headers, 0, seconds);
+            return response;
+        }
+    };
+    let mut response = match limits.places.try_acquire() {
+        Ok(_place) => next.run(request).await,
+        Err(_) => {
+            refused("overloaded");
+            Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "overloaded",
+                "Try again later",
+            )
+            .into_response()
+        }
+    };
+    limits.tell(response.headers_mut(), left, 1);
+    response
+}
+
+fn refused(why: &'static str) {
+    metrics::counter!("http_requests_refused_total", "why" => why).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The client, for a peer, the fields that it sent, and whom to trust.
+    fn found(peer: &str, fields: &[&str], trusted: &[&str]) -> String {
+        let mut headers = HeaderMap::new();
+        for field in fields {
+            headers.append(&FORWARDED_FOR, HeaderValue::from_str(field).unwrap());
+        }
+        let trusted: Vec<IpNet> = trusted.iter().map(|text| text.parse().unwrap()).collect();
+        client(peer.parse().unwrap(), &headers, &trusted).to_string()
+    }
+
+    #[test]
+    fn only_trusted_proxies_are_believed() {
+        let inside = ["10.0.0.0/8", "fd00::/8"];
+        for (peer, fields, wanted) in [
+            // Nobody trusts the peer: what it says is its own invention.
+            ("9.9.9.9", &["1.1.1.1"][..], "9.9.9.9"),
+            ("10.0.0.1", &[], "10.0.0.1"),
+            ("10.0.0.1", &["1.1.1.1"], "1.1.1.1"),
+            // What stands before the first address that is not trusted may be forged.
+            ("10.0.0.1", &["7.7.7.7, 1.1.1.1, 10.0.0.2"], "1.1.1.1"),
+            ("10.0.0.1", &["7.7.7.7", "1.1.1.1", "10.0.0.2"], "1.1.1.1"),
+            ("10.0.0.1", &["10.0.0.3"], "10.0.0.3"),
+            ("10.0.0.1", &["1.1.1.1, nonsense"], "10.0.0.1"),
+            ("10.0.0.1", &["1.1.1.1:4711"], "1.1.1.1"),
+            ("::ffff:10.0.0.1", &["1.1.1.1"], "1.1.1.1"),
+            ("fd00::1", &["[2001:db8::7]:80"], "2001:db8::7"),
+        ] {
+            assert_eq!(found(peer, fields, &inside), wanted, "{peer} {fields:?}");
+        }
+    }
+
+    #[test]
+    fn a_network_is_one_client() {
+        let bucket = |text: &str| bucket_of(text.parse().unwrap());
+        assert_eq!(bucket("2001:db8:0:1::7"), bucket("2001:db8:0:1:ffff::9"));
+        assert_ne!(bucket("2001:db8:0:1::7"), bucket("2001:db8:0:2::7"));
+        assert_ne!(bucket("1.1.1.1"), bucket("1.1.1.2"));
+    }
+}
