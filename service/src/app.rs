@@ -107,8 +107,12 @@ impl App {
         let before = storage.schema_version().await.ok();
         storage.close().await;
         let storage = open(true).await?;
-        let after = storage.schema_version().await?;
+        // Where it must not be changed, it may be another one than this program works on.
+        let checked = storage.check().await;
+        let after = storage.schema_version().await;
         storage.close().await;
+        checked?;
+        let after = after?;
         Ok((before, after))
     }
 

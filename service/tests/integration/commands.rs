@@ -35,6 +35,9 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
         assert!(not_ready.contains("\"ready\":false"), "{not_ready}");
 
         let url = [("SERVICE__DATABASE__URL", database.url())];
+        let read_only = ("SERVICE__DATABASE__READ_ONLY", "true");
+        let (code, said) = run("migrate", &[url[0], read_only]);
+        assert_eq!((code, said.contains("already")), (1, false), "{said}");
         let (code, said) = run("migrate", &url);
         assert_eq!(
             (code, said.contains("the schema is new")),
@@ -46,7 +49,6 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
 
         let ready = waiting.admin_text("/health/ready").await;
         assert!(!ready.contains("\"ready\":false"), "{ready}");
-        let read_only = ("SERVICE__DATABASE__READ_ONLY", "true");
         let (code, said) = run("migrate", &[url[0], read_only]);
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
     }
