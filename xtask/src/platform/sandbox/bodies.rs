@@ -161,10 +161,10 @@ impl End {
         self.flight.end();
     }
 
-    /// The trailers said that the call has failed.
-    fn failed(&mut self) {
+    /// The trailers told how the call has ended: that counts before the client can know it.
+    fn told(&mut self, failed: bool) {
         if let Some(time) = self.uncounted.take() {
-            self.flight.backend.counters.answered(time, true);
+            self.flight.backend.counters.answered(time, failed);
         }
     }
 
@@ -199,10 +199,8 @@ impl Body for ResponseBody {
         let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
         match &frame {
             Some(Ok(frame)) => {
-                if let (Some(end), Some(trailers)) = (&mut this.end, frame.trailers_ref())
-                    && grpc_failed(trailers)
-                {
-                    end.failed();
+                if let (Some(end), Some(trailers)) = (&mut this.end, frame.trailers_ref()) {
+                    end.told(grpc_failed(trailers));
                 }
                 if body.is_end_stream()
                     && let Some(end) = this.end.take()
