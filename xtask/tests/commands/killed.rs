@@ -25,7 +25,7 @@ fn a_killed_canary_resumes_to_the_same_end() {
         let mut actions = 0;
         let running = fixture.start_until(&["canary", "start", "--release", &release], |event| {
             actions += usize::from(event["event"] == "action");
-            actions == point
+            actions == point || event["event"] == "finished"
         });
         if actions < point {
             running.wait().expect(0, "healthy");
