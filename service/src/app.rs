@@ -15,6 +15,7 @@ use crate::config::{Config, Database};
 use crate::consumers;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
+use crate::limits::Limits;
 
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -22,6 +23,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct App {
     pub config: Config,
     pub metrics: PrometheusHandle,
+    pub limits: Limits,
     storage: Arc<dyn Storage>,
     bus: Arc<dyn Bus>,
     /// This process' own.
@@ -86,6 +88,7 @@ impl App {
             bus: bus::open(&config),
             name: uuid::Uuid::now_v7().to_string(),
             untold: Notify::new(),
+            limits: Limits::new(&config),
             config,
             metrics,
             storage,

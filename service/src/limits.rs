@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use tokio::sync::Semaphore;
 
 use crate::api::problem::Problem;
+use crate::app::App;
 use crate::config::{Config, RateLimit};
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -118,7 +119,8 @@ fn address(text: &str) -> Option<IpAddr> {
 
 /// Lets a request through, or refuses it: 429 where its client asks for too much, 503 where this
 /// process has its hands full.
-pub async fn admit(State(limits): State<Arc<Limits>>, request: Request, next: Next) -> Response {
+pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let limits = &app.limits;
     if request.uri().path().starts_with(EXEMPT) {
         return next.run(request).await;
     }
@@ -145,12 +147,7 @@ pub async fn admit(State(limits): State<Arc<Limits>>, request: Request, next: Ne
         Ok(_place) => next.run(request).await,
         Err(_) => {
             refused("overloaded");
-            Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "overloaded",
-                "Try again later",
-            )
-            .into_response()
+            Problem::overloaded().into_response()
         }
     };
     limits.tell(response.headers_mut(), left, 1);

@@ -17,18 +17,18 @@ use uuid::Uuid;
 
 use crate::api::problem::Problem;
 use crate::app::App;
-use crate::config::Server;
-use crate::limits::{self, Limits};
+use crate::limits;
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
 
-pub fn apply(routes: Router<Arc<App>>, config: &Server, limits: Arc<Limits>) -> Router<Arc<App>> {
+pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
+    let config = &app.config.server;
     routes.layer(
         ServiceBuilder::new()
             .layer(from_fn(observe))
             .layer(CatchPanicLayer::custom(panicked))
-            .layer(from_fn_with_state(limits, limits::admit))
+            .layer(from_fn_with_state(Arc::clone(app), limits::admit))
             .layer(from_fn_with_state(config.request_timeout.0, time_limit))
             .layer(DefaultBodyLimit::max(config.body_limit.get())),
     )

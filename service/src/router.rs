@@ -7,11 +7,10 @@ use axum::routing::{get, post};
 
 use crate::api::{operations, rest};
 use crate::app::App;
-use crate::limits::Limits;
 use crate::middleware;
 
 /// What clients reach.
-pub fn public(app: &Arc<App>, limits: Arc<Limits>) -> Router {
+pub fn public(app: &Arc<App>) -> Router {
     let routes = Router::new()
         .route("/v1/orders", post(rest::create).get(rest::list))
         .route("/v1/orders/{id}", get(rest::get))
@@ -22,7 +21,7 @@ pub fn public(app: &Arc<App>, limits: Arc<Limits>) -> Router {
         .route("/info", get(operations::info))
         .fallback(rest::not_found)
         .method_not_allowed_fallback(rest::wrong_method);
-    middleware::apply(routes, &app.config.server, limits).with_state(Arc::clone(app))
+    middleware::apply(routes, app).with_state(Arc::clone(app))
 }
 
 /// What only operators reach, on a port of its own.

@@ -11,7 +11,6 @@ use tokio::sync::watch;
 use crate::app::App;
 use crate::config::Server;
 use crate::consumers::{self, CONSUMERS};
-use crate::limits::Limits;
 use crate::{relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -56,11 +55,10 @@ pub async fn serve(
     stop: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
     let (public, admin) = sockets.addresses()?;
-    let limits = Arc::new(Limits::new(&app.config));
     let (stopping, stopped) = watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
     for (listener, routes) in [
-        (sockets.public, router::public(&app, Arc::clone(&limits))),
+        (sockets.public, router::public(&app)),
         (sockets.admin, router::admin(&app)),
     ] {
         listener.set_nonblocking(true)?;
@@ -88,13 +86,13 @@ pub async fn serve(
     }
     // Samples are kept until they are folded into buckets, and perhaps nobody scrapes; clients until
     // they are forgotten.
-    let metrics = app.metrics.clone();
+    let kept = Arc::clone(&app);
     let upkeep = tokio::spawn(async move {
         let mut interval = tokio::time::interval(UPKEEP);
         loop {
             interval.tick().await;
-            metrics.run_upkeep();
-            limits.forget_quiet_clients();
+            kept.metrics.run_upkeep();
+            kept.limits.forget_quiet_clients();
         }
     });
     tracing::info!(%public, %admin, config_hash = app.config.hash(), "serving");

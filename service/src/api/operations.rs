@@ -14,7 +14,6 @@ use super::problem::Problem;
 use super::rest::Body;
 use crate::app::{App, Info};
 use crate::config::LogFilter;
-use crate::domain::orders::{FieldError, Rejected};
 use crate::telemetry;
 
 /// `GET /health/live`: the process turns its event loop.
@@ -43,10 +42,8 @@ pub async fn log_level() -> Result<Json<LogLevel>, Problem> {
 
 /// `PUT /log-level`: another filter, such as `{"level": "info,sqlx=debug"}`, until the process ends.
 pub async fn set_log_level(Body(wanted): Body<LogLevel>) -> Result<Json<LogLevel>, Problem> {
-    let filter = LogFilter::from_str(&wanted.level).map_err(|reason| {
-        let field = "/level".into();
-        Rejected(vec![FieldError { field, reason }])
-    })?;
+    let filter = LogFilter::from_str(&wanted.level)
+        .map_err(|reason| Problem::rejected("/level", &reason))?;
     telemetry::set_log_level(filter).map_err(|error| {
         tracing::error!(%error, "the log's level could not be changed");
         Problem::internal()

@@ -73,11 +73,7 @@ impl From<Error> for Problem {
                         "read-only",
                         "Orders cannot be changed at the moment",
                     ),
-                    StorageError::Busy(_) => Self::new(
-                        StatusCode::SERVICE_UNAVAILABLE,
-                        "overloaded",
-                        "Try again later",
-                    ),
+                    StorageError::Busy(_) => Self::overloaded(),
                     StorageError::Schema { .. } | StorageError::Failed(_) => Self::internal(),
                 }
             }
@@ -86,6 +82,20 @@ impl From<Error> for Problem {
 }
 
 impl Problem {
+    /// One field of a request is wrong.
+    pub fn rejected(field: &str, reason: &str) -> Self {
+        let (field, reason) = (field.into(), reason.into());
+        Rejected(vec![FieldError { field, reason }]).into()
+    }
+
+    pub fn overloaded() -> Self {
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "overloaded",
+            "Try again later",
+        )
+    }
+
     pub fn internal() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,

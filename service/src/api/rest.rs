@@ -11,9 +11,7 @@ use serde::Deserialize;
 
 use super::problem::Problem;
 use crate::app::{App, Created, Key};
-use crate::domain::orders::{
-    FieldError, Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total,
-};
+use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Total};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const MAX_KEY: usize = 255;
@@ -56,7 +54,7 @@ fn key(headers: &HeaderMap) -> Answer<Option<Key>> {
         return Ok(None);
     };
     let wrong = || {
-        rejected(
+        Problem::rejected(
             "Idempotency-Key",
             "must have 1 to 255 visible ASCII characters",
         )
@@ -104,7 +102,7 @@ pub async fn list(
         .limit
         .map(|text| {
             text.parse()
-                .map_err(|_| rejected("/limit", "must be a whole number"))
+                .map_err(|_| Problem::rejected("/limit", "must be a whole number"))
         })
         .transpose()?;
     let after = query
@@ -116,15 +114,7 @@ pub async fn list(
 
 fn order_id(text: &str, field: &str) -> Answer<OrderId> {
     text.parse()
-        .map_err(|_| rejected(field, "must be an order's id (a UUID)"))
-}
-
-fn rejected(field: &str, reason: &str) -> Problem {
-    Rejected(vec![FieldError {
-        field: field.into(),
-        reason: reason.into(),
-    }])
-    .into()
+        .map_err(|_| Problem::rejected(field, "must be an order's id (a UUID)"))
 }
 
 /// A JSON body; what is wrong with one is a [`Problem`] like everything else.

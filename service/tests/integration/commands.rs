@@ -1,16 +1,11 @@
 //! The program's commands, each as its own process.
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::database::Database;
-use crate::test_app::TestApp;
-
-fn config_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service")
-}
+use crate::test_app::{TestApp, config_dir, free_port};
 
 pub fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
@@ -58,8 +53,7 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
 #[tokio::test]
 async fn the_log_is_turned_up_and_down_while_it_runs() {
     let database = Database::sqlite();
-    let socket = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = || socket().local_addr().unwrap().to_string();
+    let address = || format!("127.0.0.1:{}", free_port());
     let (public, admin) = (address(), address());
     let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_service"))
         .arg("serve")
@@ -86,8 +80,8 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     until("serving").await;
     let client = reqwest::Client::new();
     let level = format!("http://{admin}/log-level");
-    let put = async |level_: &str| {
-        let body = serde_json::json!({ "level": level_ });
+    let put = async |wanted: &str| {
+        let body = serde_json::json!({ "level": wanted });
         client.put(&level).json(&body).send().await.unwrap()
     };
     let ask = async |path: &str| {

@@ -1,6 +1,5 @@
 //! Nothing that happened is lost, and nothing is done twice, whoever is killed and whenever.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -12,7 +11,7 @@ use service::config::Timeout;
 
 use crate::broker::{Broker, Wire};
 use crate::database::Database;
-use crate::test_app::{TestApp, order};
+use crate::test_app::{TestApp, config_dir, free_port, order};
 
 /// Waits until `condition` holds.
 async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
@@ -211,9 +210,8 @@ struct Process(Child);
 
 impl Process {
     fn start(database: &Database, broker: &Broker, port: u16, admin: u16) -> Self {
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service");
         let child = Command::new(env!("CARGO_BIN_EXE_service"))
-            .env("SERVICE_CONFIG_DIR", config)
+            .env("SERVICE_CONFIG_DIR", config_dir())
             .env("SERVICE__DATABASE__URL", database.url())
             .envs(broker.variables())
             .env("SERVICE__SERVER__LISTEN", format!("127.0.0.1:{port}"))
@@ -236,11 +234,6 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
 }
 
 /// Two processes on one database tell events and act on them, and are killed again and again while

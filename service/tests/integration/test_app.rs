@@ -1,7 +1,7 @@
 //! A running service on free ports, with its own database.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -26,10 +26,20 @@ pub struct TestApp {
     database: Database,
 }
 
+/// Where the configuration is that ships.
+pub fn config_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service")
+}
+
 /// The configuration that ships.
 pub fn shipped_config() -> Config {
-    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service/default.toml");
-    Config::from_files(&[shipped]).unwrap()
+    Config::from_files(&[config_dir().join("default.toml")]).unwrap()
+}
+
+/// For a process that cannot say which one it got.
+pub fn free_port() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap().port()
 }
 
 impl TestApp {
