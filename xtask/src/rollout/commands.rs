@@ -275,7 +275,7 @@ impl<'a> Session<'a> {
         if let Err(error) = prepared {
             let short = id.short();
             self.output.warn(format_args!(
-                "of {short} only what runs is stopped: {error:#}"
+                "objects around what is stopped stay, because {short} is not known: {error:#}"
             ));
         }
     }
@@ -568,30 +568,37 @@ impl<'a> Session<'a> {
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
         let status = platform.status().await?;
         let now = jiff::Timestamp::now();
+        let named = |id: &ReleaseId| {
+            let version = status.release(id).map_or("", |release| &release.version);
+            format!("{version} ({})", id.short())
+        };
         let mut retired = Vec::new();
         for (id, until) in plan::kept(&status, self.keep_previous()) {
-            let version = status.release(&id).map_or("", |release| &release.version);
-            let named = format!("{version} ({})", id.short());
             if until > now && !at_once {
                 self.output.line(format_args!(
-                    "{named} is kept until {until:.0}; --now ends it"
+                    "{} is kept until {until:.0}; --now ends it",
+                    named(&id)
                 ));
-                continue;
+            } else {
+                retired.push(id);
             }
-            for needed in status.stable.iter().chain([&id]) {
-                self.prepare_to_stop(&mut *platform, needed).await;
-            }
-            platform.claim(writer.token).await?;
-            platform.stop(&id, writer.token).await?;
-            self.output.good(format_args!(
-                "{named} is stopped; a rollback to it starts it again"
-            ));
-            retired.push(id);
         }
         if retired.is_empty() {
             let name = &self.name;
             self.output
                 .line(format_args!("nothing is to be stopped in {name}"));
+        } else {
+            for id in status.stable.iter().chain(&retired) {
+                self.prepare_to_stop(&mut *platform, id).await;
+            }
+            platform.claim(writer.token).await?;
+        }
+        for id in &retired {
+            platform.stop(id, writer.token).await?;
+            self.output.good(format_args!(
+                "{} is stopped; a rollback to it starts it again",
+                named(id)
+            ));
         }
         Ok(Finished::passed()
             .with("environment", &self.name)

@@ -506,10 +506,11 @@ impl Platform for Kubernetes {
         let fence = self.fence(token);
         self.scale(&fence, release, 0).await?;
         let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
-        let known = self.bundles.keys().filter(|id| *id != release);
         match record.stable {
+            // What is kept goes all at once: only the release in service stays.
             Some(stable) if self.bundles.contains_key(&stable) => {
-                self.leave_nothing(&fence, release, known).await
+                self.leave_nothing(&fence, release, [&stable].into_iter())
+                    .await
             }
             _ => Ok(()),
         }
