@@ -215,7 +215,7 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
             .fixture
             .start_until(&start(&release), |event: &Value| {
                 actions += usize::from(event["event"] == "action");
-                actions == point
+                actions == point || event["event"] == "finished"
             });
         if actions < point {
             running.wait().expect(0, "healthy");
