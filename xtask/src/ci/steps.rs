@@ -4,7 +4,7 @@ use super::facts::{ADVISORIES, HISTORY, RUST, TODAY};
 use super::step::Step;
 use crate::cargo::WHOLE_BUILD;
 use crate::cluster;
-use crate::setup::{CLUSTER, CONTAINERS, SECOND_GATEWAY};
+use crate::setup::{CLUSTER, CLUSTER_TESTS, CONTAINERS};
 
 /// Jobs of the workflow; each runs its steps on a machine of its own.
 pub const CHECKS: &str = "checks";
@@ -166,7 +166,7 @@ pub fn steps() -> Vec<Step> {
             "cargo xtask cluster run -- \
              cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 2",
         )
-        .tools(&[SECOND_GATEWAY])
+        .tools(&[CLUSTER_TESTS])
         .minutes(40),
         cluster_step(
             "demo-kubernetes",

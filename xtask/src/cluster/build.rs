@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use xshell::cmd;
 
+use super::schemas;
 use crate::cargo;
 use crate::files;
 use crate::output::{Output, seconds};
@@ -59,7 +60,16 @@ const MODULES: [Module; 4] = [
     },
 ];
 
-/// Another implementation of the Gateway API, which only tests need.
+/// What only tests need: another implementation of the Gateway API, and a reader of manifests with
+/// the schemas of other versions of Kubernetes.
+const FOR_TESTS: [Module; 2] = [TRAEFIK, KUBECONFORM];
+
+const KUBECONFORM: Module = Module {
+    name: "kubeconform",
+    package: "github.com/yannh/kubeconform/cmd/kubeconform",
+    files: &[],
+};
+
 const TRAEFIK: Module = Module {
     name: "traefik",
     package: "github.com/traefik/traefik/v3/cmd/traefik",
@@ -138,9 +148,17 @@ pub fn version() -> String {
     versions.join(", ")
 }
 
-/// The version of Traefik, where it is built.
-pub fn traefik() -> Option<String> {
-    TRAEFIK.is_built().then(|| TRAEFIK.version())
+/// The versions of what only tests need, where all of it is built.
+pub fn for_tests() -> Option<String> {
+    FOR_TESTS.iter().all(Module::is_built).then(|| {
+        let versions: Vec<String> = FOR_TESTS.iter().map(Module::version).collect();
+        versions.join(", ")
+    })
+}
+
+/// Where kubeconform is once it is built, its schemas beside it.
+pub fn kubeconform() -> Result<PathBuf> {
+    program(KUBECONFORM.name)
 }
 
 /// Builds what is not there.
@@ -153,12 +171,12 @@ pub fn ensure(output: &Output) -> Result<()> {
     Ok(())
 }
 
-/// Builds Traefik, unless it is there.
-pub fn ensure_traefik(output: &Output) -> Result<()> {
-    match TRAEFIK.is_built() {
-        true => Ok(()),
-        false => ensure_module(&TRAEFIK, output),
+/// Builds what only tests need and is not there.
+pub fn ensure_for_tests(output: &Output) -> Result<()> {
+    for module in FOR_TESTS.iter().filter(|module| !module.is_built()) {
+        ensure_module(module, output)?;
     }
+    Ok(())
 }
 
 fn ensure_module(module: &Module, output: &Output) -> Result<()> {
@@ -220,6 +238,9 @@ fn build_in(module: &Module, go: &Path, dir: &Path, output: &Output) -> Result<(
             .quiet()
             .read()?;
         copy(&Path::new(found.trim()).join(from), &dir.join(to))?;
+    }
+    if module.name == KUBECONFORM.name {
+        schemas::write(&shell, go, &sources, &dir.join("schemas"))?;
     }
     Ok(())
 }

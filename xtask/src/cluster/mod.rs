@@ -11,6 +11,7 @@ mod images;
 mod node;
 pub mod places;
 mod root;
+mod schemas;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -37,8 +38,9 @@ use places::Places;
 /// a cluster of our own. A user's current context is never taken.
 pub const KUBECONFIG: &str = "XTASK_KUBECONFIG";
 
-/// Tells a command that is run with a cluster where kubectl is.
+/// Tell a command that is run with a cluster where kubectl is, and where kubeconform is built.
 const KUBECTL: &str = "XTASK_KUBECTL";
+const KUBECONFORM: &str = "XTASK_KUBECONFORM";
 
 /// How long the cluster may take to answer, and then its node to be ready.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -113,6 +115,7 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
         .args(arguments)
         .env(KUBECONFIG, kubeconfig)
         .env(KUBECTL, Tools::open()?.program("kubectl")?)
+        .env(KUBECONFORM, build::kubeconform()?)
         .status();
     if ours {
         cluster.down(output)?;
@@ -174,20 +177,14 @@ pub fn install(output: &Output) -> Result<()> {
     Ok(())
 }
 
-/// The version of the second gateway, where it is built.
-pub fn second_gateway() -> Option<String> {
-    match std::env::var_os(KUBECONFIG) {
-        Some(_) => version(),
-        None => build::traefik(),
-    }
+/// The versions of what only tests need, where it is built.
+pub fn for_tests() -> Option<String> {
+    build::for_tests()
 }
 
-/// Builds what a cluster with two gateways needs besides.
-pub fn install_second_gateway(output: &Output) -> Result<()> {
-    match std::env::var_os(KUBECONFIG) {
-        Some(_) => Ok(()),
-        None => build::ensure_traefik(output),
-    }
+/// Builds what only tests need.
+pub fn install_for_tests(output: &Output) -> Result<()> {
+    build::ensure_for_tests(output)
 }
 
 fn is_installed(package: Package) -> bool {

@@ -29,8 +29,8 @@ pub const CONTAINERS: &str = "containers";
 /// The name under which a step asks for a Kubernetes cluster.
 pub const CLUSTER: &str = "cluster";
 
-/// The name under which a step asks for another gateway in that cluster.
-pub const SECOND_GATEWAY: &str = "second-gateway";
+/// The name under which a step asks for what only tests on that cluster need.
+pub const CLUSTER_TESTS: &str = "cluster-tests";
 
 /// Something that steps need, and whether it is there.
 #[derive(Debug, Serialize)]
@@ -113,7 +113,7 @@ pub fn install_for(steps: &[Step], output: &Output) -> Result<()> {
                 images::ensure(&tools, output)?;
             }
             CLUSTER => cluster::install(output)?,
-            SECOND_GATEWAY => cluster::install_second_gateway(output)?,
+            CLUSTER_TESTS => cluster::install_for_tests(output)?,
             ADVISORIES | HISTORY | TODAY | XTASK => {}
             tool => {
                 tools.install(tool, output)?;
@@ -263,10 +263,10 @@ fn requirements(steps: &[&Step], tools: &Tools) -> Result<Vec<Requirement>> {
                 found: cluster::version(),
                 mend: "cargo xtask setup".to_owned(),
             }),
-            SECOND_GATEWAY => requirements.push(Requirement {
-                name: "Traefik".to_owned(),
-                needed: "built for that cluster".to_owned(),
-                found: cluster::second_gateway(),
+            CLUSTER_TESTS => requirements.push(Requirement {
+                name: "tests of Kubernetes".to_owned(),
+                needed: "Traefik and kubeconform".to_owned(),
+                found: cluster::for_tests(),
                 mend: "cargo xtask setup".to_owned(),
             }),
             ADVISORIES | HISTORY | TODAY | XTASK => {}

@@ -104,8 +104,8 @@ impl Tools {
         if name == super::CLUSTER {
             return Ok(cluster::version());
         }
-        if name == super::SECOND_GATEWAY {
-            return Ok(cluster::second_gateway());
+        if name == super::CLUSTER_TESTS {
+            return Ok(cluster::for_tests());
         }
         let pin = self.pin(name)?;
         if self.home(name, pin).join(Self::inside(name)).is_file() {

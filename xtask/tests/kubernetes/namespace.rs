@@ -393,12 +393,53 @@ fn cluster_ip(slot: u16) -> String {
     format!("10.96.77.{}", 200 + slot)
 }
 
+/// What a command that failed said at the end must be what `snapshots/` has, but for what differs in
+/// every run. (`INSTA_UPDATE=always` writes them anew.)
+#[track_caller]
+pub fn ends_with(name: &str, ended: &Ended) {
+    let is_verdict = |line: &str| {
+        ["error ", "failed ", "rolled back "]
+            .iter()
+            .any(|word| line.starts_with(word))
+    };
+    // How many events there are by then, and in which order, is the cluster's affair.
+    let lines = ended.said.split_inclusive('\n');
+    let last: String = lines
+        .skip_while(|line| !is_verdict(line))
+        .filter(|line| !line.trim_start().starts_with("event of"))
+        .collect();
+    assert!(!last.is_empty(), "{}", ended.said);
+    let mut settings = insta::Settings::clone_current();
+    settings.set_omit_expression(true);
+    settings.set_prepend_module_to_snapshot(false);
+    for (pattern, instead) in VARYING {
+        settings.add_filter(pattern, *instead);
+    }
+    settings.bind(|| insta::assert_snapshot!(name, last));
+}
+
+/// What differs in every run.
+const VARYING: &[(&str, &str)] = &[
+    (r"[0-9]{8}[Tt][0-9]{6}\.[0-9]{3}[Zz]", "[time]"),
+    (r"[0-9a-f]{64}", "[digest]"),
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "[uid]"),
+    (r"\b[0-9a-f]{12}(-[0-9a-z]{7,10})?-[0-9a-z]{5}\b", "[pod]"),
+    (r"\b[0-9a-f]{12}\b", "[release]"),
+    (r"\b[0-9]+\.[0-9]+ s;", "[seconds];"),
+    (r"\b[0-9]+ requests", "[number] requests"),
+    (r"pod=[^ (]+", "pod=[pod]"),
+    (r"back-off [0-9]+s", "back-off [seconds]"),
+    // What the network of the machine makes of the name of a registry that there is not.
+    (r"ErrImagePull: .*", "ErrImagePull: [why]"),
+    (r"\b([a-z-]+)-[0-9]+\b", "$1-[process]"),
+];
+
 /// The first digits of a release's id, as they are in names.
 pub fn short(release: &str) -> String {
     release[..12].to_owned()
 }
 
-fn variable(name: &str) -> String {
+pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
         panic!("{name} is not set: these tests are run by `cargo xtask ci --only kubernetes`")
     })

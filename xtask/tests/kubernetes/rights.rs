@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::namespace::{Namespace, short};
+use crate::fixture::root;
+use crate::namespace::{Namespace, ends_with, short};
 use crate::proxy::Proxy;
 
 type Right = (String, String, String);
@@ -88,33 +89,46 @@ fn more() -> [Value; 3] {
     ]
 }
 
+/// A way to the API server as a user with these rights, and with those to the tests' own database.
+fn deployer(namespace: &Namespace, rights: &str) -> Proxy {
+    let rights = root().join(rights);
+    namespace.ask(&["apply", "-k", rights.to_str().unwrap()]);
+    let of_role = "--verb=get,create,patch --resource=statefulsets.apps";
+    let of_binding = format!(
+        "--role=database --serviceaccount={}:deployer",
+        namespace.name
+    );
+    for (kind, options) in [("role", of_role), ("rolebinding", &of_binding)] {
+        let options = options.split(' ');
+        let create: Vec<&str> = ["create", kind, "database"]
+            .into_iter()
+            .chain(options)
+            .collect();
+        namespace.ask(&create);
+    }
+    Proxy::start(Some(&format!(
+        "system:serviceaccount:{}:deployer",
+        namespace.name
+    )))
+}
+
+/// Rights that were granted in vain, and those that were used without having been.
+fn compared(namespace: &Namespace, proxy: &Proxy) -> (Vec<Right>, Vec<Right>) {
+    let granted = granted(&namespace.json(&["get", "role", "deployer"]));
+    let mut used = proxy.rights();
+    used.retain(|(_, _, resource)| resource != "statefulsets");
+    (
+        granted.difference(&used).cloned().collect(),
+        used.difference(&granted).cloned().collect(),
+    )
+}
+
 /// Releases come and go, one crashes, and old ones are removed, all by a user with these rights.
 #[test]
 fn the_deployer_has_exactly_the_rights_it_needs() {
     let namespace = Namespace::with("rights", "gateway", &[]);
     namespace.add_component("autoscaling");
-    let role = concat!(env!("CARGO_MANIFEST_DIR"), "/../k8s/deployer");
-    namespace.ask(&["apply", "-k", role]);
-    // The database of the tests is not in what ships for teams.
-    let database = [
-        "create",
-        "role",
-        "database",
-        "--verb=get,create,patch",
-        "--resource=statefulsets.apps",
-    ];
-    namespace.ask(&database);
-    let account = format!("--serviceaccount={}:deployer", namespace.name);
-    namespace.ask(&[
-        "create",
-        "rolebinding",
-        "database",
-        "--role=database",
-        &account,
-    ]);
-
-    let user = format!("system:serviceaccount:{}:deployer", namespace.name);
-    let proxy = Proxy::start(Some(&user));
+    let proxy = deployer(&namespace, "k8s/deployer");
     let by = proxy.kubeconfig();
     let first = namespace.release("1.0.0");
     let deploy = [
@@ -151,11 +165,7 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
     assert!(load.stop().is_empty());
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
 
-    let granted = granted(&namespace.json(&["get", "role", "deployer"]));
-    let mut used = proxy.rights();
-    used.retain(|(_, _, resource)| resource != "statefulsets");
-    let unused: Vec<&Right> = granted.difference(&used).collect();
-    let lacking: Vec<&Right> = used.difference(&granted).collect();
+    let (unused, lacking) = compared(&namespace, &proxy);
     assert!(
         unused.is_empty() && lacking.is_empty(),
         "granted in vain: {unused:?}; lacking: {lacking:?}"
@@ -173,11 +183,28 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
     ]);
     let again = ["canary", "start", "--release", &broken];
     let refused = namespace.run_by(&by, &again).expect(2, "failed");
-    for part in ["cannot", "leases", "k8s/deployer/ has the rights"] {
-        assert!(
-            refused.said.contains(part),
-            "no {part:?} in {}",
-            refused.said
-        );
-    }
+    ends_with("right", &refused);
+}
+
+/// Where Contour's own routes split the traffic, the rights are to those.
+#[test]
+fn the_deployer_may_change_contours_routes() {
+    let namespace = Namespace::with("rights-contour", "httpproxy", &[]);
+    let proxy = deployer(&namespace, "k8s/deployer-contour");
+    let by = proxy.kubeconfig();
+    let first = namespace.release("1.0.0");
+    let start = |release| ["canary", "start", "--release", release];
+    namespace.run_by(&by, &start(&first)).expect(0, "healthy");
+    let load = namespace.load();
+    let next = namespace.release("1.1.0");
+    namespace.run_by(&by, &start(&next)).expect(0, "healthy");
+    assert!(load.stop().is_empty());
+
+    let (unused, lacking) = compared(&namespace, &proxy);
+    assert_eq!(lacking, []);
+    // Other kinds' are the other test's.
+    let in_vain = unused
+        .iter()
+        .find(|(_, group, _)| group.contains("gateway") || group.contains("contour"));
+    assert_eq!(in_vain, None);
 }
