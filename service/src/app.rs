@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::{Stream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -15,7 +16,9 @@ use crate::config::{Config, Database};
 use crate::consumers;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
+use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
+use crate::sessions::Sessions;
 
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -24,6 +27,10 @@ pub struct App {
     pub config: Config,
     pub metrics: PrometheusHandle,
     pub limits: Limits,
+    /// What happens to orders, live.
+    pub feed: Feed,
+    /// Who stays connected.
+    pub sessions: Sessions,
     storage: Arc<dyn Storage>,
     bus: Arc<dyn Bus>,
     /// This process' own.
@@ -33,7 +40,7 @@ pub struct App {
     draining: AtomicBool,
 }
 
-/// Why a use case gave no result. Interfaces map each variant by one table (`api::problem`).
+/// Why a use case gave no result. Interfaces map each variant by one table (`api::fault`).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the request is not valid")]
@@ -42,6 +49,10 @@ pub enum Error {
     NotFound(OrderId),
     #[error("the idempotency key belongs to another request")]
     KeyTaken,
+    #[error(transparent)]
+    TooSlow(#[from] TooSlow),
+    #[error("there are as many connections that stay as there may be")]
+    Full,
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -89,6 +100,8 @@ impl App {
             name: uuid::Uuid::now_v7().to_string(),
             untold: Notify::new(),
             limits: Limits::new(&config),
+            feed: Feed::new(config.events.feed.get()),
+            sessions: Sessions::new(config.server.max_sessions.get()),
             config,
             metrics,
             storage,
@@ -167,6 +180,28 @@ impl App {
     /// What a customer has ordered and not cancelled; it follows the orders a moment later.
     pub async fn totals(&self, customer: &str) -> Result<Vec<Total>, Error> {
         Ok(self.storage.totals(customer).await?)
+    }
+
+    /// The totals of many customers, each with its customer.
+    pub async fn totals_of(&self, customers: &[String]) -> Result<Vec<(String, Total)>, Error> {
+        Ok(self.storage.totals_of(customers).await?)
+    }
+
+    /// What happens to orders from now on: of one customer, or all. It ends with the process, or with
+    /// an error where the client reads too slowly.
+    pub fn watch(
+        &self,
+        customer: Option<String>,
+    ) -> Result<impl Stream<Item = Result<Arc<Event>, Error>> + Send + use<>, Error> {
+        let session = self.sessions.begin().ok_or(Error::Full)?;
+        let mut is_lost = false;
+        let events = self.feed.events(customer).map(|event| Ok(event?));
+        // After an event is lost, the next ones would only hide it.
+        let events = events.take_while(move |event| {
+            let goes_on = !std::mem::replace(&mut is_lost, event.is_err());
+            std::future::ready(goes_on)
+        });
+        Ok(session.until_the_end(events))
     }
 
     pub async fn order(&self, id: OrderId) -> Result<Order, Error> {

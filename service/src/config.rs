@@ -24,6 +24,7 @@ pub struct Config {
     pub rate_limit: RateLimit,
     pub logging: Logging,
     pub database: Database,
+    pub graphql: GraphQl,
     pub events: Events,
     pub rabbitmq: RabbitMq,
     pub orders: Orders,
@@ -39,6 +40,10 @@ pub struct Server {
     pub body_limit: NonZeroUsize,
     pub drain_timeout: Timeout,
     pub max_in_flight: NonZeroUsize,
+    /// WebSockets and streams at a time.
+    pub max_sessions: NonZeroUsize,
+    /// How often a WebSocket is asked whether somebody is still there.
+    pub heartbeat: Timeout,
     /// Networks of proxies whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
 }
@@ -77,6 +82,18 @@ pub struct Database {
     pub migrate: bool,
 }
 
+/// What a query may ask for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GraphQl {
+    pub max_depth: NonZeroUsize,
+    /// Fields in the answer.
+    pub max_complexity: NonZeroUsize,
+    /// Fields in the query, fragments and aliases included.
+    pub max_fields: NonZeroUsize,
+    pub introspection: bool,
+}
+
 /// What is told of orders, and what is done about it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -87,6 +104,8 @@ pub struct Events {
     pub lease: Timeout,
     pub attempts: NonZeroU32,
     pub keep_days: NonZeroU32,
+    /// Events that a client may be behind before it is cut off.
+    pub feed: NonZeroUsize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

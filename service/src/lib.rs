@@ -1,4 +1,5 @@
-//! A sample production microservice: orders over REST, on embedded defaults.
+//! A sample production microservice: orders over REST, GraphQL, gRPC and WebSockets, on embedded
+//! defaults.
 //!
 //! Read [`router`] for what it serves, [`middleware`] for what surrounds every request,
 //! [`app`] for what it is made of and [`config`] for what can be set.
@@ -10,10 +11,12 @@ pub mod cli;
 pub mod config;
 pub mod consumers;
 pub mod domain;
+pub mod feed;
 pub mod limits;
 pub mod middleware;
 mod pause;
 pub mod relay;
 pub mod router;
 pub mod server;
+pub mod sessions;
 pub mod telemetry;

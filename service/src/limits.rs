@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use governor::clock::{Clock, DefaultClock};
@@ -16,6 +16,7 @@ use governor::{Quota, RateLimiter};
 use ipnet::IpNet;
 use tokio::sync::Semaphore;
 
+use crate::api::fault::Fault;
 use crate::api::problem::Problem;
 use crate::app::App;
 use crate::config::{Config, RateLimit};
@@ -131,12 +132,7 @@ pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) ->
         Err(wait) => {
             refused("rate-limited");
             let seconds = wait.as_secs() + 1;
-            let mut response = Problem::new(
-                StatusCode::TOO_MANY_REQUESTS,
-                "rate-limited",
-                "Too many requests",
-            )
-            .into_response();
+            let mut response = Problem::new(Fault::RateLimited).into_response();
             let headers = response.headers_mut();
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             limits.tell(headers, 0, seconds);
@@ -147,7 +143,7 @@ pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) ->
         Ok(_place) => next.run(request).await,
         Err(_) => {
             refused("overloaded");
-            Problem::overloaded().into_response()
+            Problem::new(Fault::Overloaded).into_response()
         }
     };
     limits.tell(response.headers_mut(), left, 1);

@@ -1,5 +1,5 @@
-//! Every layer around every request, outermost first: request id, log and metrics, panics,
-//! limits of clients and of the process, time-out, body limit.
+//! Every layer around every request, outermost first: request id, log and metrics, gRPC's own
+//! words for what the others refuse, panics, limits of clients and of the process, time-out, body limit.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
@@ -15,6 +15,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use crate::api::fault::Fault;
+use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
 use crate::limits;
@@ -27,6 +29,7 @@ pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
     routes.layer(
         ServiceBuilder::new()
             .layer(from_fn(observe))
+            .layer(from_fn(grpc::translate))
             .layer(CatchPanicLayer::custom(panicked))
             .layer(from_fn_with_state(Arc::clone(app), limits::admit))
             .layer(from_fn_with_state(config.request_timeout.0, time_limit))
@@ -104,12 +107,7 @@ fn method_label(method: &str) -> &'static str {
 async fn time_limit(State(limit): State<Duration>, request: Request, next: Next) -> Response {
     match tokio::time::timeout(limit, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Problem::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            "timeout",
-            "The request took too long",
-        )
-        .into_response(),
+        Err(_) => Problem::new(Fault::Timeout).into_response(),
     }
 }
 
@@ -120,5 +118,5 @@ fn panicked(cause: Box<dyn Any + Send + 'static>) -> Response {
         .or_else(|| cause.downcast_ref::<String>().cloned())
         .unwrap_or_default();
     tracing::error!(message, "a request handler panicked");
-    Problem::internal().into_response()
+    Problem::new(Fault::Internal).into_response()
 }

@@ -2,26 +2,47 @@
 
 use std::sync::Arc;
 
-use axum::Router;
-use axum::routing::{get, post};
+use axum::routing::get;
+use axum::{Extension, Router};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use utoipa_swagger_ui::SwaggerUi;
 
-use crate::api::{operations, rest};
+use crate::api::problem::Problem;
+use crate::api::{graphql, grpc, live, operations, rest};
 use crate::app::App;
 use crate::middleware;
 
-/// What clients reach.
-pub fn public(app: &Arc<App>) -> Router {
-    let routes = Router::new()
-        .route("/v1/orders", post(rest::create).get(rest::list))
-        .route("/v1/orders/{id}", get(rest::get))
-        .route("/v1/orders/{id}/cancel", post(rest::cancel))
-        .route("/v1/customers/{customer}/totals", get(rest::totals))
+/// What the REST interface says of itself; its routes add themselves.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Orders", description = "Orders over REST, version 1"),
+    components(schemas(Problem))
+)]
+struct Description;
+
+/// What clients reach: every interface on one port.
+pub fn public(app: &Arc<App>) -> anyhow::Result<Router> {
+    let (rest, description) = OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(rest::create, rest::list))
+        .routes(routes!(rest::get))
+        .routes(routes!(rest::cancel))
+        .routes(routes!(rest::totals))
+        .split_for_parts();
+    let routes = rest
+        .merge(SwaggerUi::new("/docs").url("/openapi.json", description))
+        .merge(grpc::routes(app)?)
+        .route("/v1/events", get(live::events))
+        .route("/graphql", get(graphql::subscribe).post(graphql::execute))
+        .route("/graphql/schema", get(graphql::definition))
+        .layer(Extension(graphql::schema(app)))
         .route("/health/live", get(operations::live))
         .route("/health/ready", get(operations::ready))
         .route("/info", get(operations::info))
         .fallback(rest::not_found)
         .method_not_allowed_fallback(rest::wrong_method);
-    middleware::apply(routes, app).with_state(Arc::clone(app))
+    Ok(middleware::apply(routes, app).with_state(Arc::clone(app)))
 }
 
 /// What only operators reach, on a port of its own.

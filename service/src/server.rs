@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::app::App;
 use crate::config::Server;
 use crate::consumers::{self, CONSUMERS};
-use crate::{relay, router};
+use crate::{feed, relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
@@ -58,7 +58,7 @@ pub async fn serve(
     let (stopping, stopped) = watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
     for (listener, routes) in [
-        (sockets.public, router::public(&app)),
+        (sockets.public, router::public(&app)?),
         (sockets.admin, router::admin(&app)),
     ] {
         listener.set_nonblocking(true)?;
@@ -77,6 +77,7 @@ pub async fn serve(
     // Requests in flight may still have something to tell, so these end last. They may be cut off
     // anywhere: what they were at is done again.
     let mut workers = tokio::task::JoinSet::new();
+    workers.spawn(feed::run(Arc::clone(&app)));
     if !app.config.database.read_only {
         workers.spawn(relay::run(Arc::clone(&app)));
         workers.spawn(housekeeping(Arc::clone(&app)));
@@ -101,11 +102,13 @@ pub async fn serve(
     app.drain();
     tracing::info!(deadline = ?app.config.server.drain_timeout.0, "draining");
     stopping.send_replace(true);
-    let drained = async { while servers.join_next().await.is_some() {} };
+    let drained = async {
+        app.sessions.end().await;
+        while servers.join_next().await.is_some() {}
+    };
     let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
-    let relays = !workers.is_empty();
     workers.shutdown().await;
-    if relays {
+    if !app.config.database.read_only {
         relay::give_up(&app).await;
     }
     app.close().await;

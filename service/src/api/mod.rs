@@ -1,5 +1,9 @@
 //! The interfaces. Each translates to the use cases in [`crate::app`] and back.
 
+pub mod fault;
+pub mod graphql;
+pub mod grpc;
+pub mod live;
 pub mod operations;
 pub mod problem;
 pub mod rest;

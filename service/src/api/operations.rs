@@ -10,6 +10,7 @@ use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::fault::Fault;
 use super::problem::Problem;
 use super::rest::Body;
 use crate::app::{App, Info};
@@ -36,7 +37,7 @@ pub async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
 
 /// `GET /log-level`: the filter of the process's log.
 pub async fn log_level() -> Result<Json<LogLevel>, Problem> {
-    let LogFilter(level) = telemetry::log_level().ok_or_else(Problem::internal)?;
+    let LogFilter(level) = telemetry::log_level().ok_or_else(|| Problem::new(Fault::Internal))?;
     Ok(Json(LogLevel { level }))
 }
 
@@ -46,7 +47,7 @@ pub async fn set_log_level(Body(wanted): Body<LogLevel>) -> Result<Json<LogLevel
         .map_err(|reason| Problem::rejected("/level", &reason))?;
     telemetry::set_log_level(filter).map_err(|error| {
         tracing::error!(%error, "the log's level could not be changed");
-        Problem::internal()
+        Problem::new(Fault::Internal)
     })?;
     tracing::info!(level = wanted.level, "the log's level was changed");
     Ok(Json(wanted))

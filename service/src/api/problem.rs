@@ -1,34 +1,43 @@
-//! One error shape for every answer that is not a success: problem details (RFC 9457).
+//! One shape for every answer that is not a success: problem details (RFC 9457). The other interfaces
+//! make theirs from it.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
 
-use crate::adapters::storage::StorageError;
+use super::fault::Fault;
 use crate::app::Error;
-use crate::domain::orders::{FieldError, Rejected};
+use crate::domain::orders::{FieldError, OrderId, Rejected};
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Problem {
+    #[serde(skip)]
+    pub fault: Fault,
     /// A stable name for programs, as a relative reference (RFC 9457, section 3.1.1).
     #[serde(rename = "type")]
+    #[schema(value_type = String)]
     pub kind: &'static str,
+    #[schema(value_type = String)]
     pub title: &'static str,
     pub status: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// The fields that are wrong, where the problem is the request's content.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
     pub errors: Vec<FieldError>,
 }
 
 impl Problem {
-    pub fn new(status: StatusCode, kind: &'static str, title: &'static str) -> Self {
+    pub fn new(fault: Fault) -> Self {
+        let names = fault.names();
         Self {
-            kind,
-            title,
-            status: status.as_u16(),
+            fault,
+            kind: names.kind,
+            title: names.title,
+            status: names.http.as_u16(),
             detail: None,
             errors: Vec::new(),
         }
@@ -39,75 +48,52 @@ impl Problem {
         self.detail = Some(detail.into());
         self
     }
-}
 
-impl From<Rejected> for Problem {
-    fn from(Rejected(errors): Rejected) -> Self {
-        let status = StatusCode::UNPROCESSABLE_ENTITY;
-        Self {
-            errors,
-            ..Self::new(status, "invalid-request", "The request is not valid")
-        }
-    }
-}
-
-/// The one table from what went wrong to what the client is told.
-impl From<Error> for Problem {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Invalid(rejected) => rejected.into(),
-            Error::NotFound(_) => {
-                Self::new(StatusCode::NOT_FOUND, "not-found", "Not found").detail(error.to_string())
-            }
-            Error::KeyTaken => Self::new(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "idempotency-key-reused",
-                "The Idempotency-Key belongs to another request",
-            ),
-            // What storage says is logged, never sent.
-            Error::Storage(error) => {
-                tracing::error!(%error, "storage failed");
-                match error {
-                    StorageError::ReadOnly => Self::new(
-                        StatusCode::SERVICE_UNAVAILABLE,
-                        "read-only",
-                        "Orders cannot be changed at the moment",
-                    ),
-                    StorageError::Busy(_) => Self::overloaded(),
-                    StorageError::Schema { .. } | StorageError::Failed(_) => Self::internal(),
-                }
-            }
-        }
-    }
-}
-
-impl Problem {
     /// One field of a request is wrong.
     pub fn rejected(field: &str, reason: &str) -> Self {
         let (field, reason) = (field.into(), reason.into());
         Rejected(vec![FieldError { field, reason }]).into()
     }
 
-    pub fn overloaded() -> Self {
-        Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "overloaded",
-            "Try again later",
-        )
+    /// Something only a more exact status of HTTP's says.
+    #[must_use]
+    pub fn status(self, status: StatusCode) -> Self {
+        Self {
+            status: status.as_u16(),
+            ..self
+        }
     }
+}
 
-    pub fn internal() -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal",
-            "Something went wrong here",
-        )
+impl From<Rejected> for Problem {
+    fn from(Rejected(errors): Rejected) -> Self {
+        Self {
+            errors,
+            ..Self::new(Fault::Invalid)
+        }
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let problem = Self::new(Fault::from(&error));
+        match error {
+            Error::Invalid(rejected) => rejected.into(),
+            Error::NotFound(_) => problem.detail(error.to_string()),
+            // What storage says is logged, never sent.
+            Error::Storage(error) => {
+                tracing::error!(%error, "storage failed");
+                problem
+            }
+            Error::KeyTaken | Error::TooSlow(_) | Error::Full => problem,
+        }
     }
 }
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let problem = self.clone();
         let mut response = (status, Json(self)).into_response();
         let json = HeaderValue::from_static("application/problem+json");
         response.headers_mut().insert(header::CONTENT_TYPE, json);
@@ -116,6 +102,34 @@ impl IntoResponse for Problem {
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        // For clients who speak something else than JSON.
+        response.extensions_mut().insert(problem);
         response
     }
+}
+
+/// The id of an order, as every interface reads it.
+pub fn order_id(text: &str, field: &str) -> Result<OrderId, Problem> {
+    text.parse()
+        .map_err(|_| Problem::rejected(field, "must be an order's id (a UUID)"))
+}
+
+/// The key of a request that may be sent again, as every interface reads it.
+/// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/>
+pub fn idempotency_key(key: Option<&str>) -> Result<Option<crate::app::Key>, Problem> {
+    const MAX_KEY: usize = 255;
+    let Some(key) = key else { return Ok(None) };
+    let is_visible = key.bytes().all(|byte| byte.is_ascii_graphic());
+    if key.is_empty() || key.len() > MAX_KEY || !is_visible {
+        return Err(Problem::rejected(
+            "Idempotency-Key",
+            "must have 1 to 255 visible ASCII characters",
+        ));
+    }
+    // Until clients say who they are, all are one.
+    let client = String::new();
+    Ok(Some(crate::app::Key {
+        client,
+        key: key.to_owned(),
+    }))
 }

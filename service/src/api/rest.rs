@@ -1,33 +1,60 @@
 //! Orders over REST, version 1.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::rejection::JsonRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{FromRequest, Path, Query, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::IntoResponse;
 use serde::Deserialize;
+use utoipa::IntoResponses;
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
 
-use super::problem::Problem;
-use crate::app::{App, Created, Key};
+use super::fault::Fault;
+use super::problem::{Problem, idempotency_key, order_id};
+use crate::app::{App, Created};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Total};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
-const MAX_KEY: usize = 255;
 /// Whether the answer is one that was given before.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
+/// The group of these operations in the API's description.
+const ORDERS: &str = "orders";
+
 type Answer<T> = Result<T, Problem>;
 
-/// `POST /v1/orders`: 201 with the order and its `Location`. With an `Idempotency-Key` the same
-/// request again gets the same answer, and places no other order.
+/// Places an order. With an `Idempotency-Key` the same request again gets the same answer, and places
+/// no other order.
+#[utoipa::path(
+    post,
+    path = "/v1/orders",
+    tag = ORDERS,
+    operation_id = "placeOrder",
+    params(
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255,
+            pattern = "^[!-~]+$"),
+    ),
+    request_body = OrderRequest,
+    responses(
+        (status = 201, description = "The order", body = Order, headers(
+            ("Location" = String, description = "Where the order is"),
+            ("Idempotent-Replayed" = bool, description = "Whether it had been placed before"),
+        )),
+        Unacceptable,
+        Common,
+    ),
+)]
 pub async fn create(
     State(app): State<Arc<App>>,
     headers: HeaderMap,
     Body(request): Body<OrderRequest>,
 ) -> Answer<(StatusCode, [(HeaderName, String); 2], Json<Order>)> {
-    let Created { order, repeated } = app.create_order(request, key(&headers)?).await?;
+    let key = headers.get(KEY);
+    let key = idempotency_key(key.map(|key| key.to_str().unwrap_or_default()))?;
+    let Created { order, repeated } = app.create_order(request, key).await?;
     let location = format!("/v1/orders/{}", order.id);
     Ok((
         StatusCode::CREATED,
@@ -39,7 +66,15 @@ pub async fn create(
     ))
 }
 
-/// `GET /v1/customers/{customer}/totals`: by currency.
+/// What a customer has ordered and not cancelled, by currency; it follows the orders a moment later.
+#[utoipa::path(
+    get,
+    path = "/v1/customers/{customer}/totals",
+    tag = ORDERS,
+    operation_id = "getTotals",
+    params(("customer" = String, Path, min_length = 1)),
+    responses((status = 200, description = "One for each currency", body = [Total]), Common),
+)]
 pub async fn totals(
     State(app): State<Arc<App>>,
     Path(customer): Path<String>,
@@ -47,33 +82,28 @@ pub async fn totals(
     Ok(Json(app.totals(&customer).await?))
 }
 
-/// The key of a request that may be sent again.
-/// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/>
-fn key(headers: &HeaderMap) -> Answer<Option<Key>> {
-    let Some(key) = headers.get(KEY) else {
-        return Ok(None);
-    };
-    let wrong = || {
-        Problem::rejected(
-            "Idempotency-Key",
-            "must have 1 to 255 visible ASCII characters",
-        )
-    };
-    let key = key.to_str().map_err(|_| wrong())?.to_owned();
-    if key.is_empty() || key.len() > MAX_KEY {
-        return Err(wrong());
-    }
-    // Until clients say who they are, all are one.
-    let client = String::new();
-    Ok(Some(Key { client, key }))
-}
-
-/// `GET /v1/orders/{id}`
+/// An order.
+#[utoipa::path(
+    get,
+    path = "/v1/orders/{id}",
+    tag = ORDERS,
+    operation_id = "getOrder",
+    params(("id" = OrderId, Path)),
+    responses((status = 200, description = "The order", body = Order), Missing, Common),
+)]
 pub async fn get(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
     Ok(Json(app.order(order_id(&id, "/id")?).await?))
 }
 
-/// `POST /v1/orders/{id}/cancel`
+/// Cancels an order. Cancelling a cancelled order changes nothing and answers with it.
+#[utoipa::path(
+    post,
+    path = "/v1/orders/{id}/cancel",
+    tag = ORDERS,
+    operation_id = "cancelOrder",
+    params(("id" = OrderId, Path)),
+    responses((status = 200, description = "The order", body = Order), Missing, Common),
+)]
 pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
     Ok(Json(app.cancel_order(order_id(&id, "/id")?).await?))
 }
@@ -85,19 +115,23 @@ pub struct ListQuery {
     after: Option<String>,
 }
 
-/// `GET /v1/orders?limit=20&after=ID`: newest first, by keyset.
+/// The newest orders first, by keyset.
+#[utoipa::path(
+    get,
+    path = "/v1/orders",
+    tag = ORDERS,
+    operation_id = "listOrders",
+    params(
+        ("limit" = Option<u32>, Query, description = "Orders in the page", minimum = 1, maximum = 100),
+        ("after" = Option<OrderId>, Query, description = "`next` of the page before"),
+    ),
+    responses((status = 200, description = "A page", body = Page), Common),
+)]
 pub async fn list(
     State(app): State<Arc<App>>,
-    query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Answer<Json<Page>> {
-    let Query(query) = query.map_err(|rejection| {
-        Problem::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "invalid-request",
-            "The request is not valid",
-        )
-        .detail(rejection.body_text())
-    })?;
+    let Query(query) = query.map_err(unreadable_query)?;
     let limit = query
         .limit
         .map(|text| {
@@ -112,9 +146,55 @@ pub async fn list(
     Ok(Json(app.orders(PageRequest { limit, after }).await?))
 }
 
-fn order_id(text: &str, field: &str) -> Answer<OrderId> {
-    text.parse()
-        .map_err(|_| Problem::rejected(field, "must be an order's id (a UUID)"))
+pub fn unreadable_query(rejection: QueryRejection) -> Problem {
+    Problem::new(Fault::Invalid).detail(rejection.body_text())
+}
+
+/// What any request may be answered.
+struct Common;
+
+/// What may be answered where there is no such order.
+struct Missing;
+
+/// What may be answered to a body.
+struct Unacceptable;
+
+impl IntoResponses for Common {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        described(&[
+            Fault::Unreadable,
+            Fault::Invalid,
+            Fault::RateLimited,
+            Fault::Overloaded,
+            Fault::Timeout,
+        ])
+    }
+}
+
+impl IntoResponses for Missing {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        described(&[Fault::NotFound])
+    }
+}
+
+impl IntoResponses for Unacceptable {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        described(&[Fault::TooLarge, Fault::NotJson])
+    }
+}
+
+/// The answers to what goes wrong, from the table of all interfaces.
+fn described(faults: &[Fault]) -> BTreeMap<String, RefOr<Response>> {
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem")));
+    let content = content.build();
+    let answers = faults.iter().map(|fault| {
+        let names = fault.names();
+        let response = ResponseBuilder::new()
+            .description(names.title)
+            .content("application/problem+json", content.clone());
+        (names.http.as_u16().to_string(), response.build().into())
+    });
+    answers.collect()
 }
 
 /// A JSON body; what is wrong with one is a [`Problem`] like everything else.
@@ -127,20 +207,15 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> 
         match Json::<T>::from_request(request, state).await {
             Ok(Json(body)) => Ok(Self(body)),
             Err(rejection) => {
-                let (kind, title) = match &rejection {
-                    JsonRejection::JsonDataError(_) => {
-                        ("invalid-request", "The request is not valid")
-                    }
-                    JsonRejection::JsonSyntaxError(_) => ("not-json", "The body is not JSON"),
-                    JsonRejection::MissingJsonContentType(_) => {
-                        ("not-json", "The body must be application/json")
-                    }
-                    _ if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => {
-                        ("too-large", "The body is too large")
-                    }
-                    _ => ("unreadable", "The body could not be read"),
+                let fault = match &rejection {
+                    JsonRejection::JsonDataError(_) => Fault::Invalid,
+                    JsonRejection::MissingJsonContentType(_) => Fault::NotJson,
+                    _ if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Fault::TooLarge,
+                    _ => Fault::Unreadable,
                 };
-                Err(Problem::new(rejection.status(), kind, title).detail(rejection.body_text()))
+                Err(Problem::new(fault)
+                    .status(rejection.status())
+                    .detail(rejection.body_text()))
             }
         }
     }
@@ -148,14 +223,10 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> 
 
 /// Any path that no route serves.
 pub async fn not_found() -> impl IntoResponse {
-    Problem::new(StatusCode::NOT_FOUND, "not-found", "Not found")
+    Problem::new(Fault::NotFound)
 }
 
 /// A path that is served, but not with this method.
 pub async fn wrong_method() -> impl IntoResponse {
-    Problem::new(
-        StatusCode::METHOD_NOT_ALLOWED,
-        "method-not-allowed",
-        "Method not allowed",
-    )
+    Problem::new(Fault::WrongMethod)
 }

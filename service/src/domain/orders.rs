@@ -4,7 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 const MAX_CUSTOMER: usize = 64;
@@ -14,17 +15,18 @@ const MAX_QUANTITY: u32 = 10_000;
 const MAX_UNIT_PRICE_CENTS: i64 = 100_000_000;
 
 /// UUIDv7 (RFC 9562, section 5.7): ids sort by the time they were made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[schema(value_type = String, format = Uuid)]
 pub struct OrderId(Uuid);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     Open,
     Cancelled,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Order {
     pub id: OrderId,
     pub customer: String,
@@ -33,11 +35,13 @@ pub struct Order {
     pub status: Status,
     pub items: Vec<Item>,
     pub total_cents: i64,
+    #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
     pub updated_at: Timestamp,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Item {
     pub sku: String,
     pub quantity: u32,
@@ -45,24 +49,41 @@ pub struct Item {
 }
 
 /// What a client sends; not yet known to be valid.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OrderRequest {
+    #[schema(
+        min_length = 1,
+        max_length = 64,
+        pattern = r"^[^\u0000-\u001f\u007f-\u009f]*[^\u0000-\u001f\u007f-\u009f\s][^\u0000-\u001f\u007f-\u009f]*$"
+    )]
     pub customer: String,
+    /// ISO 4217.
+    #[schema(pattern = "^[A-Z]{3}$")]
     pub currency: String,
+    #[schema(min_items = 1, max_items = 50)]
     pub items: Vec<ItemRequest>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ItemRequest {
+    #[schema(
+        min_length = 1,
+        max_length = 32,
+        pattern = r"^[^\u0000-\u001f\u007f-\u009f]*[^\u0000-\u001f\u007f-\u009f\s][^\u0000-\u001f\u007f-\u009f]*$"
+    )]
     pub sku: String,
+    #[schema(minimum = 1, maximum = 10000)]
+    #[serde(deserialize_with = "whole")]
     pub quantity: u32,
+    #[schema(minimum = 0, maximum = 100_000_000)]
+    #[serde(deserialize_with = "whole")]
     pub unit_price_cents: i64,
 }
 
 /// What one customer has ordered and not cancelled, in one currency.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema, sqlx::FromRow)]
 pub struct Total {
     pub currency: String,
     pub orders: i64,
@@ -76,7 +97,7 @@ pub struct PageRequest {
     pub after: Option<OrderId>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Page {
     pub items: Vec<Order>,
     /// The `after` of the next page, where there is one.
@@ -89,7 +110,7 @@ pub struct Page {
 pub struct Rejected(pub Vec<FieldError>);
 
 /// One wrong field; `field` is a JSON pointer (RFC 6901) into the request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct FieldError {
     pub field: String,
     pub reason: String,
@@ -195,6 +216,27 @@ impl Order {
             updated_at,
         }
     }
+}
+
+/// A whole number, which JSON may also write as `2.0` (JSON Schema 2020-12, section 4.2.3).
+fn whole<'de, D: Deserializer<'de>, T: TryFrom<i64>>(deserializer: D) -> Result<T, D::Error> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Whole(i64),
+        Real(f64),
+    }
+    let number = match Number::deserialize(deserializer) {
+        Ok(Number::Whole(number)) => Some(number),
+        Ok(Number::Real(number)) if number.fract() == 0.0 && number.abs() <= EXACT => {
+            Some(number as i64)
+        }
+        _ => None,
+    };
+    number
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| serde::de::Error::custom("expected a whole number in the allowed range"))
 }
 
 /// Now, to the millisecond that storage keeps.

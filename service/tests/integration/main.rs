@@ -8,6 +8,7 @@ mod commands;
 mod config;
 mod database;
 mod events;
+mod interfaces;
 mod limits;
 mod operations;
 mod orders;

@@ -131,7 +131,7 @@ pub fn steps() -> Vec<Step> {
         // And xtask, which starts the servers.
         .packages(&["service", "xtask"])
         .reads(&["config/**"])
-        .tools(&[CONTAINERS])
+        .tools(&[CONTAINERS, "schemathesis"])
         .locks(&["containers"])
         .variable(WHOLE_BUILD, "1")
         .needs(&["build"])

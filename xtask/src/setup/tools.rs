@@ -51,6 +51,8 @@ pub struct Pin {
     pub version: Version,
     accept: Option<Version>,
     pip: Option<String>,
+    /// Of a program in Python: what else it needs, from the root of the workspace.
+    requirements: Option<PathBuf>,
     cargo: Option<String>,
     npm: Option<String>,
 }
@@ -182,7 +184,9 @@ impl Tools {
         let mut reason = anyhow!("no package carries it");
         if let Some(package) = &pin.pip {
             system::install(PIP, output)?;
-            match pip(&shell, package, &version, dir, output) {
+            let python = pin.requirements.as_deref();
+            let installed = pip(&shell, package, &version, python, dir, output);
+            match installed.and_then(|()| python.map_or(Ok(()), |_| launcher(name, dir))) {
                 Ok(()) => return Ok(()),
                 Err(error) => reason = error,
             }
@@ -281,7 +285,27 @@ impl Tools {
 }
 
 /// Unpacks a wheel and nothing else: no dependency, no script of a source package.
-fn pip(shell: &Shell, package: &str, version: &str, dir: &Path, output: &Output) -> Result<()> {
+/// What `pip --target` leaves as a program looks for its modules elsewhere.
+fn launcher(name: &str, dir: &Path) -> Result<()> {
+    let script = format!(
+        "#!/bin/sh\nhere=$(dirname \"$0\")\nPYTHONPATH=\"$here/..\" exec python3 -m {name}.cli \"$@\"\n"
+    );
+    let path = dir.join("bin").join(name);
+    fs::write(&path, script).with_context(|| format!("writing {}", path.display()))
+}
+
+fn pip(
+    shell: &Shell,
+    package: &str,
+    version: &str,
+    requirements: Option<&Path>,
+    dir: &Path,
+    output: &Output,
+) -> Result<()> {
+    let requirements: Vec<&Path> = requirements
+        .into_iter()
+        .flat_map(|file| [Path::new("--requirement"), file])
+        .collect();
     let words = [
         "--quiet",
         "--no-deps",
@@ -290,7 +314,7 @@ fn pip(shell: &Shell, package: &str, version: &str, dir: &Path, output: &Output)
     ];
     let install = cmd!(
         shell,
-        "pip3 install {words...} --target {dir} {package}=={version}"
+        "pip3 install {words...} --target {dir} {package}=={version} {requirements...}"
     );
     output.command(&install);
     // As a variable, because older versions do not know the flag. It goes to a directory of ours.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{Bus, BusError, Delivery, Receipt, Subscription};
 use crate::domain::events::Event;
@@ -17,6 +17,7 @@ pub struct InProcess {
     /// So many consumers there are; before all have subscribed, nothing is handed over.
     expected: usize,
     consumers: Mutex<BTreeMap<&'static str, mpsc::Sender<Delivery>>>,
+    listeners: broadcast::Sender<String>,
 }
 
 impl InProcess {
@@ -24,11 +25,14 @@ impl InProcess {
         Self {
             expected,
             consumers: Mutex::default(),
+            listeners: broadcast::Sender::new(WAITING),
         }
     }
 }
 
 struct Waiting(mpsc::Receiver<Delivery>);
+
+struct Listening(broadcast::Receiver<String>);
 
 #[async_trait]
 impl Bus for InProcess {
@@ -44,7 +48,7 @@ impl Bus for InProcess {
         if consumers.len() < self.expected {
             return Err(BusError("not every consumer has subscribed yet".to_owned()));
         }
-        let mut receipts = Vec::new();
+        let (mut receipts, mut texts) = (Vec::new(), Vec::new());
         for event in events {
             let text = serde_json::to_string(event).map_err(|error| BusError(error.to_string()))?;
             for (name, consumer) in &consumers {
@@ -57,12 +61,21 @@ impl Bus for InProcess {
                 sent.map_err(|_| BusError(format!("the consumer {name} has stopped")))?;
                 receipts.push((*name, done));
             }
+            texts.push(text);
         }
         for (name, done) in receipts {
             let gave_up = |_| BusError(format!("the consumer {name} has not done with it"));
             done.await.map_err(gave_up)?;
         }
+        for text in texts {
+            // Nobody has to listen.
+            let _ = self.listeners.send(text);
+        }
         Ok(())
+    }
+
+    async fn listen(&self) -> Result<Box<dyn Subscription>, BusError> {
+        Ok(Box::new(Listening(self.listeners.subscribe())))
     }
 
     async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError> {
@@ -81,5 +94,16 @@ impl Subscription for Waiting {
     async fn next(&mut self) -> Result<Delivery, BusError> {
         let next = self.0.recv().await;
         next.ok_or_else(|| BusError("another one consumes in this one's place".to_owned()))
+    }
+}
+
+#[async_trait]
+impl Subscription for Listening {
+    async fn next(&mut self) -> Result<Delivery, BusError> {
+        let event = self.0.recv().await;
+        Ok(Delivery {
+            event: event.map_err(|error| BusError(error.to_string()))?,
+            receipt: Receipt::None,
+        })
     }
 }

@@ -21,6 +21,9 @@ pub trait Bus: Send + Sync {
 
     /// What a consumer is to do, from the first event that it is not done with.
     async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError>;
+
+    /// Every event from now on, for this process alone: none is kept for it, and none is to be done.
+    async fn listen(&self) -> Result<Box<dyn Subscription>, BusError>;
 }
 
 #[async_trait]
@@ -37,6 +40,8 @@ pub struct Delivery {
 }
 
 enum Receipt {
+    /// Nobody waits for it.
+    None,
     InProcess(oneshot::Sender<()>),
     RabbitMq(Box<lapin::message::Delivery>),
 }
@@ -58,6 +63,7 @@ impl Delivery {
     /// The consumer is done with it.
     pub async fn done(self) -> Result<(), BusError> {
         match self.receipt {
+            Receipt::None => Ok(()),
             Receipt::InProcess(receipt) => receipt
                 .send(())
                 .map_err(|()| BusError("nobody waits for it any more".to_owned())),

@@ -41,6 +41,8 @@ struct Line {
 
 struct Queue {
     consumer: Consumer,
+    /// Whether what it has delivered must be said to be done.
+    kept: bool,
     _line: Line,
 }
 
@@ -162,6 +164,40 @@ impl Bus for RabbitMq {
             .await?;
         Ok(Box::new(Queue {
             consumer,
+            kept: true,
+            _line: line,
+        }))
+    }
+
+    async fn listen(&self) -> Result<Box<dyn Subscription>, BusError> {
+        let line = self.connect().await?;
+        let channel = &line.channel;
+        // Nobody else's, and gone with the connection.
+        let own = QueueDeclareOptions {
+            exclusive: true,
+            auto_delete: true,
+            ..QueueDeclareOptions::default()
+        };
+        let none = FieldTable::default;
+        let queue = channel.queue_declare("".into(), own, none()).await?;
+        let (exchange, key, bind) = (
+            self.exchange(),
+            EVERYTHING.into(),
+            QueueBindOptions::default(),
+        );
+        channel
+            .queue_bind(queue.name().clone(), exchange, key, bind, none())
+            .await?;
+        let options = BasicConsumeOptions {
+            no_ack: true,
+            ..BasicConsumeOptions::default()
+        };
+        let consumer = channel
+            .basic_consume(queue.name().clone(), "".into(), options, none())
+            .await?;
+        Ok(Box::new(Queue {
+            consumer,
+            kept: false,
             _line: line,
         }))
     }
@@ -174,7 +210,10 @@ impl Subscription for Queue {
         let delivery = self.consumer.next().await.ok_or_else(closed)??;
         Ok(Delivery {
             event: String::from_utf8_lossy(&delivery.data).into_owned(),
-            receipt: Receipt::RabbitMq(Box::new(delivery)),
+            receipt: match self.kept {
+                true => Receipt::RabbitMq(Box::new(delivery)),
+                false => Receipt::None,
+            },
         })
     }
 }

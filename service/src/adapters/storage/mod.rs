@@ -36,6 +36,8 @@ pub trait Storage: Send + Sync {
     async fn cancel(&self, id: OrderId, now: Timestamp) -> Result<Option<Order>, StorageError>;
     /// What a customer has ordered, by currency.
     async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError>;
+    /// The same of many customers, in one query, each with its customer.
+    async fn totals_of(&self, customers: &[String]) -> Result<Vec<(String, Total)>, StorageError>;
 
     /// Becomes, or stays, the one who does what `name` says for `seconds` from now, by the database's
     /// clock; `false` while somebody else is.

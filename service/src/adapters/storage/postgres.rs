@@ -10,6 +10,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool, Transaction};
 use uuid::Uuid;
 
+use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
 use crate::config::Database;
@@ -111,6 +112,14 @@ impl Postgres {
         .execute(&mut **tx)
         .await?;
         Ok(())
+    }
+
+    async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
+        let totals = rows::totals_of("SELECT unnest($1)");
+        Ok(sqlx::query_as(&totals)
+            .bind(customers)
+            .fetch_all(&self.pool)
+            .await?)
     }
 
     async fn remove(&self, events: &[i64]) -> Result<(), StorageError> {

@@ -5,8 +5,7 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use super::StorageError;
-use crate::domain::events::Event;
-use crate::domain::orders::{Item, Order, OrderId, Status};
+use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 
 /// One line of an order, with what all lines of the order share.
 #[derive(sqlx::FromRow)]
@@ -42,6 +41,28 @@ pub(super) const SCHEMA_VERSION: &str =
 
 pub(super) const TOTALS: &str = "SELECT currency, orders, total_cents FROM customer_totals
      WHERE customer = $1 ORDER BY currency";
+
+/// The totals of the customers that a query selects.
+pub(super) fn totals_of(customers: &str) -> String {
+    format!(
+        "SELECT customer, currency, orders, total_cents FROM customer_totals
+         WHERE customer IN ({customers}) ORDER BY customer, currency"
+    )
+}
+
+/// A customer with one of its totals.
+#[derive(sqlx::FromRow)]
+pub(super) struct TotalOf {
+    customer: String,
+    #[sqlx(flatten)]
+    total: Total,
+}
+
+impl From<TotalOf> for (String, Total) {
+    fn from(row: TotalOf) -> Self {
+        (row.customer, row.total)
+    }
+}
 
 pub(super) const CLAIM_KEY: &str =
     "INSERT INTO idempotency_keys (client, key, fingerprint, order_id, created_at)
@@ -98,8 +119,8 @@ pub(super) fn days_ago(days: i64) -> i64 {
     Timestamp::now().as_millisecond() - days * 86_400_000
 }
 
-pub(super) fn to_text(event: &Event) -> Result<String, StorageError> {
-    serde_json::to_string(event).map_err(|error| StorageError::Failed(error.to_string()))
+pub(super) fn to_text(value: &impl serde::Serialize) -> Result<String, StorageError> {
+    serde_json::to_string(value).map_err(|error| StorageError::Failed(error.to_string()))
 }
 
 /// The orders that the lines make up; lines of one order stand together.

@@ -1,7 +1,8 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
 //! The module that calls the macro has the adapter with a field `pool`, its `begin` (a transaction
-//! that may write), its `insert` (an order and its lines) and its `remove` (events from the outbox),
+//! that may write), its `insert` (an order and its lines), `remove` (events from the outbox)
+//! and `totals_among` (a list of customers),
 //! and its `NOW` and `migrations`. A generic function would need every bound of every query instead.
 
 macro_rules! storage_in_sql {
@@ -95,6 +96,14 @@ macro_rules! storage_in_sql {
             async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
                 let totals = sqlx::query_as(rows::TOTALS).bind(customer);
                 Ok(totals.fetch_all(&self.pool).await?)
+            }
+
+            async fn totals_of(
+                &self,
+                customers: &[String],
+            ) -> Result<Vec<(String, Total)>, StorageError> {
+                let totals = self.totals_among(customers).await?;
+                Ok(totals.into_iter().map(Into::into).collect())
             }
 
             async fn lease(

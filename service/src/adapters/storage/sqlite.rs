@@ -12,6 +12,7 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use uuid::Uuid;
 
+use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
 use crate::config::Database;
@@ -125,6 +126,14 @@ impl Sqlite {
             .await?;
         }
         Ok(())
+    }
+
+    async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
+        let totals = rows::totals_of("SELECT value FROM json_each($1)");
+        Ok(sqlx::query_as(&totals)
+            .bind(rows::to_text(&customers)?)
+            .fetch_all(&self.pool)
+            .await?)
     }
 
     async fn remove(&self, events: &[i64]) -> Result<(), StorageError> {

@@ -1,0 +1,564 @@
+//! The four interfaces: the same use cases, results and errors.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use service::api::grpc::pb;
+use service::api::grpc::pb::orders_client::OrdersClient;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+use tonic::transport::Channel;
+use tonic::{Code, Request};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_types::StatusExt;
+use tracing_subscriber::layer::SubscriberExt;
+
+use crate::test_app::{TestApp, order};
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+async fn channel(app: &TestApp) -> Channel {
+    let address = format!("http://{}", app.public);
+    Channel::from_shared(address)
+        .unwrap()
+        .connect()
+        .await
+        .unwrap()
+}
+
+async fn orders(app: &TestApp) -> OrdersClient<Channel> {
+    OrdersClient::new(channel(app).await)
+}
+
+async fn graphql(app: &TestApp, query: &str, variables: Value) -> Value {
+    let body = json!({ "query": query, "variables": variables });
+    let (status, answer) = app.post("/graphql", body).await;
+    assert_eq!(status, 200, "{answer}");
+    answer
+}
+
+async fn socket(app: &TestApp, path: &str, protocol: Option<&str>) -> Socket {
+    let address = format!("ws://{}{path}", app.public);
+    let mut request = address.into_client_request().unwrap();
+    if let Some(protocol) = protocol {
+        let name = "sec-websocket-protocol";
+        request
+            .headers_mut()
+            .insert(name, protocol.parse().unwrap());
+    }
+    connect_async(request).await.unwrap().0
+}
+
+/// The next message that is not a ping.
+async fn next(socket: &mut Socket) -> Option<Message> {
+    loop {
+        match tokio::time::timeout(Duration::from_secs(10), socket.next()).await {
+            Ok(Some(Ok(Message::Ping(_)))) => {}
+            Ok(message) => return message.transpose().unwrap(),
+            Err(_) => panic!("nothing was said for 10 s"),
+        }
+    }
+}
+
+async fn next_json(socket: &mut Socket) -> Value {
+    match next(socket).await {
+        Some(Message::Text(text)) => serde_json::from_str(&text).unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn close_code(socket: &mut Socket) -> u16 {
+    loop {
+        match next(socket).await {
+            Some(Message::Close(Some(frame))) => return frame.code.into(),
+            Some(Message::Text(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn place(order: &Value) -> pb::PlaceOrderRequest {
+    let items = order["items"].as_array().unwrap().iter();
+    let items = items.map(|item| pb::Item {
+        sku: item["sku"].as_str().unwrap().to_owned(),
+        quantity: u32::try_from(item["quantity"].as_u64().unwrap()).unwrap(),
+        unit_price_cents: item["unit_price_cents"].as_i64().unwrap(),
+    });
+    pb::PlaceOrderRequest {
+        customer: order["customer"].as_str().unwrap().to_owned(),
+        currency: order["currency"].as_str().unwrap().to_owned(),
+        items: items.collect(),
+    }
+}
+
+const PLACE: &str = "mutation($order: NewOrder!, $key: String) {
+    placeOrder(order: $order, idempotencyKey: $key) { id totalCents status } }";
+
+/// An order as GraphQL's input has it.
+fn new_order(order: &Value) -> Value {
+    let items = order["items"].as_array().unwrap().iter();
+    let items: Vec<Value> = items
+        .map(|item| {
+            json!({
+                "sku": item["sku"], "quantity": item["quantity"],
+                "unitPriceCents": item["unit_price_cents"],
+            })
+        })
+        .collect();
+    json!({ "customer": order["customer"], "currency": order["currency"], "items": items })
+}
+
+#[tokio::test]
+async fn an_order_is_the_same_over_every_interface() {
+    let app = TestApp::start().await;
+    let mut grpc = orders(&app).await;
+    let placed = grpc
+        .place_order(place(&order()))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(!placed.repeated);
+    let placed = placed.order.unwrap();
+    assert_eq!(placed.total_cents, 2100);
+
+    let (status, over_rest) = app.get(&format!("/v1/orders/{}", placed.id)).await;
+    assert_eq!((status, &over_rest["total_cents"]), (200, &json!(2100)));
+    let query = "query($id: String!) { order(id: $id) { id customer status totalCents createdAt
+        items { sku quantity unitPriceCents } } }";
+    let answer = graphql(&app, query, json!({ "id": placed.id })).await;
+    let over_graphql = &answer["data"]["order"];
+    assert_eq!(
+        over_graphql["createdAt"], over_rest["created_at"],
+        "{answer}"
+    );
+    assert_eq!(over_graphql["items"][1]["unitPriceCents"], 1200);
+
+    let cancel = "mutation($id: String!) { cancelOrder(id: $id) { status } }";
+    let answer = graphql(&app, cancel, json!({ "id": placed.id })).await;
+    assert_eq!(
+        answer["data"]["cancelOrder"]["status"], "CANCELLED",
+        "{answer}"
+    );
+    let request = pb::GetOrderRequest { id: placed.id };
+    let now = grpc.get_order(request).await.unwrap().into_inner();
+    assert_eq!(now.status(), pb::Status::Cancelled);
+}
+
+/// The same wrong request: REST's problem, GraphQL's error and gRPC's status say the same.
+#[tokio::test]
+async fn errors_are_the_same_over_every_interface() {
+    let app = TestApp::start().await;
+    let mut grpc = orders(&app).await;
+    let mut wrong = order();
+    wrong["currency"] = json!("eur");
+    wrong["items"][0]["quantity"] = json!(0);
+
+    let (status, problem) = app.post("/v1/orders", wrong.clone()).await;
+    assert_eq!(status, 422);
+    let fields = |errors: &Value| -> Vec<String> {
+        let errors = errors.as_array().unwrap().iter();
+        errors
+            .map(|error| error["field"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let expected = ["/currency", "/items/0/quantity"];
+    assert_eq!(fields(&problem["errors"]), expected);
+
+    let answer = graphql(&app, PLACE, json!({ "order": new_order(&wrong) })).await;
+    let extensions = &answer["errors"][0]["extensions"];
+    assert_eq!(extensions["code"], "INVALID_REQUEST", "{answer}");
+    assert_eq!(extensions["errors"], problem["errors"]);
+
+    let refused = grpc.place_order(place(&wrong)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let details = refused.get_error_details();
+    assert_eq!(details.error_info().unwrap().reason, "INVALID_REQUEST");
+    let violations = &details.bad_request().unwrap().field_violations;
+    let named: Vec<&str> = violations
+        .iter()
+        .map(|wrong| wrong.field.as_str())
+        .collect();
+    assert_eq!(named, expected);
+
+    // An order that is not there.
+    let nobody = "00000000-0000-7000-8000-000000000000";
+    let (status, problem) = app.get(&format!("/v1/orders/{nobody}")).await;
+    assert_eq!((status, &problem["type"]), (404, &json!("not-found")));
+    let request = pb::GetOrderRequest {
+        id: nobody.to_owned(),
+    };
+    let refused = grpc.get_order(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert_eq!(refused.message(), problem["detail"]);
+    let cancel = format!("mutation {{ cancelOrder(id: \"{nobody}\") {{ id }} }}");
+    let answer = graphql(&app, &cancel, json!({})).await;
+    assert_eq!(answer["errors"][0]["extensions"]["code"], "NOT_FOUND");
+    let query = format!("{{ order(id: \"{nobody}\") {{ id }} }}");
+    assert_eq!(
+        graphql(&app, &query, json!({})).await["data"]["order"],
+        Value::Null
+    );
+
+    // A key that belongs to another request, whichever interface that came by.
+    let key = [("Idempotency-Key", "once".to_owned())];
+    let (status, first) = app
+        .send_with(reqwest::Method::POST, "/v1/orders", Some(order()), &key)
+        .await;
+    assert_eq!(status, 201);
+    let with_key = |order: &Value| {
+        let mut request = Request::new(place(order));
+        request
+            .metadata_mut()
+            .insert("idempotency-key", "once".parse().unwrap());
+        request
+    };
+    let again = grpc
+        .place_order(with_key(&order()))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(again.repeated);
+    assert_eq!(again.order.unwrap().id, first["id"]);
+    let mut other = order();
+    other["customer"] = json!("bob");
+    let refused = grpc.place_order(with_key(&other)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let variables = json!({ "order": new_order(&other), "key": "once" });
+    let answer = graphql(&app, PLACE, variables).await;
+    let code = &answer["errors"][0]["extensions"]["code"];
+    assert_eq!(code, "IDEMPOTENCY_KEY_REUSED", "{answer}");
+}
+
+#[tokio::test]
+async fn grpc_pages_totals_health_and_reflection() {
+    let app = TestApp::start().await;
+    let mut grpc = orders(&app).await;
+    for _ in 0..3 {
+        grpc.place_order(place(&order())).await.unwrap();
+    }
+    let list = |page_size, page_token| pb::ListOrdersRequest {
+        page_size,
+        page_token,
+    };
+    let page = grpc
+        .list_orders(list(2, String::new()))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(page.orders.len(), 2);
+    let page = grpc
+        .list_orders(list(2, page.next_page_token))
+        .await
+        .unwrap();
+    let page = page.into_inner();
+    assert_eq!((page.orders.len(), page.next_page_token.as_str()), (1, ""));
+    let refused = grpc
+        .list_orders(list(1000, String::new()))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+
+    // They follow the orders a moment later.
+    let request = || pb::GetTotalsRequest {
+        customer: "ada".to_owned(),
+    };
+    let mut counted = 0;
+    for _ in 0..100 {
+        let totals = grpc
+            .get_totals(request())
+            .await
+            .unwrap()
+            .into_inner()
+            .totals;
+        counted = totals.first().map_or(0, |total| total.orders);
+        if counted == 3 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(counted, 3);
+
+    let mut health = HealthClient::new(channel(&app).await);
+    let check = |service: &str| HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    let answer = health.check(check("orders.v1.Orders")).await.unwrap();
+    assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
+    let refused = health.check(check("nobody")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+
+    let mut reflection =
+        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(
+            channel(&app).await,
+        );
+    let all = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(
+            tonic_reflection::pb::v1::server_reflection_request::MessageRequest::ListServices(
+                String::new(),
+            ),
+        ),
+    };
+    let answers = reflection
+        .server_reflection_info(tokio_stream::once(all))
+        .await
+        .unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap();
+    let said = format!("{:?}", answer.message_response);
+    assert!(said.contains("orders.v1.Orders"), "{said}");
+
+    // A service that there is not.
+    let mut unknown = tonic::client::Grpc::new(channel(&app).await);
+    unknown.ready().await.unwrap();
+    let codec = tonic_prost::ProstCodec::<pb::GetOrderRequest, pb::Order>::default();
+    let path = "/nobody.v1.Nothing/Do".parse().unwrap();
+    let request = Request::new(pb::GetOrderRequest::default());
+    let refused = unknown.unary(request, path, codec).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+}
+
+/// What the layers around every interface refuse, gRPC's clients can read.
+#[tokio::test]
+async fn limits_speak_grpc() {
+    let app = TestApp::start_with(|config| {
+        config.rate_limit.per_second = 1.try_into().unwrap();
+        config.rate_limit.burst = 1.try_into().unwrap();
+    })
+    .await;
+    let mut grpc = orders(&app).await;
+    grpc.list_orders(pb::ListOrdersRequest::default())
+        .await
+        .unwrap();
+    let refused = grpc
+        .list_orders(pb::ListOrdersRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    assert!(
+        refused.metadata().contains_key("retry-after"),
+        "{refused:?}"
+    );
+}
+
+/// Live events: over a WebSocket, a subscription and a stream, until the process ends.
+#[tokio::test]
+async fn events_are_told_live_and_the_end_is_said() {
+    let mut app = TestApp::start().await;
+    let mut all = socket(&app, "/v1/events", None).await;
+    let mut bobs = socket(&app, "/v1/events?customer=bob", None).await;
+    let mut subscription = socket(&app, "/graphql", Some("graphql-transport-ws")).await;
+    let say = async |socket: &mut Socket, message: Value| {
+        let message = Message::text(message.to_string());
+        socket.send(message).await.unwrap();
+    };
+    say(&mut subscription, json!({ "type": "connection_init" })).await;
+    assert_eq!(next_json(&mut subscription).await["type"], "connection_ack");
+    let query = "subscription { orderEvents { kind order { customer } } }";
+    let subscribe = json!({ "id": "1", "type": "subscribe", "payload": { "query": query } });
+    say(&mut subscription, subscribe).await;
+    let mut grpc = orders(&app).await;
+    let watch = pb::WatchOrdersRequest::default();
+    let mut stream = grpc.watch_orders(watch).await.unwrap().into_inner();
+
+    // The process listens to its bus, and the subscription begins, a moment after the start.
+    let place_and_see = async |customer: &str| {
+        let mut wanted = order();
+        wanted["customer"] = json!(customer);
+        let (_, placed) = app.post("/v1/orders", wanted).await;
+        placed["id"].as_str().unwrap().to_owned()
+    };
+    let mut first = Vec::new();
+    loop {
+        first.push(place_and_see("ada").await);
+        let seen = tokio::time::timeout(Duration::from_millis(200), subscription.next()).await;
+        match seen {
+            Ok(Some(Ok(Message::Text(text)))) => {
+                let event: Value = serde_json::from_str(&text).unwrap();
+                let event = &event["payload"]["data"]["orderEvents"];
+                assert_eq!(event["kind"], "PLACED", "{text}");
+                assert_eq!(event["order"]["customer"], "ada");
+                break;
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(_) => assert!(first.len() < 50, "nothing was told"),
+        }
+    }
+    let event = next_json(&mut all).await;
+    assert_eq!(event["type"], "order.placed.v1");
+    assert!(first.contains(&event["subject"].as_str().unwrap().to_owned()));
+    let event = stream.message().await.unwrap().unwrap();
+    assert_eq!(event.kind(), pb::order_event::Kind::Placed);
+
+    let of_bob = place_and_see("bob").await;
+    assert_eq!(next_json(&mut bobs).await["subject"], of_bob);
+
+    // Clients have nothing to say.
+    let mut talker = socket(&app, "/v1/events", None).await;
+    talker.send(Message::text("hello")).await.unwrap();
+    assert_eq!(close_code(&mut talker).await, 1003);
+
+    app.begin_stop();
+    assert_eq!(close_code(&mut all).await, 1001);
+    assert_eq!(close_code(&mut bobs).await, 1001);
+    assert_eq!(close_code(&mut subscription).await, 1001);
+    while stream.message().await.unwrap().is_some() {}
+    app.stopped().await.unwrap();
+}
+
+/// A client that does not answer pings is let go.
+#[tokio::test]
+async fn silent_clients_are_let_go() {
+    let app = TestApp::start_with(|config| {
+        config.server.heartbeat.0 = Duration::from_millis(100);
+        config.server.max_sessions = 1.try_into().unwrap();
+    })
+    .await;
+    // It never reads, so it never answers.
+    let silent = socket(&app, "/v1/events", None).await;
+    // There is one place, and it is free again once the silent one is gone.
+    let address = format!("ws://{}/v1/events", app.public);
+    let refused = connect_async(address.as_str())
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("503"), "{refused}");
+    let mut tries = 0;
+    while connect_async(address.as_str()).await.is_err() {
+        tries += 1;
+        assert!(tries < 100, "it was never let go");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    drop(silent);
+}
+
+#[tokio::test]
+async fn queries_that_ask_for_too_much_are_refused() {
+    let app = TestApp::start_with(|config| {
+        config.graphql.max_depth = 3.try_into().unwrap();
+        config.graphql.max_complexity = 100.try_into().unwrap();
+        config.graphql.max_fields = 50.try_into().unwrap();
+    })
+    .await;
+    let aliases: String = (0..60)
+        .map(|i| format!("a{i}: totals(customer: \"ada\") {{ orders }} "))
+        .collect();
+    for (query, why) in [
+        (
+            "{ orders(first: 1) { items { items { sku } } } }".to_owned(),
+            "too deep",
+        ),
+        (
+            "{ orders(first: 100) { items { id } } }".to_owned(),
+            "too complex",
+        ),
+        (format!("{{ {aliases} }}"), "fields"),
+        ("{ a: nothing }".to_owned(), "Unknown field"),
+    ] {
+        let answer = graphql(&app, &query, json!({})).await;
+        let said = answer["errors"][0]["message"].as_str().unwrap();
+        assert!(said.contains(why), "{query}: {said}");
+        assert_eq!(answer["data"], Value::Null);
+    }
+    let (status, problem) = app.post("/graphql", json!({ "query": 1 })).await;
+    assert_eq!((status, &problem["type"]), (400, &json!("unreadable")));
+}
+
+/// Counts the queries for totals of more than one customer, which no other test here makes. (SQLite's
+/// are logged by threads of its own, so the whole process is looked at.)
+struct Queries(Arc<AtomicUsize>);
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Queries {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        struct Text(bool);
+        impl tracing::field::Visit for Text {
+            fn record_debug(&mut self, _: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                self.0 |= format!("{value:?}").contains("WHERE customer IN");
+            }
+        }
+        let mut text = Text(false);
+        event.record(&mut text);
+        if event.metadata().target() == "sqlx::query" && text.0 {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The totals of all customers of a page are one query.
+#[tokio::test]
+async fn what_belongs_to_a_page_is_loaded_at_once() {
+    let app = TestApp::start().await;
+    for i in 0..10 {
+        let mut wanted = order();
+        wanted["customer"] = json!(format!("customer {i}"));
+        assert_eq!(app.post("/v1/orders", wanted).await.0, 201);
+    }
+    let queries = Arc::new(AtomicUsize::new(0));
+    let counting = tracing_subscriber::registry().with(Queries(Arc::clone(&queries)));
+    tracing::subscriber::set_global_default(counting).unwrap();
+    let query = "{ orders { items { customer customerTotals { orders } } } }";
+    let answer = graphql(&app, query, json!({})).await;
+    let items = answer["data"]["orders"]["items"].as_array().unwrap();
+    assert_eq!(items.len(), 10, "{answer}");
+    assert_eq!(queries.load(Ordering::SeqCst), 1);
+}
+
+/// Whatever the description allows is done, whatever it does not is refused, nothing fails, and every
+/// answer is as described.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_description_is_kept_to() {
+    let app = TestApp::start_with(|config| {
+        config.rate_limit.per_second = 100_000.try_into().unwrap();
+        config.rate_limit.burst = 100_000.try_into().unwrap();
+    })
+    .await;
+    let hooks = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/schemathesis.py");
+    let dir = tempfile::tempdir().unwrap();
+    let run = tokio::process::Command::new("schemathesis")
+        .args(["run", &format!("http://{}/openapi.json", app.public)])
+        .args(["--max-examples", "50", "--seed", "1", "--no-color"])
+        .current_dir(&dir)
+        .env("SCHEMATHESIS_HOOKS", hooks)
+        .output()
+        .await
+        .expect("`cargo xtask setup` installs schemathesis, and `cargo xtask ci` finds it");
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{said}");
+    // All of them, in more than one way each.
+    assert!(said.contains("5 selected / 5 total"), "{said}");
+    let tried = said.split("Test cases:").nth(1).unwrap();
+    let tried = tried.split_whitespace().next().unwrap();
+    assert!(tried.parse::<u32>().unwrap() > 300, "{said}");
+}
+
+#[tokio::test]
+async fn the_interfaces_describe_themselves() {
+    let app = TestApp::start().await;
+    let (status, description) = app.get("/openapi.json").await;
+    assert_eq!(status, 200);
+    assert_eq!(description["openapi"], "3.1.0");
+    let paths = description["paths"].as_object().unwrap();
+    assert_eq!(
+        paths.keys().collect::<Vec<_>>(),
+        [
+            "/v1/customers/{customer}/totals",
+            "/v1/orders",
+            "/v1/orders/{id}",
+            "/v1/orders/{id}/cancel"
+        ]
+    );
+    let address = |path: &str| format!("http://{}{path}", app.public);
+    let page = reqwest::get(address("/docs/")).await.unwrap();
+    assert_eq!(page.status(), 200);
+    assert!(page.text().await.unwrap().contains("swagger-ui"));
+    let schema = reqwest::get(address("/graphql/schema")).await.unwrap();
+    let schema = schema.text().await.unwrap();
+    assert!(schema.contains("type Subscription"), "{schema}");
+}
