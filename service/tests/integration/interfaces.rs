@@ -526,6 +526,7 @@ async fn the_description_is_kept_to() {
         .args(["--max-examples", "50", "--seed", "1", "--no-color"])
         .current_dir(&dir)
         .env("SCHEMATHESIS_HOOKS", hooks)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
         .output()
         .await
         .expect("`cargo xtask setup` installs schemathesis, and `cargo xtask ci` finds it");
