@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
+use crate::auth::{Auth, Caller, Operation};
 use crate::config::{Config, Database};
 use crate::consumers;
 use crate::domain::events::{Event, Kind};
@@ -23,9 +24,17 @@ use crate::sessions::Sessions;
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
+const UNKNOWN: &str = "unknown";
+
+/// Which environment the process runs in.
+fn environment() -> String {
+    std::env::var("SERVICE_ENVIRONMENT").unwrap_or_else(|_| UNKNOWN.to_owned())
+}
+
 pub struct App {
     pub config: Config,
     pub metrics: PrometheusHandle,
+    pub auth: Auth,
     pub limits: Limits,
     /// What happens to orders, live.
     pub feed: Feed,
@@ -43,6 +52,10 @@ pub struct App {
 /// Why a use case gave no result. Interfaces map each variant by one table (`api::fault`).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error("nobody in particular may do this")]
+    Unauthenticated,
+    #[error("this caller may not do this")]
+    Forbidden,
     #[error("the request is not valid")]
     Invalid(#[from] Rejected),
     #[error("there is no order {0}")]
@@ -55,13 +68,6 @@ pub enum Error {
     Full,
     #[error(transparent)]
     Storage(#[from] StorageError),
-}
-
-/// By what a client's repeated request is known.
-#[derive(Debug)]
-pub struct Key {
-    pub client: String,
-    pub key: String,
 }
 
 /// An order that was placed, now or by the same request before.
@@ -94,8 +100,10 @@ pub struct Info {
 impl App {
     /// Connects to what the configuration names.
     pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
+        let auth = Auth::open(&config.auth, &environment())?;
         let storage = storage::open(&config.database).await?;
         Ok(Arc::new(Self {
+            auth,
             bus: bus::open(&config),
             name: uuid::Uuid::now_v7().to_string(),
             untold: Notify::new(),
@@ -151,12 +159,15 @@ impl App {
     /// Places an order. With a key, the same request again gets the same answer and places none.
     pub async fn create_order(
         &self,
+        caller: &Caller,
         request: OrderRequest,
-        key: Option<Key>,
+        key: Option<String>,
     ) -> Result<Created, Error> {
+        caller.check(Operation::PlaceOrder)?;
         let fingerprint = Sha256::digest(serde_json::to_vec(&request).unwrap_or_default());
-        let once = key.map(|Key { client, key }| Once {
-            client,
+        let once = key.map(|key| Once {
+            // Where nobody says who they are, all are one.
+            client: caller.subject.clone().unwrap_or_default(),
             key,
             fingerprint: fingerprint.into(),
         });
@@ -178,11 +189,12 @@ impl App {
     }
 
     /// What a customer has ordered and not cancelled; it follows the orders a moment later.
-    pub async fn totals(&self, customer: &str) -> Result<Vec<Total>, Error> {
+    pub async fn totals(&self, caller: &Caller, customer: &str) -> Result<Vec<Total>, Error> {
+        caller.check(Operation::GetTotals)?;
         Ok(self.storage.totals(customer).await?)
     }
 
-    /// The totals of many customers, each with its customer.
+    /// The totals of many customers, each with its customer. Callers have been checked by whoever asks, each by itself.
     pub async fn totals_of(&self, customers: &[String]) -> Result<Vec<(String, Total)>, Error> {
         Ok(self.storage.totals_of(customers).await?)
     }
@@ -191,8 +203,10 @@ impl App {
     /// an error where the client reads too slowly.
     pub fn watch(
         &self,
+        caller: &Caller,
         customer: Option<String>,
     ) -> Result<impl Stream<Item = Result<Arc<Event>, Error>> + Send + use<>, Error> {
+        caller.check(Operation::WatchOrders)?;
         let session = self.sessions.begin().ok_or(Error::Full)?;
         let mut is_lost = false;
         let events = self.feed.events(customer).map(|event| Ok(event?));
@@ -204,12 +218,14 @@ impl App {
         Ok(session.until_the_end(events))
     }
 
-    pub async fn order(&self, id: OrderId) -> Result<Order, Error> {
+    pub async fn order(&self, caller: &Caller, id: OrderId) -> Result<Order, Error> {
+        caller.check(Operation::GetOrder)?;
         self.storage.find(id).await?.ok_or(Error::NotFound(id))
     }
 
     /// The newest orders first; the next page starts after the last one of this page.
-    pub async fn orders(&self, request: PageRequest) -> Result<Page, Error> {
+    pub async fn orders(&self, caller: &Caller, request: PageRequest) -> Result<Page, Error> {
+        caller.check(Operation::ListOrders)?;
         let limits = &self.config.orders;
         let limit = request.limit(limits.page_size.get(), limits.max_page_size.get())?;
         // One more than asked for tells whether there is a next page.
@@ -225,7 +241,8 @@ impl App {
     }
 
     /// Cancelling a cancelled order changes nothing and answers with it.
-    pub async fn cancel_order(&self, id: OrderId) -> Result<Order, Error> {
+    pub async fn cancel_order(&self, caller: &Caller, id: OrderId) -> Result<Order, Error> {
+        caller.check(Operation::CancelOrder)?;
         let order = self.storage.cancel(id, jiff::Timestamp::now()).await?;
         self.untold.notify_one();
         order.ok_or(Error::NotFound(id))
@@ -234,11 +251,17 @@ impl App {
     /// The state of each part that the service cannot work without.
     pub async fn readiness(&self) -> Vec<PartStatus> {
         let draining = self.draining.load(Ordering::SeqCst);
-        let storage = match tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()).await {
+        let late = || Some("no answer within 1 s".to_owned());
+        let (storage, callers) = tokio::join!(
+            tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()),
+            tokio::time::timeout(PROBE_TIMEOUT, self.auth.trouble()),
+        );
+        let storage = match storage {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some("no answer within 1 s".to_owned()),
+            Err(_) => late(),
         };
+        let callers = callers.unwrap_or_else(|_| late());
         vec![
             PartStatus {
                 part: "process",
@@ -250,17 +273,22 @@ impl App {
                 ready: storage.is_none(),
                 reason: storage,
             },
+            PartStatus {
+                part: "callers",
+                ready: callers.is_none(),
+                reason: callers,
+            },
         ]
     }
 
     pub async fn info(&self) -> Info {
-        let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| "unknown".to_owned());
+        let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| UNKNOWN.to_owned());
         Info {
             name: env!("CARGO_PKG_NAME"),
             version: std::env::var("IMAGE_VERSION")
                 .unwrap_or_else(|_| env!("CARGO_PKG_VERSION").to_owned()),
             revision: variable("IMAGE_REVISION"),
-            environment: variable("SERVICE_ENVIRONMENT"),
+            environment: environment(),
             config_hash: self.config.hash(),
             schema_version: self.storage.schema_version().await.ok(),
         }

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-/// Orders over REST.
+/// Orders over REST, GraphQL, gRPC and WebSockets.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub struct Cli {
@@ -10,7 +10,7 @@ pub struct Cli {
     command: Option<Command>,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Serve until SIGTERM.
     #[default]
@@ -21,6 +21,17 @@ pub enum Command {
     Replay,
     /// Say whether the configuration can be used, and end.
     CheckConfig,
+    /// Print a token for a service with `auth.mode = "development"`, and end.
+    Token {
+        /// Whom it names.
+        subject: String,
+        /// A role that it gives; may be repeated.
+        #[arg(long = "role", default_value = "clerk")]
+        roles: Vec<String>,
+        /// Seconds that it is valid for.
+        #[arg(long, default_value_t = 3600)]
+        seconds: u64,
+    },
 }
 
 impl Cli {

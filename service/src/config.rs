@@ -1,6 +1,7 @@
 //! Configuration: `default.toml`, then the environment's file, then `SERVICE__SECTION__KEY`
 //! variables; later ones win. It is parsed into types that cannot hold an impossible value.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
@@ -14,6 +15,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::auth::Operation;
+
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
 
@@ -22,6 +25,7 @@ const CONFIG_DIR: &str = "config/service";
 pub struct Config {
     pub server: Server,
     pub rate_limit: RateLimit,
+    pub auth: Auth,
     pub logging: Logging,
     pub database: Database,
     pub graphql: GraphQl,
@@ -55,6 +59,38 @@ pub struct RateLimit {
     pub per_second: NonZeroU32,
     /// Requests at once.
     pub burst: NonZeroU32,
+}
+
+/// Who may do what.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    pub mode: AuthMode,
+    pub issuer: String,
+    pub audience: String,
+    /// Where the issuer's keys are, for [`AuthMode::Jwks`].
+    pub jwks_url: Option<String>,
+    /// How often the keys are fetched anew.
+    pub refresh: Timeout,
+    /// How far clocks may be apart.
+    pub leeway: Timeout,
+    /// The claim that has the roles: a list, or words.
+    pub roles_claim: String,
+    /// For [`AuthMode::Development`]; made where there is none.
+    pub development_key: PathBuf,
+    /// What each role may do.
+    pub roles: BTreeMap<String, BTreeSet<Operation>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuthMode {
+    /// Anybody may do anything.
+    Off,
+    /// Tokens of `service token`.
+    Development,
+    /// Tokens that a key of `jwks_url` has signed.
+    Jwks,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use crate::api::fault::Fault;
 use crate::api::problem::Problem;
 use crate::app::App;
+use crate::auth::Caller;
 use crate::config::{Config, RateLimit};
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -29,7 +30,15 @@ static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 const EXEMPT: &str = "/health/";
 
 type Buckets =
-    RateLimiter<IpAddr, DashMapStateStore<IpAddr>, DefaultClock, StateInformationMiddleware>;
+    RateLimiter<Client, DashMapStateStore<Client>, DefaultClock, StateInformationMiddleware>;
+
+/// Whose requests count together: those who said who they are, wherever they are, and the others by
+/// where they are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Client {
+    Subject(String),
+    Network(IpAddr),
+}
 
 /// The limits of one process.
 pub struct Limits {
@@ -62,8 +71,8 @@ impl Limits {
     }
 
     /// Counts a request: the requests that its client has left, or how long it has to wait.
-    fn count(&self, client: IpAddr) -> Result<u32, Duration> {
-        match self.buckets.check_key(&bucket_of(client)) {
+    fn count(&self, client: &Client) -> Result<u32, Duration> {
+        match self.buckets.check_key(client) {
             Ok(state) => Ok(state.remaining_burst_capacity()),
             Err(until) => Err(until.wait_time_from(self.clock.now())),
         }
@@ -86,7 +95,7 @@ impl Limits {
 }
 
 /// Whoever has an IPv6 network has all of its addresses (RFC 6177), so they are one client.
-fn bucket_of(client: IpAddr) -> IpAddr {
+fn network_of(client: IpAddr) -> IpAddr {
     match client {
         IpAddr::V4(_) => client,
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(
@@ -97,13 +106,13 @@ fn bucket_of(client: IpAddr) -> IpAddr {
 
 /// Who sent a request. What `X-Forwarded-For` says is believed as far as trusted proxies have written
 /// it: each adds, at the end, whom it was called by. The rest anybody may have written.
-fn client(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+fn address_of(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     let fields = headers.get_all(&FORWARDED_FOR);
     let fields = fields.iter().collect::<Vec<_>>().into_iter().rev();
     let mut hops = fields.flat_map(|field| field.to_str().unwrap_or_default().rsplit(','));
     let mut client = peer.to_canonical();
     while trusted.iter().any(|network| network.contains(&client)) {
-        match hops.next().and_then(address) {
+        match hops.next().and_then(parsed) {
             Some(before) => client = before.to_canonical(),
             None => break,
         }
@@ -112,7 +121,7 @@ fn client(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
 }
 
 /// An address as proxies write it, some with a port.
-fn address(text: &str) -> Option<IpAddr> {
+fn parsed(text: &str) -> Option<IpAddr> {
     let text = text.trim();
     let with_port = || text.parse::<SocketAddr>().ok().map(|socket| socket.ip());
     text.parse().ok().or_else(with_port)
@@ -125,9 +134,20 @@ pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) ->
     if request.uri().path().starts_with(EXEMPT) {
         return next.run(request).await;
     }
-    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
-    let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
-    let left = match limits.count(client(peer, request.headers(), &limits.trusted)) {
+    let caller = request.extensions().get::<Caller>();
+    let client = match caller.and_then(|caller| caller.subject.clone()) {
+        Some(subject) => Client::Subject(subject),
+        None => {
+            let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
+            let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
+            Client::Network(network_of(address_of(
+                peer,
+                request.headers(),
+                &limits.trusted,
+            )))
+        }
+    };
+    let left = match limits.count(&client) {
         Ok(left) => left,
         Err(wait) => {
             refused("rate-limited");
@@ -165,7 +185,7 @@ mod tests {
             headers.append(&FORWARDED_FOR, HeaderValue::from_str(field).unwrap());
         }
         let trusted: Vec<IpNet> = trusted.iter().map(|text| text.parse().unwrap()).collect();
-        client(peer.parse().unwrap(), &headers, &trusted).to_string()
+        address_of(peer.parse().unwrap(), &headers, &trusted).to_string()
     }
 
     #[test]
@@ -191,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_network_is_one_client() {
-        let bucket = |text: &str| bucket_of(text.parse().unwrap());
+        let bucket = |text: &str| network_of(text.parse().unwrap());
         assert_eq!(bucket("2001:db8:0:1::7"), bucket("2001:db8:0:1:ffff::9"));
         assert_ne!(bucket("2001:db8:0:1::7"), bucket("2001:db8:0:2::7"));
         assert_ne!(bucket("1.1.1.1"), bucket("1.1.1.2"));

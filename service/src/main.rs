@@ -1,10 +1,12 @@
 //! The process: the command line, configuration, storage, then ports and signals.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use service::app::App;
+use service::auth::development;
 use service::cli::{Cli, Command};
-use service::config::Config;
+use service::config::{AuthMode, Config};
 use service::{server, telemetry};
 
 /// Exit code for a configuration that cannot be used (`EX_CONFIG` of sysexits.h).
@@ -59,6 +61,22 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             }
             telemetry::tell(&format!("{done} events acted on, {} left", left.len()));
             anyhow::ensure!(left.is_empty(), "some events are left");
+            Ok(())
+        }
+        Command::Token {
+            subject,
+            roles,
+            seconds,
+        } => {
+            anyhow::ensure!(
+                config.auth.mode == AuthMode::Development,
+                "tokens are signed here only with auth.mode = \"development\" \
+                 (SERVICE__AUTH__MODE=development)"
+            );
+            let environment = std::env::var("SERVICE_ENVIRONMENT").unwrap_or_default();
+            development::check(&environment)?;
+            let token = development::token(&config.auth, &subject, &roles, seconds)?;
+            std::io::stdout().write_all(format!("{token}\n").as_bytes())?;
             Ok(())
         }
         Command::CheckConfig => {

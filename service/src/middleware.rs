@@ -19,7 +19,7 @@ use crate::api::fault::Fault;
 use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
-use crate::limits;
+use crate::{auth, limits};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
@@ -31,7 +31,9 @@ pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
             .layer(from_fn(observe))
             .layer(from_fn(grpc::translate))
             .layer(CatchPanicLayer::custom(panicked))
+            .layer(from_fn_with_state(Arc::clone(app), auth::authenticate))
             .layer(from_fn_with_state(Arc::clone(app), limits::admit))
+            .layer(from_fn(auth::refuse))
             .layer(from_fn_with_state(config.request_timeout.0, time_limit))
             .layer(DefaultBodyLimit::max(config.body_limit.get())),
     )

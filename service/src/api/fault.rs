@@ -8,6 +8,8 @@ use crate::app::Error;
 /// Something that went wrong, as a client may know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
+    Unauthenticated,
+    Forbidden,
     Invalid,
     Unreadable,
     NotJson,
@@ -37,6 +39,18 @@ impl Fault {
         use StatusCode as Http;
         use tonic::Code as Grpc;
         let (kind, http, grpc, title) = match self {
+            Self::Unauthenticated => (
+                "unauthenticated",
+                Http::UNAUTHORIZED,
+                Grpc::Unauthenticated,
+                "Say who you are, by a bearer token",
+            ),
+            Self::Forbidden => (
+                "forbidden",
+                Http::FORBIDDEN,
+                Grpc::PermissionDenied,
+                "You may not do this",
+            ),
             Self::Invalid => (
                 "invalid-request",
                 Http::UNPROCESSABLE_ENTITY,
@@ -123,6 +137,8 @@ impl Fault {
 impl From<&Error> for Fault {
     fn from(error: &Error) -> Self {
         match error {
+            Error::Unauthenticated => Self::Unauthenticated,
+            Error::Forbidden => Self::Forbidden,
             Error::Invalid(_) => Self::Invalid,
             Error::NotFound(_) => Self::NotFound,
             Error::KeyTaken => Self::KeyReused,

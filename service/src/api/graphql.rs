@@ -8,7 +8,7 @@ use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::extensions::{Extension, ExtensionContext, ExtensionFactory, NextParseQuery};
 use async_graphql::parser::types::{ExecutableDocument, Selection, SelectionSet};
 use async_graphql::{
-    ComplexObject, Context, Enum, ErrorExtensions, InputObject, Object, Schema, ServerError,
+    ComplexObject, Context, Data, Enum, ErrorExtensions, InputObject, Object, Schema, ServerError,
     ServerResult, SimpleObject, Subscription, Variables, scalar,
 };
 use async_graphql_axum::{GraphQLProtocol, GraphQLRequest, GraphQLResponse, GraphQLWebSocket};
@@ -17,10 +17,12 @@ use axum::extract::{Extension as Shared, State};
 use axum::response::{IntoResponse, Response};
 use futures_util::{SinkExt, Stream, StreamExt};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::fault::Fault;
 use super::problem::{Problem, idempotency_key, order_id};
 use crate::app::{App, Error};
+use crate::auth::{Caller, Operation};
 use crate::domain::events;
 use crate::domain::orders::{self, OrderRequest, PageRequest};
 
@@ -48,12 +50,13 @@ pub fn schema(app: &Arc<App>) -> Orders {
 /// `POST /graphql`
 pub async fn execute(
     Shared(schema): Shared<Orders>,
+    Shared(caller): Shared<Caller>,
     request: Result<GraphQLRequest, async_graphql_axum::rejection::GraphQLRejection>,
 ) -> Result<GraphQLResponse, Problem> {
     let request = request.map_err(|async_graphql_axum::rejection::GraphQLRejection(error)| {
         Problem::new(Fault::Unreadable).detail(error.to_string())
     })?;
-    let response = schema.execute(request.into_inner()).await;
+    let response = schema.execute(request.into_inner().data(caller)).await;
     let outcome = if response.is_ok() { "ok" } else { "error" };
     metrics::counter!("graphql_requests_total", "outcome" => outcome).increment(1);
     Ok(response.into())
@@ -68,6 +71,7 @@ pub async fn definition(Shared(schema): Shared<Orders>) -> String {
 pub async fn subscribe(
     State(app): State<Arc<App>>,
     Shared(schema): Shared<Orders>,
+    Shared(caller): Shared<Caller>,
     protocol: GraphQLProtocol,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Problem> {
@@ -83,6 +87,7 @@ pub async fn subscribe(
             let (mut sink, stream) = socket.split();
             let stream = stream.take_until(session.ending());
             GraphQLWebSocket::new_with_pair(&mut sink, Box::pin(stream), schema, protocol)
+                .on_connection_init(async move |greeting| recognised(&app, caller, &greeting).await)
                 .keepalive_timeout(2 * heartbeat)
                 .serve()
                 .await;
@@ -94,13 +99,28 @@ pub async fn subscribe(
         .into_response())
 }
 
+/// Who has connected. Browsers cannot send a token with a WebSocket's request, so it may come with its
+/// first message: `{"authorization": "Bearer TOKEN"}`.
+async fn recognised(app: &App, caller: Caller, greeting: &Value) -> Answer<Data> {
+    let caller = match greeting.get("authorization") {
+        Some(field) => app.auth.bearer(field.as_str().unwrap_or_default()).await?,
+        None => caller,
+    };
+    let mut data = Data::default();
+    data.insert(caller);
+    Ok(data)
+}
+
 pub struct Query;
 
 #[Object]
 impl Query {
     /// An order, or null where there is none.
     async fn order(&self, context: &Context<'_>, id: String) -> Answer<Option<Order>> {
-        match app(context).order(order_id(&id, "/id")?).await {
+        match app(context)
+            .order(caller(context), order_id(&id, "/id")?)
+            .await
+        {
             Ok(order) => Ok(Some(order.into())),
             Err(Error::NotFound(_)) => Ok(None),
             Err(error) => Err(refused(error)),
@@ -120,7 +140,10 @@ impl Query {
             limit: first,
             after,
         };
-        let page = app(context).orders(request).await.map_err(refused)?;
+        let page = app(context)
+            .orders(caller(context), request)
+            .await
+            .map_err(refused)?;
         Ok(Page {
             items: page.items.into_iter().map(Into::into).collect(),
             next: page.next.map(|id| id.to_string()),
@@ -129,7 +152,10 @@ impl Query {
 
     /// What a customer has ordered and not cancelled; it follows the orders a moment later.
     async fn totals(&self, context: &Context<'_>, customer: String) -> Answer<Vec<Total>> {
-        let totals = app(context).totals(&customer).await.map_err(refused)?;
+        let totals = app(context)
+            .totals(caller(context), &customer)
+            .await
+            .map_err(refused)?;
         Ok(totals.into_iter().map(Into::into).collect())
     }
 }
@@ -146,13 +172,17 @@ impl Mutation {
         idempotency_key: Option<String>,
     ) -> Answer<Order> {
         let key = self::idempotency_key(idempotency_key.as_deref())?;
-        let created = app(context).create_order(order.into(), key).await;
+        let created = app(context)
+            .create_order(caller(context), order.into(), key)
+            .await;
         Ok(created.map_err(refused)?.order.into())
     }
 
     /// Cancelling a cancelled order changes nothing and answers with it.
     async fn cancel_order(&self, context: &Context<'_>, id: String) -> Answer<Order> {
-        let order = app(context).cancel_order(order_id(&id, "/id")?).await;
+        let order = app(context)
+            .cancel_order(caller(context), order_id(&id, "/id")?)
+            .await;
         Ok(order.map_err(refused)?.into())
     }
 }
@@ -167,7 +197,9 @@ impl Changes {
         context: &Context<'_>,
         customer: Option<String>,
     ) -> async_graphql::Result<impl Stream<Item = Answer<OrderEvent>>> {
-        let events = app(context).watch(customer).map_err(refused)?;
+        let events = app(context)
+            .watch(caller(context), customer)
+            .map_err(refused)?;
         Ok(events.map(|event| match event {
             Ok(event) => Ok((&*event).into()),
             Err(error) => Err(refused(error)),
@@ -201,6 +233,8 @@ pub struct Order {
 impl Order {
     /// What its customer has ordered in all; for all orders of a page at once.
     async fn customer_totals(&self, context: &Context<'_>) -> Answer<Vec<Total>> {
+        let may = caller(context).check(Operation::GetTotals);
+        may.map_err(refused)?;
         let loader = context.data_unchecked::<DataLoader<TotalsLoader>>();
         let totals = loader.load_one(self.customer.clone()).await?;
         Ok(totals.unwrap_or_default())
@@ -269,6 +303,10 @@ scalar!(
 
 fn app<'a>(context: &Context<'a>) -> &'a Arc<App> {
     context.data_unchecked::<Arc<App>>()
+}
+
+fn caller<'a>(context: &Context<'a>) -> &'a Caller {
+    context.data_unchecked::<Caller>()
 }
 
 fn refused(error: Error) -> async_graphql::Error {

@@ -22,6 +22,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use super::fault::Fault;
 use super::problem::{Problem, idempotency_key, order_id};
 use crate::app::{App, Created};
+use crate::auth::Caller;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{self, OrderRequest, PageRequest};
 use pb::orders_server::{Orders, OrdersServer};
@@ -111,9 +112,10 @@ impl Orders for Interface {
             let key = request.metadata().get(KEY);
             let key = key.map(|key| key.to_str().unwrap_or_default());
             let key = idempotency_key(key)?;
+            let caller = caller(&request);
             let Created { order, repeated } = self
                 .0
-                .create_order(request.into_inner().into(), key)
+                .create_order(&caller, request.into_inner().into(), key)
                 .await?;
             let order = Some(order.into());
             Ok(pb::PlaceOrderResponse { order, repeated })
@@ -124,7 +126,7 @@ impl Orders for Interface {
     async fn get_order(&self, request: Request<pb::GetOrderRequest>) -> Answer<pb::Order> {
         counted("GetOrder", async {
             let id = order_id(&request.get_ref().id, "/id")?;
-            Ok(self.0.order(id).await?.into())
+            Ok(self.0.order(&caller(&request), id).await?.into())
         })
         .await
     }
@@ -134,6 +136,7 @@ impl Orders for Interface {
         request: Request<pb::ListOrdersRequest>,
     ) -> Answer<pb::ListOrdersResponse> {
         counted("ListOrders", async {
+            let caller = caller(&request);
             let pb::ListOrdersRequest {
                 page_size,
                 page_token,
@@ -143,7 +146,7 @@ impl Orders for Interface {
                 token => Some(order_id(token, "/page_token")?),
             };
             let limit = (page_size > 0).then_some(page_size);
-            let page = self.0.orders(PageRequest { limit, after }).await?;
+            let page = self.0.orders(&caller, PageRequest { limit, after }).await?;
             Ok(pb::ListOrdersResponse {
                 orders: page.items.into_iter().map(Into::into).collect(),
                 next_page_token: page.next.map(|id| id.to_string()).unwrap_or_default(),
@@ -155,7 +158,7 @@ impl Orders for Interface {
     async fn cancel_order(&self, request: Request<pb::CancelOrderRequest>) -> Answer<pb::Order> {
         counted("CancelOrder", async {
             let id = order_id(&request.get_ref().id, "/id")?;
-            Ok(self.0.cancel_order(id).await?.into())
+            Ok(self.0.cancel_order(&caller(&request), id).await?.into())
         })
         .await
     }
@@ -165,7 +168,8 @@ impl Orders for Interface {
         request: Request<pb::GetTotalsRequest>,
     ) -> Answer<pb::GetTotalsResponse> {
         counted("GetTotals", async {
-            let totals = self.0.totals(&request.get_ref().customer).await?;
+            let customer = &request.get_ref().customer;
+            let totals = self.0.totals(&caller(&request), customer).await?;
             let totals = totals.into_iter().map(Into::into).collect();
             Ok(pb::GetTotalsResponse { totals })
         })
@@ -177,9 +181,10 @@ impl Orders for Interface {
         request: Request<pb::WatchOrdersRequest>,
     ) -> Answer<Self::WatchOrdersStream> {
         counted("WatchOrders", async {
+            let caller = caller(&request);
             let customer = request.into_inner().customer;
             let customer = (!customer.is_empty()).then_some(customer);
-            let events = self.0.watch(customer)?.map(|event| match event {
+            let events = self.0.watch(&caller, customer)?.map(|event| match event {
                 Ok(event) => Ok((&*event).into()),
                 Err(error) => Err(Problem::from(error).into()),
             });
@@ -187,6 +192,11 @@ impl Orders for Interface {
         })
         .await
     }
+}
+
+/// Who has been recognised before the request came here.
+fn caller<T>(request: &Request<T>) -> Caller {
+    request.extensions().get().cloned().unwrap_or_default()
 }
 
 /// Answers a call, and counts it by its outcome: HTTP's status says nothing of that.

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{Query, State};
 use axum::response::Response;
@@ -13,6 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::problem::Problem;
 use crate::app::{App, Error};
+use crate::auth::{Caller, Operation};
 use crate::domain::events::Event;
 use crate::feed::TooSlow;
 use crate::sessions::Session;
@@ -31,6 +33,7 @@ pub struct EventsQuery {
 /// process ends.
 pub async fn events(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, Problem> {
@@ -40,6 +43,7 @@ pub async fn events(
             .status(rejection.status())
             .detail(rejection.body_text())
     })?;
+    caller.check(Operation::WatchOrders)?;
     let session = app.sessions.begin().ok_or(Error::Full)?;
     let events = app.feed.events(query.customer);
     let heartbeat = app.config.server.heartbeat.0;

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::fault::Fault;
 use crate::app::Error;
+use crate::auth;
 use crate::domain::orders::{FieldError, OrderId, Rejected};
 
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -85,7 +86,11 @@ impl From<Error> for Problem {
                 tracing::error!(%error, "storage failed");
                 problem
             }
-            Error::KeyTaken | Error::TooSlow(_) | Error::Full => problem,
+            Error::Unauthenticated
+            | Error::Forbidden
+            | Error::KeyTaken
+            | Error::TooSlow(_)
+            | Error::Full => problem,
         }
     }
 }
@@ -102,6 +107,10 @@ impl IntoResponse for Problem {
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        if status == StatusCode::UNAUTHORIZED {
+            let headers = response.headers_mut();
+            headers.insert(header::WWW_AUTHENTICATE, auth::CHALLENGE);
+        }
         // For clients who speak something else than JSON.
         response.extensions_mut().insert(problem);
         response
@@ -116,20 +125,16 @@ pub fn order_id(text: &str, field: &str) -> Result<OrderId, Problem> {
 
 /// The key of a request that may be sent again, as every interface reads it.
 /// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/>
-pub fn idempotency_key(key: Option<&str>) -> Result<Option<crate::app::Key>, Problem> {
+pub fn idempotency_key(key: Option<&str>) -> Result<Option<String>, Problem> {
     const MAX_KEY: usize = 255;
-    let Some(key) = key else { return Ok(None) };
-    let is_visible = key.bytes().all(|byte| byte.is_ascii_graphic());
-    if key.is_empty() || key.len() > MAX_KEY || !is_visible {
-        return Err(Problem::rejected(
+    let is_good = |key: &&str| {
+        (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    match key {
+        Some(key) if !is_good(&key) => Err(Problem::rejected(
             "Idempotency-Key",
             "must have 1 to 255 visible ASCII characters",
-        ));
+        )),
+        key => Ok(key.map(str::to_owned)),
     }
-    // Until clients say who they are, all are one.
-    let client = String::new();
-    Ok(Some(crate::app::Key {
-        client,
-        key: key.to_owned(),
-    }))
 }

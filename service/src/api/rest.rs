@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{FromRequest, Path, Query, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::IntoResponse;
+use axum::{Extension, Json};
 use serde::Deserialize;
 use utoipa::IntoResponses;
 use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
@@ -15,6 +15,7 @@ use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
 use super::fault::Fault;
 use super::problem::{Problem, idempotency_key, order_id};
 use crate::app::{App, Created};
+use crate::auth::Caller;
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Total};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -49,12 +50,13 @@ type Answer<T> = Result<T, Problem>;
 )]
 pub async fn create(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     Body(request): Body<OrderRequest>,
 ) -> Answer<(StatusCode, [(HeaderName, String); 2], Json<Order>)> {
     let key = headers.get(KEY);
     let key = idempotency_key(key.map(|key| key.to_str().unwrap_or_default()))?;
-    let Created { order, repeated } = app.create_order(request, key).await?;
+    let Created { order, repeated } = app.create_order(&caller, request, key).await?;
     let location = format!("/v1/orders/{}", order.id);
     Ok((
         StatusCode::CREATED,
@@ -77,9 +79,10 @@ pub async fn create(
 )]
 pub async fn totals(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     Path(customer): Path<String>,
 ) -> Answer<Json<Vec<Total>>> {
-    Ok(Json(app.totals(&customer).await?))
+    Ok(Json(app.totals(&caller, &customer).await?))
 }
 
 /// An order.
@@ -91,8 +94,12 @@ pub async fn totals(
     params(("id" = OrderId, Path)),
     responses((status = 200, description = "The order", body = Order), Missing, Common),
 )]
-pub async fn get(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
-    Ok(Json(app.order(order_id(&id, "/id")?).await?))
+pub async fn get(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Answer<Json<Order>> {
+    Ok(Json(app.order(&caller, order_id(&id, "/id")?).await?))
 }
 
 /// Cancels an order. Cancelling a cancelled order changes nothing and answers with it.
@@ -104,8 +111,14 @@ pub async fn get(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<
     params(("id" = OrderId, Path)),
     responses((status = 200, description = "The order", body = Order), Missing, Common),
 )]
-pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer<Json<Order>> {
-    Ok(Json(app.cancel_order(order_id(&id, "/id")?).await?))
+pub async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Answer<Json<Order>> {
+    Ok(Json(
+        app.cancel_order(&caller, order_id(&id, "/id")?).await?,
+    ))
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -129,6 +142,7 @@ pub struct ListQuery {
 )]
 pub async fn list(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Answer<Json<Page>> {
     let Query(query) = query.map_err(unreadable_query)?;
@@ -143,7 +157,9 @@ pub async fn list(
         .after
         .map(|text| order_id(&text, "/after"))
         .transpose()?;
-    Ok(Json(app.orders(PageRequest { limit, after }).await?))
+    Ok(Json(
+        app.orders(&caller, PageRequest { limit, after }).await?,
+    ))
 }
 
 pub fn unreadable_query(rejection: QueryRejection) -> Problem {
@@ -163,6 +179,8 @@ impl IntoResponses for Common {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         described(&[
             Fault::Unreadable,
+            Fault::Unauthenticated,
+            Fault::Forbidden,
             Fault::Invalid,
             Fault::RateLimited,
             Fault::Overloaded,

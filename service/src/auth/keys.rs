@@ -1,0 +1,195 @@
+//! The keys of whoever signs tokens: a JSON Web Key Set (RFC 7517), fetched anew now and then, and when
+//! a token names a key that is not known.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use jsonwebtoken::jwk::{Jwk, JwkSet, KeyAlgorithm, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey};
+use tokio::sync::Mutex;
+
+use super::Distrust;
+
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// Whoever invents names of keys must not make us fetch more often.
+const AT_MOST_EVERY: Duration = Duration::from_secs(5);
+const MAX_SET: usize = 1 << 20;
+
+type Known = HashMap<String, Vec<(Jwk, DecodingKey)>>;
+
+pub struct Keys {
+    known: RwLock<Arc<Known>>,
+    source: Option<Source>,
+}
+
+struct Source {
+    url: String,
+    refresh: Duration,
+    http: reqwest::Client,
+    /// When it was asked last, whatever came of it, and what went wrong.
+    last: Mutex<Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    asked: Option<Instant>,
+    answered: Option<Instant>,
+    error: Option<String>,
+}
+
+impl Keys {
+    pub fn fixed(set: JwkSet) -> anyhow::Result<Self> {
+        Ok(Self {
+            known: RwLock::new(Arc::new(usable(set)?)),
+            source: None,
+        })
+    }
+
+    pub fn fetched(url: String, refresh: Duration) -> anyhow::Result<Self> {
+        // Another part of the process may have said so before.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .timeout(TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .context("making a client for auth.jwks_url")?;
+        Ok(Self {
+            known: RwLock::default(),
+            source: Some(Source {
+                url,
+                refresh,
+                http,
+                last: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The key of that name, for that algorithm.
+    pub async fn find(&self, kid: &str, algorithm: Algorithm) -> Result<DecodingKey, Distrust> {
+        let found = self.look(kid, algorithm);
+        let Some(source) = &self.source else {
+            return found.ok_or_else(|| Distrust::new("the token's key is not known"));
+        };
+        self.ask(source, found.is_none()).await;
+        self.look(kid, algorithm)
+            .ok_or_else(|| Distrust::new("the token's key is not known"))
+    }
+
+    /// Why no key is known, where that is so.
+    pub async fn trouble(&self) -> Option<String> {
+        let source = self.source.as_ref()?;
+        if !self.known().is_empty() {
+            return None;
+        }
+        self.ask(source, true).await;
+        let last = source.last.lock().await;
+        let none = || Some("the provider of tokens has no keys".to_owned());
+        match self.known().is_empty() {
+            true => last.error.clone().or_else(none),
+            false => None,
+        }
+    }
+
+    fn known(&self) -> Arc<Known> {
+        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn look(&self, kid: &str, algorithm: Algorithm) -> Option<DecodingKey> {
+        let known = self.known();
+        let keys = known.get(kid)?.iter();
+        let mut keys = keys.filter(|(jwk, key)| {
+            let declared = jwk.common.key_algorithm;
+            key.family() == algorithm.family()
+                && declared.is_none_or(|declared| declared == as_key_algorithm(algorithm))
+        });
+        keys.next().map(|(_, key)| key.clone())
+    }
+
+    /// Fetches the keys where they are old, or where one is missing; one request at a time, and not too
+    /// often. While that fails, the keys that are known stay known.
+    async fn ask(&self, source: &Source, missing: bool) {
+        // Whoever can do without does not wait for another one's fetching.
+        let mut last = match source.last.try_lock() {
+            Ok(last) => last,
+            Err(_) if missing => source.last.lock().await,
+            Err(_) => return,
+        };
+        let since = |then: Option<Instant>| then.map(|then| then.elapsed());
+        let is_due = missing || since(last.answered).is_none_or(|age| age > source.refresh);
+        if !is_due || since(last.asked).is_some_and(|age| age < AT_MOST_EVERY) {
+            return;
+        }
+        last.asked = Some(Instant::now());
+        match fetch(source).await {
+            Ok(known) => {
+                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+                last.answered = last.asked;
+                last.error = None;
+            }
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the keys of tokens were not to be had"
+                );
+                metrics::counter!("jwks_failures_total").increment(1);
+                last.error = Some(format!("{error:#}"));
+            }
+        }
+    }
+}
+
+async fn fetch(source: &Source) -> anyhow::Result<Known> {
+    let url = &source.url;
+    let response = source.http.get(url).send().await;
+    let mut response = response
+        .and_then(reqwest::Response::error_for_status)
+        .with_context(|| format!("asking {url}"))?;
+    let mut body = Vec::new();
+    while let Some(chunk) = response
+        .chunk()
+        .await
+        .with_context(|| format!("reading {url}"))?
+    {
+        body.extend_from_slice(&chunk);
+        ensure!(
+            body.len() <= MAX_SET,
+            "{url} answers with more than {MAX_SET} bytes"
+        );
+    }
+    let set = serde_json::from_slice(&body).with_context(|| format!("{url} has no key set"))?;
+    usable(set).with_context(|| format!("in the key set of {url}"))
+}
+
+/// The keys that sign, by name. Those that nothing here can use are somebody else's.
+fn usable(set: JwkSet) -> anyhow::Result<Known> {
+    let mut known = Known::new();
+    for jwk in set.keys {
+        let signs = !matches!(jwk.common.public_key_use, Some(PublicKeyUse::Encryption));
+        let is_public = !matches!(
+            jwk.algorithm,
+            jsonwebtoken::jwk::AlgorithmParameters::OctetKey(_)
+        );
+        if let Some(kid) = jwk.common.key_id.clone()
+            && signs
+            && is_public
+            && jwk.is_supported()
+            && let Ok(key) = DecodingKey::from_jwk(&jwk)
+        {
+            known.entry(kid).or_default().push((jwk, key));
+        }
+    }
+    ensure!(!known.is_empty(), "there is no key that can be used");
+    Ok(known)
+}
+
+fn as_key_algorithm(algorithm: Algorithm) -> KeyAlgorithm {
+    match algorithm {
+        Algorithm::EdDSA => KeyAlgorithm::EdDSA,
+        Algorithm::ES256 => KeyAlgorithm::ES256,
+        Algorithm::RS256 => KeyAlgorithm::RS256,
+        // Not among those that are accepted, so nothing is equal to it.
+        _ => KeyAlgorithm::UNKNOWN_ALGORITHM,
+    }
+}

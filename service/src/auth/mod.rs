@@ -1,0 +1,265 @@
+//! Who calls, by a bearer token (RFC 6750) that is a signed JWT (RFC 7519, RFC 8725), and what they
+//! may do: roles × operations, one table in the configuration.
+
+pub mod development;
+mod keys;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use jsonwebtoken::{Algorithm, Validation};
+use moka::sync::Cache;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::api::fault::Fault;
+use crate::api::problem::Problem;
+use crate::app::{App, Error};
+use crate::config::{self, AuthMode};
+use keys::Keys;
+
+/// Signatures that are accepted. `none`, and secrets that both sides know, are not among them.
+const ALGORITHMS: [Algorithm; 3] = [Algorithm::EdDSA, Algorithm::ES256, Algorithm::RS256];
+/// Longer tokens are not looked at.
+const MAX_TOKEN: usize = 8192;
+/// How many verified tokens are remembered, and for how long: a key that was withdrawn ends that much
+/// later.
+const REMEMBERED: u64 = 10_000;
+const REMEMBERED_FOR: Duration = Duration::from_secs(60);
+
+/// Everything a caller can ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Operation {
+    PlaceOrder,
+    GetOrder,
+    ListOrders,
+    CancelOrder,
+    GetTotals,
+    WatchOrders,
+}
+
+/// Who sent a request, and what they may do.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    /// `None` where nobody has said who they are.
+    pub subject: Option<String>,
+    may: Allowed,
+}
+
+#[derive(Debug, Clone, Default)]
+enum Allowed {
+    Everything,
+    #[default]
+    Nothing,
+    Only(BTreeSet<Operation>),
+}
+
+impl Caller {
+    /// Whoever calls where nobody has to say who they are.
+    pub fn anybody() -> Self {
+        Self {
+            subject: None,
+            may: Allowed::Everything,
+        }
+    }
+
+    /// Refuses what this caller may not do.
+    pub fn check(&self, operation: Operation) -> Result<(), Error> {
+        let may = match &self.may {
+            Allowed::Everything => true,
+            Allowed::Nothing => false,
+            Allowed::Only(operations) => operations.contains(&operation),
+        };
+        match may {
+            true => Ok(()),
+            false if self.subject.is_none() => Err(Error::Unauthenticated),
+            false => Err(Error::Forbidden),
+        }
+    }
+}
+
+/// Why a token is not believed. It is told to the client: nothing in it helps to forge one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Distrust(String);
+
+impl Distrust {
+    fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
+/// What a token says.
+#[derive(Debug, Deserialize)]
+struct Claims {
+    sub: String,
+    exp: u64,
+    #[serde(flatten)]
+    others: serde_json::Map<String, serde_json::Value>,
+}
+
+pub struct Auth {
+    config: config::Auth,
+    /// `None` where anybody may do anything.
+    keys: Option<Keys>,
+    verified: Cache<[u8; 32], (Caller, u64)>,
+}
+
+impl Auth {
+    /// `environment` is the one the process runs in; in production nobody signs their own tokens.
+    pub fn open(config: &config::Auth, environment: &str) -> anyhow::Result<Self> {
+        let keys = match config.mode {
+            AuthMode::Off => None,
+            AuthMode::Development => {
+                development::check(environment)?;
+                let key = development::key(&config.development_key)?;
+                Some(Keys::fixed(development::set(&key)?)?)
+            }
+            AuthMode::Jwks => {
+                let url = config.jwks_url.clone();
+                let url = url.context("auth.mode = \"jwks\" needs auth.jwks_url")?;
+                Some(Keys::fetched(url, config.refresh.0)?)
+            }
+        };
+        Ok(Self {
+            config: config.clone(),
+            keys,
+            verified: Cache::builder()
+                .max_capacity(REMEMBERED)
+                .time_to_live(REMEMBERED_FOR)
+                .build(),
+        })
+    }
+
+    /// Why nobody can be recognised at the moment, where that is so.
+    pub async fn trouble(&self) -> Option<String> {
+        match &self.keys {
+            Some(keys) => keys.trouble().await,
+            None => None,
+        }
+    }
+
+    /// Who sent these fields. Without a token that is nobody in particular.
+    pub async fn caller(&self, headers: &HeaderMap) -> Result<Caller, Distrust> {
+        if self.keys.is_none() {
+            return Ok(Caller::anybody());
+        }
+        let mut fields = headers.get_all(header::AUTHORIZATION).iter();
+        match (fields.next(), fields.next()) {
+            (None, _) => Ok(Caller::default()),
+            (Some(field), None) => self.bearer(field.to_str().unwrap_or_default()).await,
+            (Some(_), Some(_)) => Err(Distrust::new("there is more than one Authorization field")),
+        }
+    }
+
+    /// Who a field `Bearer TOKEN` speaks for.
+    pub async fn bearer(&self, field: &str) -> Result<Caller, Distrust> {
+        let Some(keys) = &self.keys else {
+            return Ok(Caller::anybody());
+        };
+        let token = match field.split_once(' ') {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+            _ => return Err(Distrust::new("the Authorization field is no bearer token")),
+        };
+        if token.len() > MAX_TOKEN {
+            return Err(Distrust::new("the token is too long"));
+        }
+        let digest = Sha256::digest(token).into();
+        let now = jsonwebtoken::get_current_timestamp();
+        let leeway = self.config.leeway.0.as_secs();
+        match self.verified.get(&digest) {
+            Some((caller, until)) if now <= until + leeway => Ok(caller),
+            _ => {
+                let (caller, until) = self.verify(keys, token).await?;
+                self.verified.insert(digest, (caller.clone(), until));
+                Ok(caller)
+            }
+        }
+    }
+
+    async fn verify(&self, keys: &Keys, token: &str) -> Result<(Caller, u64), Distrust> {
+        let header = jsonwebtoken::decode_header(token)
+            .map_err(|_| Distrust::new("the token is no signed JWT"))?;
+        if !ALGORITHMS.contains(&header.alg) {
+            return Err(Distrust::new(
+                "the token is signed in a way that is not accepted",
+            ));
+        }
+        if header.crit.is_some() {
+            return Err(Distrust::new(
+                "the token has critical fields that are not known",
+            ));
+        }
+        let kid = header
+            .kid
+            .ok_or_else(|| Distrust::new("the token names no key"))?;
+        let key = keys.find(&kid, header.alg).await?;
+        let mut validation = Validation::new(header.alg);
+        validation.leeway = self.config.leeway.0.as_secs();
+        validation.validate_nbf = true;
+        validation.set_issuer(&[&self.config.issuer]);
+        validation.set_audience(&[&self.config.audience]);
+        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+        let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation)
+            .map_err(|error| Distrust::new(format!("the token is not valid: {error}")))?
+            .claims;
+        let until = claims.exp;
+        Ok((self.recognise(claims), until))
+    }
+
+    /// What the roles of a token's subject allow.
+    fn recognise(&self, claims: Claims) -> Caller {
+        let roles = claims.others.get(&self.config.roles_claim);
+        // A list, or words as OAuth's `scope` has them (RFC 6749, section 3.3).
+        let roles: Vec<&str> = match roles {
+            Some(serde_json::Value::Array(roles)) => {
+                roles.iter().filter_map(|r| r.as_str()).collect()
+            }
+            Some(serde_json::Value::String(roles)) => roles.split(' ').collect(),
+            _ => Vec::new(),
+        };
+        let allowed = roles.iter().filter_map(|role| self.config.roles.get(*role));
+        Caller {
+            may: Allowed::Only(allowed.flatten().copied().collect()),
+            subject: Some(claims.sub),
+        }
+    }
+}
+
+/// Finds out who calls, for everything behind it.
+pub async fn authenticate(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let found = app.auth.caller(request.headers()).await;
+    let caller = found.unwrap_or_else(|distrust| {
+        request.extensions_mut().insert(distrust);
+        Caller::default()
+    });
+    request.extensions_mut().insert(caller);
+    next.run(request).await
+}
+
+/// Refuses a token that is not believed, once it has been counted against where it came from.
+pub async fn refuse(request: Request, next: Next) -> Response {
+    match request.extensions().get::<Distrust>() {
+        None => next.run(request).await,
+        Some(distrust) => {
+            metrics::counter!("tokens_refused_total").increment(1);
+            Problem::new(Fault::Unauthenticated)
+                .detail(distrust.to_string())
+                .into_response()
+        }
+    }
+}
+
+/// What a client is to do that has to say who it is (RFC 9110, section 11.6.1).
+pub const CHALLENGE: HeaderValue = HeaderValue::from_static("Bearer");
