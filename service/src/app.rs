@@ -20,6 +20,7 @@ use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rej
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
 use crate::sessions::Sessions;
+use crate::traces;
 
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -172,7 +173,7 @@ impl App {
             fingerprint: fingerprint.into(),
         });
         let order = Order::place(request, self.config.orders.max_items.get())?;
-        let event = Event::new(Kind::Placed, &order);
+        let event = Event::new(Kind::Placed, &order).caused_in(traces::traceparent());
         match self.storage.place(&order, &event, once.as_ref()).await? {
             Placed::New => {
                 metrics::counter!("orders_created_total").increment(1);

@@ -27,6 +27,7 @@ pub struct Config {
     pub rate_limit: RateLimit,
     pub auth: Auth,
     pub logging: Logging,
+    pub tracing: Tracing,
     pub database: Database,
     pub graphql: GraphQl,
     pub events: Events,
@@ -98,7 +99,24 @@ pub enum AuthMode {
 pub struct Logging {
     pub level: LogFilter,
     pub format: LogFormat,
+    /// Where the log goes besides standard error: files that begin with this, one for each day.
+    pub file: Option<PathBuf>,
+    /// How many of those files are kept.
+    pub keep_files: NonZeroUsize,
 }
+
+/// Where traces go.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tracing {
+    /// An OTLP collector, by gRPC.
+    pub endpoint: Option<String>,
+    pub sample: Share,
+}
+
+/// From 0, none, to 1, all.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Share(pub f64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -322,6 +340,15 @@ impl<'de> Deserialize<'de> for Timeout {
 impl Serialize for Timeout {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&format_args!("{}ms", self.0.as_millis()))
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match f64::deserialize(deserializer)? {
+            share if (0.0..=1.0).contains(&share) => Ok(Self(share)),
+            _ => Err(serde::de::Error::custom("expected a share from 0.0 to 1.0")),
+        }
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::adapters::bus::{BusError, Delivery};
@@ -12,6 +14,7 @@ use crate::adapters::storage::{Change, DeadLetter, Storage, StorageError};
 use crate::app::App;
 use crate::domain::events::{Event, Kind};
 use crate::pause::Pause;
+use crate::traces;
 
 /// The first pause after a failure.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -81,7 +84,10 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 let id = id_of(&delivery.event);
                 (StorageError::Failed(error.to_string()), id)
             }
-            Ok(event) => match act(storage, consumer, &event).await {
+            Ok(event) => match act(storage, consumer, &event)
+                .instrument(span(consumer, &event))
+                .await
+            {
                 Ok(true) => break "done",
                 Ok(false) => break "repeated",
                 Err(error) => (error, event.id),
@@ -106,6 +112,19 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
     let labels = [("consumer", consumer.name), ("outcome", outcome)];
     metrics::counter!("events_consumed_total", &labels).increment(1);
     delivery.done().await
+}
+
+/// What a consumer does with an event, as a part of the trace that the event was caused in.
+fn span(consumer: &Consumer, event: &Event) -> Span {
+    let span = tracing::info_span!(
+        "consume",
+        otel.name = format!("{} {}", consumer.name, event.kind.as_str()),
+        otel.kind = "consumer",
+        trace_id = Empty,
+        event = %event.id,
+    );
+    traces::adopt_event(&span, event.traceparent.as_deref());
+    span
 }
 
 /// The id of something that has none: the same for the same text.

@@ -21,3 +21,4 @@ pub mod router;
 pub mod server;
 pub mod sessions;
 pub mod telemetry;
+pub mod traces;

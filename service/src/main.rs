@@ -36,12 +36,18 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
         .build()?;
     match command {
         Command::Serve => {
-            telemetry::logs(&config.logging)?;
             let metrics = telemetry::metrics()?;
             runtime.block_on(async {
+                let spans = telemetry::start(&config)?;
                 let app = App::open(config, metrics).await?;
                 let sockets = server::Sockets::bind(&app.config.server)?;
-                server::serve(app, sockets, server::terminated()).await
+                let served = server::serve(app, sockets, server::terminated()).await;
+                // It waits for its own thread, which waits for this runtime.
+                let sent = tokio::task::spawn_blocking(move || spans.shutdown()).await?;
+                if let Err(error) = sent {
+                    telemetry::tell(&format!("the last spans were not sent: {error}"));
+                }
+                served
             })
         }
         Command::Migrate => {

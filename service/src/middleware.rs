@@ -13,13 +13,14 @@ use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
+use tracing::field::Empty;
 use uuid::Uuid;
 
 use crate::api::fault::Fault;
 use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
-use crate::{auth, limits};
+use crate::{auth, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
@@ -57,10 +58,17 @@ async fn observe(request: Request, next: Next) -> Response {
         .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
     let span = tracing::info_span!(
         "request",
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        otel.status_code = Empty,
+        http.response.status_code = Empty,
+        http.route = route,
         request_id = id.to_str().unwrap_or_default(),
+        trace_id = Empty,
         method,
         path = request.uri().path(),
     );
+    traces::adopt_request(&span, request.headers());
     let in_flight = InFlight::begin();
     let mut response = next.run(request).instrument(span.clone()).await;
     drop(in_flight);
@@ -74,6 +82,10 @@ async fn observe(request: Request, next: Next) -> Response {
     ];
     metrics::counter!("http_requests_total", &labels).increment(1);
     metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
+    span.record("http.response.status_code", status.as_u16());
+    if status.is_server_error() {
+        span.record("otel.status_code", "ERROR");
+    }
     span.in_scope(|| {
         tracing::info!(target: "access", status = status.as_u16(), seconds, "answered");
     });

@@ -1,13 +1,22 @@
-//! Logs on standard error and metrics in Prometheus' text format.
+//! Logs on standard error and in files, spans to a collector, and metrics in Prometheus' text format.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::Context;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing_subscriber::{EnvFilter, reload};
+use opentelemetry::trace::TracerProvider;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing_appender::rolling::{RollingFileAppender, Rotation};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt, reload};
 
-use crate::config::{LogFilter, LogFormat, Logging};
+use crate::config::{Config, LogFilter, LogFormat};
+use crate::traces;
 
 /// Upper bounds of the latency buckets, in seconds.
 const LATENCY_BUCKETS: [f64; 14] = [
@@ -22,30 +31,55 @@ struct Log {
     change: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
 }
 
-/// Sends the process's log to standard error in the format the configuration asks for.
-pub fn logs(config: &Logging) -> anyhow::Result<()> {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter(&config.level)?)
-        .with_writer(std::io::stderr);
-    let (installed, change): (_, Box<dyn Fn(EnvFilter) -> _ + Send + Sync>) = match config.format {
-        LogFormat::Text => {
-            let builder = builder.with_ansi(false).with_filter_reloading();
-            let handle = builder.reload_handle();
-            let change = move |filter| handle.reload(filter);
-            (builder.try_init(), Box::new(change))
-        }
-        LogFormat::Json => {
-            let builder = builder.json().flatten_event(true).with_current_span(true);
-            let builder = builder.with_filter_reloading();
-            let handle = builder.reload_handle();
-            let change = move |filter| handle.reload(filter);
-            (builder.try_init(), Box::new(change))
-        }
+/// Sends the process's log to standard error, and to files where the configuration names some, in the
+/// format it asks for; and its spans to a collector. What is returned sends the last spans when it is
+/// shut down.
+pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
+    let provider = traces::provider(&config.tracing)?;
+    let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer(env!("CARGO_PKG_NAME")));
+    // What the service does itself; libraries' own spans are many, and nobody asked for them.
+    let own = Targets::new().with_target(env!("CARGO_CRATE_NAME"), LevelFilter::INFO);
+    let logging = &config.logging;
+    let (level, handle) = reload::Layer::new(filter(&logging.level)?);
+    let file = logging
+        .file
+        .as_deref()
+        .map(|file| files(file, logging.keep_files.get()));
+    let writer = match file.transpose()? {
+        Some(file) => BoxMakeWriter::new(std::io::stderr.and(file)),
+        None => BoxMakeWriter::new(std::io::stderr),
     };
-    installed.map_err(|error| anyhow::anyhow!("starting the log: {error}"))?;
-    let level = Mutex::new(config.level.clone());
+    let lines = match logging.format {
+        LogFormat::Text => fmt::layer().with_ansi(false).with_writer(writer).boxed(),
+        LogFormat::Json => fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_writer(writer)
+            .boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(lines.with_filter(level))
+        .with(spans.with_filter(own))
+        .try_init()
+        .context("starting the log")?;
+    let level = Mutex::new(logging.level.clone());
+    let change = Box::new(move |filter| handle.reload(filter));
     let _ = LOG.set(Log { level, change });
-    Ok(())
+    Ok(provider)
+}
+
+/// A file for each day: `DIR/NAME.2026-01-31.log`.
+fn files(path: &Path, keep: usize) -> anyhow::Result<RollingFileAppender> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let dir = path.parent().unwrap_or(Path::new("."));
+    RollingFileAppender::builder()
+        .rotation(Rotation::DAILY)
+        .filename_prefix(name)
+        .filename_suffix("log")
+        .max_log_files(keep)
+        .build(dir)
+        .with_context(|| format!("opening logging.file = {}", path.display()))
 }
 
 fn filter(level: &LogFilter) -> anyhow::Result<EnvFilter> {

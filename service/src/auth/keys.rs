@@ -48,8 +48,6 @@ impl Keys {
     }
 
     pub fn fetched(url: String, refresh: Duration) -> anyhow::Result<Self> {
-        // Another part of the process may have said so before.
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let http = reqwest::Client::builder()
             .timeout(TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())

@@ -19,6 +19,10 @@ pub struct Event {
     /// The order. Events of one order are told in the order in which they happened.
     pub subject: OrderId,
     pub time: Timestamp,
+    /// In which trace it happened.
+    /// <https://github.com/cloudevents/spec/blob/main/cloudevents/extensions/distributed-tracing.md>
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
     datacontenttype: String,
     /// The order as it was right after.
     pub data: Order,
@@ -41,8 +45,19 @@ impl Event {
             kind,
             subject: order.id,
             time: order.updated_at,
+            traceparent: None,
             datacontenttype: "application/json".to_owned(),
             data: order.clone(),
+        }
+    }
+}
+
+impl Event {
+    #[must_use]
+    pub fn caused_in(self, traceparent: Option<String>) -> Self {
+        Self {
+            traceparent,
+            ..self
         }
     }
 }

@@ -15,3 +15,4 @@ mod operations;
 mod orders;
 mod storage;
 mod test_app;
+mod traces;

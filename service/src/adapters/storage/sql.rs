@@ -84,6 +84,7 @@ macro_rules! storage_in_sql {
                 let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
                 if let Some(order) = order.as_ref().filter(|_| is_changed) {
                     let event = Event::new(Kind::Cancelled, order);
+                    let event = event.caused_in(crate::traces::traceparent());
                     let tell = sqlx::query(rows::TELL).bind(rows::to_text(&event)?);
                     tell.bind(Timestamp::now().as_millisecond())
                         .execute(&mut *tx)
