@@ -51,7 +51,13 @@ pub struct Server {
     pub heartbeat: Timeout,
     /// Networks of proxies whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whose pages may call, from browsers: `https://shop.example`.
+    pub allowed_origins: Vec<Origin>,
 }
+
+/// A scheme, host and perhaps port (RFC 6454), as browsers send it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Origin(pub String);
 
 /// What one client may ask for, of each process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -340,6 +346,26 @@ impl<'de> Deserialize<'de> for Timeout {
 impl Serialize for Timeout {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&format_args!("{}ms", self.0.as_millis()))
+    }
+}
+
+impl<'de> Deserialize<'de> for Origin {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let host = ["https://", "http://"]
+            .iter()
+            .find_map(|s| text.strip_prefix(s));
+        let is_host = |host: &str| {
+            let is_good =
+                |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.:[]".contains(c);
+            !host.is_empty() && host.chars().all(is_good)
+        };
+        match host {
+            Some(host) if is_host(host) => Ok(Self(text)),
+            _ => Err(serde::de::Error::custom(
+                "expected an origin such as \"https://shop.example\", without a path",
+            )),
+        }
     }
 }
 

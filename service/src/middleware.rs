@@ -1,5 +1,6 @@
-//! Every layer around every request, outermost first: request id, log and metrics, gRPC's own
-//! words for what the others refuse, panics, limits of clients and of the process, time-out, body limit.
+//! Every layer around every request, outermost first: request id, log, metrics and trace, what
+//! browsers are told, gRPC's own words for what the others refuse, panics, who calls, limits of clients
+//! and of the process, time-out, body limit.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -7,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
 use tracing::Instrument;
 use tracing::field::Empty;
 use uuid::Uuid;
@@ -20,16 +22,21 @@ use crate::api::fault::Fault;
 use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
+use crate::config::Origin;
 use crate::{auth, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
+/// How long browsers may remember what they may send.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
 pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
     let config = &app.config.server;
     routes.layer(
         ServiceBuilder::new()
             .layer(from_fn(observe))
+            .layer(from_fn(protect))
+            .layer(cors(&config.allowed_origins))
             .layer(from_fn(grpc::translate))
             .layer(CatchPanicLayer::custom(panicked))
             .layer(from_fn_with_state(Arc::clone(app), auth::authenticate))
@@ -91,6 +98,54 @@ async fn observe(request: Request, next: Next) -> Response {
     });
     response.headers_mut().insert(REQUEST_ID.clone(), id);
     response
+}
+
+/// What browsers must not do with answers (OWASP's list of secure headers). The pages of the API's
+/// description bring scripts and styles of their own.
+async fn protect(request: Request, next: Next) -> Response {
+    let is_page = request.uri().path().starts_with("/docs");
+    let mut response = next.run(request).await;
+    let policy = match is_page {
+        true => {
+            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; \
+                 frame-ancestors 'none'"
+        }
+        false => "default-src 'none'; frame-ancestors 'none'",
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, policy),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    // Orders are somebody's; the pages' files are everybody's.
+    if !is_page {
+        let no_store = HeaderValue::from_static("no-store");
+        headers.entry(header::CACHE_CONTROL).or_insert(no_store);
+    }
+    response
+}
+
+/// Lets pages of these origins call; of no others, as long as browsers are asked.
+/// <https://fetch.spec.whatwg.org/#http-cors-protocol>
+fn cors(origins: &[Origin]) -> CorsLayer {
+    let origins = origins
+        .iter()
+        .filter_map(|origin| HeaderValue::from_str(&origin.0).ok());
+    CorsLayer::new()
+        .allow_origin(origins.collect::<Vec<_>>())
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([
+            header::AUTHORIZATION,
+            header::CONTENT_TYPE,
+            HeaderName::from_static("idempotency-key"),
+            HeaderName::from_static("traceparent"),
+        ])
+        .expose_headers([header::LOCATION, header::RETRY_AFTER, REQUEST_ID.clone()])
+        .max_age(PREFLIGHT_AGE)
 }
 
 /// Counted down however the request ends, by its client's going away too.

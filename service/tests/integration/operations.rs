@@ -125,3 +125,52 @@ async fn a_request_that_never_ends_does_not_hold_the_process_for_ever() {
     let error = app.stopped().await.unwrap_err();
     assert!(error.to_string().contains("drain_timeout"), "{error:#}");
 }
+
+/// Pages of other origins than the configured ones may not call, and no answer is more than data.
+#[tokio::test]
+async fn browsers_are_told_what_they_may_do() {
+    let app = TestApp::start_with(|config| {
+        config.server.allowed_origins =
+            vec![service::config::Origin("https://shop.example".into())];
+    })
+    .await;
+    let client = reqwest::Client::new();
+    let orders = format!("http://{}/v1/orders", app.public);
+    for (origin, allowed) in [
+        ("https://shop.example", true),
+        ("https://evil.example", false),
+        ("https://shop.example.evil", false),
+        ("null", false),
+    ] {
+        let preflight = client
+            .request(reqwest::Method::OPTIONS, &orders)
+            .header("origin", origin)
+            .header("access-control-request-method", "POST")
+            .header(
+                "access-control-request-headers",
+                "authorization,content-type",
+            );
+        for request in [preflight, client.get(&orders).header("origin", origin)] {
+            let answer = request.send().await.unwrap();
+            let said = answer.headers().get("access-control-allow-origin");
+            assert_eq!(
+                said.is_some_and(|said| said == origin),
+                allowed,
+                "{origin}: {said:?}"
+            );
+            assert!(allowed || said.is_none(), "{origin}: {said:?}");
+        }
+    }
+    let answer = client.get(&orders).send().await.unwrap();
+    for (name, value) in [
+        ("x-content-type-options", "nosniff"),
+        (
+            "content-security-policy",
+            "default-src 'none'; frame-ancestors 'none'",
+        ),
+        ("cache-control", "no-store"),
+        ("referrer-policy", "no-referrer"),
+    ] {
+        assert_eq!(answer.headers()[name], value);
+    }
+}
