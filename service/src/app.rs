@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use crate::adapters::bus::{self, Bus};
+use crate::adapters::cache;
 use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
 use crate::auth::{Auth, Caller, Operation};
 use crate::config::{Config, Database};
@@ -41,6 +42,7 @@ pub struct App {
     pub feed: Feed,
     /// Who stays connected.
     pub sessions: Sessions,
+    cache: cache::Orders,
     storage: Arc<dyn Storage>,
     bus: Arc<dyn Bus>,
     /// This process' own.
@@ -106,6 +108,7 @@ impl App {
         Ok(Arc::new(Self {
             auth,
             bus: bus::open(&config),
+            cache: cache::Orders::open(&config)?,
             name: uuid::Uuid::now_v7().to_string(),
             untold: Notify::new(),
             limits: Limits::new(&config),
@@ -219,9 +222,15 @@ impl App {
         Ok(session.until_the_end(events))
     }
 
+    /// As it is, or was at most `cache.ttl` ago.
     pub async fn order(&self, caller: &Caller, id: OrderId) -> Result<Order, Error> {
         caller.check(Operation::GetOrder)?;
-        self.storage.find(id).await?.ok_or(Error::NotFound(id))
+        if let Some(order) = self.cache.get(id).await {
+            return Ok(order);
+        }
+        let order = self.storage.find(id).await?.ok_or(Error::NotFound(id))?;
+        self.cache.fill(&order).await;
+        Ok(order)
     }
 
     /// The newest orders first; the next page starts after the last one of this page.
@@ -246,7 +255,14 @@ impl App {
         caller.check(Operation::CancelOrder)?;
         let order = self.storage.cancel(id, jiff::Timestamp::now()).await?;
         self.untold.notify_one();
-        order.ok_or(Error::NotFound(id))
+        let order = order.ok_or(Error::NotFound(id))?;
+        self.cache.put(&order).await;
+        Ok(order)
+    }
+
+    /// An order has changed, here or in another process: copies of it are old.
+    pub async fn changed(&self, order: &Order) {
+        self.cache.put(order).await;
     }
 
     /// The state of each part that the service cannot work without.

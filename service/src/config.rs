@@ -29,6 +29,8 @@ pub struct Config {
     pub logging: Logging,
     pub tracing: Tracing,
     pub database: Database,
+    pub cache: Cache,
+    pub redis: Redis,
     pub graphql: GraphQl,
     pub events: Events,
     pub rabbitmq: RabbitMq,
@@ -142,6 +144,35 @@ pub struct Database {
     pub migrate: bool,
 }
 
+/// Copies of orders that are read often.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cache {
+    pub kind: CacheKind,
+    /// How long a copy may be kept.
+    pub ttl: Timeout,
+    /// Orders, for [`CacheKind::InProcess`].
+    pub capacity: NonZeroU32,
+    /// How long a copy is waited for.
+    pub timeout: Timeout,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheKind {
+    Off,
+    InProcess,
+    Redis,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redis {
+    pub url: ServerUrl,
+    /// How all keys begin.
+    pub prefix: String,
+}
+
 /// What a query may ask for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -179,14 +210,14 @@ pub enum BusKind {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RabbitMq {
-    pub url: BrokerUrl,
+    pub url: ServerUrl,
     pub exchange: String,
     pub prefetch: NonZeroU16,
 }
 
-/// A broker's address. It may hold a password, which is never shown.
+/// A broker's or a cache's address. It may hold a password, which is never shown.
 #[derive(Clone, Deserialize)]
-pub struct BrokerUrl(pub String);
+pub struct ServerUrl(pub String);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -445,7 +476,7 @@ macro_rules! without_its_password {
         }
     )*};
 }
-without_its_password!(BrokerUrl, DatabaseUrl);
+without_its_password!(ServerUrl, DatabaseUrl);
 
 /// `scheme://user:password@host/…?password=…` with stars for the passwords.
 fn without_password(url: &str) -> String {

@@ -9,7 +9,7 @@ use tokio::sync::broadcast;
 use tokio_stream::wrappers::BroadcastStream;
 
 use crate::app::App;
-use crate::domain::events::Event;
+use crate::domain::events::{Event, Kind};
 use crate::pause::Pause;
 
 /// The first pause after a failure.
@@ -58,9 +58,14 @@ pub async fn run(app: Arc<App>) {
             loop {
                 let delivery = subscription.next().await?;
                 pause.reset();
-                match serde_json::from_str(&delivery.event) {
-                    // Nobody may be connected.
-                    Ok(event) => drop(app.feed.0.send(Arc::new(event))),
+                match serde_json::from_str::<Event>(&delivery.event) {
+                    Ok(event) => {
+                        if event.kind == Kind::Cancelled {
+                            app.changed(&event.data).await;
+                        }
+                        // Nobody may be connected.
+                        let _ = app.feed.0.send(Arc::new(event));
+                    }
                     Err(error) => tracing::warn!(%error, "an event cannot be read"),
                 }
             }

@@ -8,6 +8,7 @@ pub mod adapters;
 pub mod api;
 pub mod app;
 pub mod auth;
+pub mod breaker;
 pub mod cli;
 pub mod config;
 pub mod consumers;

@@ -1,4 +1,5 @@
 //! The outside world, each part behind one trait with an embedded adapter.
 
 pub mod bus;
+pub mod cache;
 pub mod storage;

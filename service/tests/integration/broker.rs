@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use service::config::{BrokerUrl, BusKind, Config};
+use service::config::{BusKind, Config, ServerUrl};
 use test_servers::{Lease, Server};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
@@ -60,7 +60,7 @@ impl Broker {
     pub fn use_in(&self, config: &mut Config) {
         if self.kind == "rabbitmq" {
             config.events.bus = BusKind::RabbitMq;
-            config.rabbitmq.url = BrokerUrl(self.url.clone());
+            config.rabbitmq.url = ServerUrl(self.url.clone());
             config.rabbitmq.exchange.clone_from(&self.exchange);
         }
     }

@@ -5,6 +5,7 @@
 mod auth;
 mod broker;
 mod bus;
+mod cache;
 mod commands;
 mod config;
 mod database;

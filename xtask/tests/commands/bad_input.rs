@@ -155,7 +155,7 @@ fn damaged_files() {
     }
     std::fs::write(&journal, text).unwrap();
     fixture.run(&start).expect(0, "healthy");
-    assert!(load.stop().is_empty(), "no request failed");
+    load.stop_without_failures();
     assert_ne!(first, second);
 
     fixture.run(&["sandbox", "stop"]).expect(0, "stopped");
@@ -221,7 +221,7 @@ fn a_full_disk() {
     fixture
         .run(&["canary", "start", "--release", &second])
         .expect(0, "healthy");
-    assert!(load.stop().is_empty(), "no request failed");
+    load.stop_without_failures();
 }
 
 /// Executables that end at once, or never get ready: the candidate goes, and stable never knew.
@@ -261,7 +261,7 @@ fn releases_that_never_get_ready() {
             );
         }
         assert_eq!(fixture.production(), [(first, 100, 2, 2)], "{program}");
-        assert!(load.stop().is_empty(), "no request failed");
+        load.stop_without_failures();
     }
 }
 

@@ -346,6 +346,12 @@ impl Load {
         Self { stop, thread }
     }
 
+    /// No request may have failed.
+    #[track_caller]
+    pub fn stop_without_failures(self) {
+        assert_eq!(self.stop(), BTreeMap::new(), "requests failed");
+    }
+
     /// The failed requests by release; where none answered, why.
     pub fn stop(self) -> BTreeMap<String, u64> {
         self.stop.store(true, Ordering::SeqCst);

@@ -46,7 +46,7 @@ fn a_good_release_replaces_stable_and_a_rollback_brings_it_back() {
         "{}",
         refused.said
     );
-    assert!(load.stop().is_empty(), "no request failed");
+    load.stop_without_failures();
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn a_kept_release_is_gone_back_to_without_starting_anything() {
     let retire = ["canary", "retire", "--now"];
     fixture.run(&retire).expect(0, "passed");
     assert_eq!(fixture.production(), [(fourth, 100, 2, 2)]);
-    assert!(load.stop().is_empty(), "no request failed");
+    load.stop_without_failures();
 }
 
 /// The processes' own metrics instead of the proxy's.
@@ -208,7 +208,7 @@ fn gates_promotions_and_aborts() {
     let refused = fixture.run(&["rollback"]).expect(2, "failed");
     assert!(refused.said.contains("canary resume"), "{}", refused.said);
     fixture.run(&["canary", "abort"]).expect(0, "aborted");
-    assert!(load.stop().is_empty(), "no request failed");
+    load.stop_without_failures();
 }
 
 #[test]

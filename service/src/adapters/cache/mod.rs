@@ -1,0 +1,105 @@
+//! Copies of orders that are read again and again: one trait, chosen by `cache.kind`. Whatever goes
+//! wrong with it, orders are still read from storage.
+
+mod in_process;
+mod redis;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::breaker::Breaker;
+use crate::config::{CacheKind, Config};
+use crate::domain::orders::{Order, OrderId};
+
+/// Failures in a row after which the cache is left alone, and for how long.
+const FAILURES: u32 = 5;
+const REST: Duration = Duration::from_secs(1);
+
+/// Values that are forgotten after a time, or sooner.
+#[async_trait]
+pub trait Cache: Send + Sync {
+    async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, CacheError>;
+    /// Keeps a value where there is none.
+    async fn fill(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError>;
+    /// Keeps a value in the place of any other.
+    async fn put(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError>;
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the cache: {0}")]
+pub struct CacheError(String);
+
+/// The adapter that the configuration names; it connects when it is used.
+pub fn open(config: &Config) -> anyhow::Result<Option<Arc<dyn Cache>>> {
+    let (cache, ttl) = (&config.cache, config.cache.ttl.0);
+    Ok(match cache.kind {
+        CacheKind::Off => None,
+        CacheKind::InProcess => {
+            let capacity = u64::from(cache.capacity.get());
+            Some(Arc::new(in_process::InProcess::new(capacity, ttl)))
+        }
+        CacheKind::Redis => Some(Arc::new(redis::Redis::new(&config.redis, ttl)?)),
+    })
+}
+
+/// Orders by their ids.
+pub struct Orders {
+    cache: Option<Arc<dyn Cache>>,
+    breaker: Breaker,
+    limit: Duration,
+}
+
+impl Orders {
+    pub fn open(config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            cache: open(config)?,
+            breaker: Breaker::new("cache", FAILURES, REST),
+            limit: config.cache.timeout.0,
+        })
+    }
+
+    pub async fn get(&self, id: OrderId) -> Option<Order> {
+        let cache = self.cache.as_ref()?;
+        let key = key(id);
+        let found = self.ask(cache.get(&key)).await?;
+        // What another version has written may have another shape.
+        let order = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        count(if order.is_some() { "hit" } else { "miss" });
+        order
+    }
+
+    /// An order as storage had it; perhaps somebody has changed it since.
+    pub async fn fill(&self, order: &Order) {
+        if let (Some(cache), Ok(bytes)) = (&self.cache, serde_json::to_vec(order)) {
+            self.ask(cache.fill(&key(order.id), bytes)).await;
+        }
+    }
+
+    /// An order as it is now that it was changed.
+    pub async fn put(&self, order: &Order) {
+        if let (Some(cache), Ok(bytes)) = (&self.cache, serde_json::to_vec(order)) {
+            self.ask(cache.put(&key(order.id), bytes)).await;
+        }
+    }
+
+    async fn ask<T>(&self, work: impl Future<Output = Result<T, CacheError>>) -> Option<T> {
+        match self.breaker.call(self.limit, work).await {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                tracing::debug!(%error, "the cache was of no use");
+                count("error");
+                None
+            }
+        }
+    }
+}
+
+fn count(outcome: &'static str) {
+    metrics::counter!("cache_requests_total", "outcome" => outcome).increment(1);
+}
+
+fn key(id: OrderId) -> String {
+    format!("order:{id}")
+}

@@ -1,0 +1,74 @@
+//! The adapter for Redis, whose copies all processes share.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use async_trait::async_trait;
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{AsyncCommands, ExistenceCheck, SetExpiry, SetOptions};
+
+use super::{Cache, CacheError};
+use crate::config::Redis as Config;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The breaker decides about trying again.
+const TRIES: usize = 1;
+
+pub struct Redis {
+    connection: ConnectionManager,
+    prefix: String,
+    ttl: SetExpiry,
+}
+
+impl Redis {
+    pub fn new(config: &Config, ttl: Duration) -> anyhow::Result<Self> {
+        let client = redis::Client::open(config.url.0.as_str());
+        let client = client.with_context(|| format!("redis.url = {}", config.url))?;
+        let settings = ConnectionManagerConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_number_of_retries(TRIES);
+        let milliseconds = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        Ok(Self {
+            connection: ConnectionManager::new_lazy_with_config(client, settings)
+                .with_context(|| format!("redis.url = {}", config.url))?,
+            prefix: config.prefix.clone(),
+            ttl: SetExpiry::PX(milliseconds),
+        })
+    }
+
+    async fn set(&self, key: &str, value: Vec<u8>, options: SetOptions) -> Result<(), CacheError> {
+        let options = options.with_expiration(self.ttl);
+        let mut connection = self.connection.clone();
+        // With NX the answer is nil where there is a value already.
+        let _: Option<String> = connection
+            .set_options(self.name(key), value, options)
+            .await?;
+        Ok(())
+    }
+
+    fn name(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+}
+
+#[async_trait]
+impl Cache for Redis {
+    async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, CacheError> {
+        Ok(self.connection.clone().get(self.name(key)).await?)
+    }
+
+    async fn fill(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError> {
+        let only_new = SetOptions::default().conditional_set(ExistenceCheck::NX);
+        self.set(key, value, only_new).await
+    }
+
+    async fn put(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError> {
+        self.set(key, value, SetOptions::default()).await
+    }
+}
+
+impl From<redis::RedisError> for CacheError {
+    fn from(error: redis::RedisError) -> Self {
+        Self(error.to_string())
+    }
+}

@@ -1,0 +1,190 @@
+//! A circuit breaker: a dependency that has failed several times in a row is left alone for a while,
+//! then one call tries whether it is back. Nobody waits for what does not answer.
+//! <https://learn.microsoft.com/azure/architecture/patterns/circuit-breaker>
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+pub struct Breaker {
+    dependency: &'static str,
+    /// Failures in a row that open the circuit.
+    failures: u32,
+    /// How long it stays open.
+    rest: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Closed {
+        failed: u32,
+    },
+    Open {
+        until: Instant,
+    },
+    /// One call is trying.
+    HalfOpen,
+}
+
+/// Why a call came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken<E> {
+    #[error("it is left alone for a while after it has failed again and again")]
+    Open,
+    #[error("no answer within {0:?}")]
+    Late(Duration),
+    #[error(transparent)]
+    Failed(E),
+}
+
+impl Breaker {
+    pub fn new(dependency: &'static str, failures: u32, rest: Duration) -> Self {
+        metrics::gauge!("circuit_open", "dependency" => dependency).set(0.0);
+        Self {
+            dependency,
+            failures,
+            rest,
+            state: Mutex::new(State::Closed { failed: 0 }),
+        }
+    }
+
+    /// The outcome of `work`, unless the circuit is open or it takes longer than `limit`.
+    pub async fn call<T, E>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Broken<E>> {
+        if !self.may_pass() {
+            return Err(Broken::Open);
+        }
+        // A call that is dropped has not shown that the dependency is back.
+        let attempt = Attempt(Some(self));
+        let outcome = match tokio::time::timeout(limit, work).await {
+            Ok(outcome) => outcome.map_err(Broken::Failed),
+            Err(_) => Err(Broken::Late(limit)),
+        };
+        attempt.ended(outcome.is_ok());
+        outcome
+    }
+
+    fn may_pass(&self) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match *state {
+            State::Closed { .. } => true,
+            State::Open { until } if Instant::now() >= until => {
+                *state = State::HalfOpen;
+                true
+            }
+            State::Open { .. } | State::HalfOpen => false,
+        }
+    }
+
+    fn count(&self, went_well: bool) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = State::Open {
+            until: Instant::now() + self.rest,
+        };
+        let next = match (*state, went_well) {
+            (_, true) => State::Closed { failed: 0 },
+            (State::Closed { failed }, false) if failed + 1 < self.failures => {
+                State::Closed { failed: failed + 1 }
+            }
+            // Calls from before it opened do not make it stay open for longer.
+            (State::Open { until }, false) => State::Open { until },
+            (State::Closed { .. } | State::HalfOpen, false) => open,
+        };
+        let is_open = |state| !matches!(state, State::Closed { .. });
+        if is_open(*state) != is_open(next) {
+            let dependency = self.dependency;
+            tracing::warn!(dependency, open = is_open(next), "the circuit has changed");
+            let open = f64::from(u8::from(is_open(next)));
+            metrics::gauge!("circuit_open", "dependency" => dependency).set(open);
+        }
+        *state = next;
+    }
+}
+
+/// A call that passed, until it is known how it ended.
+struct Attempt<'a>(Option<&'a Breaker>);
+
+impl Attempt<'_> {
+    fn ended(mut self, went_well: bool) {
+        if let Some(breaker) = self.0.take() {
+            breaker.count(went_well);
+        }
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let Some(breaker) = self.0 else { return };
+        let mut state = breaker.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state == State::HalfOpen {
+            // The next one may try.
+            *state = State::Open {
+                until: Instant::now(),
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(1);
+    const REST: Duration = Duration::from_millis(50);
+
+    async fn fails(breaker: &Breaker) -> Result<(), Broken<()>> {
+        breaker.call(LIMIT, async { Err(()) }).await
+    }
+
+    async fn works(breaker: &Breaker) -> Result<(), Broken<()>> {
+        breaker.call(LIMIT, async { Ok(()) }).await
+    }
+
+    #[tokio::test]
+    async fn it_opens_rests_tries_once_and_closes() {
+        let breaker = Breaker::new("test", 2, REST);
+        for _ in 0..2 {
+            assert!(matches!(fails(&breaker).await, Err(Broken::Failed(()))));
+        }
+        assert!(matches!(works(&breaker).await, Err(Broken::Open)));
+        tokio::time::sleep(REST).await;
+        // One tries, and the others are told no meanwhile.
+        let (first, second) = tokio::join!(
+            breaker.call(LIMIT, async {
+                tokio::task::yield_now().await;
+                Err::<(), _>(())
+            }),
+            works(&breaker)
+        );
+        assert!(matches!(first, Err(Broken::Failed(()))));
+        assert!(matches!(second, Err(Broken::Open)));
+        assert!(matches!(works(&breaker).await, Err(Broken::Open)));
+        tokio::time::sleep(REST).await;
+        works(&breaker).await.unwrap();
+        works(&breaker).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn successes_between_failures_keep_it_closed() {
+        let breaker = Breaker::new("test", 2, REST);
+        for _ in 0..5 {
+            assert!(fails(&breaker).await.is_err());
+            works(&breaker).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_late_counts_and_what_is_dropped_frees_the_try() {
+        let breaker = Breaker::new("test", 1, REST);
+        let never = std::future::pending::<Result<(), ()>>;
+        let late = breaker.call(Duration::from_millis(10), never()).await;
+        assert!(matches!(late, Err(Broken::Late(_))));
+        tokio::time::sleep(REST).await;
+        let dropped = tokio::time::timeout(Duration::from_millis(10), breaker.call(LIMIT, never()));
+        dropped.await.unwrap_err();
+        works(&breaker).await.unwrap();
+    }
+}
