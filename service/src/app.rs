@@ -13,10 +13,11 @@ use tokio::sync::Notify;
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::cache;
 use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
+use crate::audit::{self, Verdict};
 use crate::auth::{Auth, Caller, Operation};
 use crate::config::{Config, Database};
 use crate::consumers;
-use crate::domain::events::{Event, Kind};
+use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
@@ -27,6 +28,14 @@ use crate::traces;
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 const UNKNOWN: &str = "unknown";
+
+/// What is noted with an event.
+fn cause(caller: &Caller) -> Cause {
+    Cause {
+        traceparent: traces::traceparent(),
+        subject: caller.subject.clone(),
+    }
+}
 
 /// Which environment the process runs in.
 fn environment() -> String {
@@ -152,6 +161,14 @@ impl App {
         Ok(replayed?)
     }
 
+    /// Whether the audit log is what was written, and holds the entry of the hash `anchor`.
+    pub async fn verify_audit(config: Config, anchor: Option<&str>) -> anyhow::Result<Verdict> {
+        let storage = storage::open(&config.database).await?;
+        let verdict = audit::verify(&*storage, anchor).await;
+        storage.close().await;
+        Ok(verdict?)
+    }
+
     pub fn storage(&self) -> &dyn Storage {
         &*self.storage
     }
@@ -176,7 +193,7 @@ impl App {
             fingerprint: fingerprint.into(),
         });
         let order = Order::place(request, self.config.orders.max_items.get())?;
-        let event = Event::new(Kind::Placed, &order).caused_in(traces::traceparent());
+        let event = Event::new(Kind::Placed, &order).caused_by(cause(caller));
         match self.storage.place(&order, &event, once.as_ref()).await? {
             Placed::New => {
                 metrics::counter!("orders_created_total").increment(1);
@@ -253,7 +270,8 @@ impl App {
     /// Cancelling a cancelled order changes nothing and answers with it.
     pub async fn cancel_order(&self, caller: &Caller, id: OrderId) -> Result<Order, Error> {
         caller.check(Operation::CancelOrder)?;
-        let order = self.storage.cancel(id, jiff::Timestamp::now()).await?;
+        let now = jiff::Timestamp::now();
+        let order = self.storage.cancel(id, now, cause(caller)).await?;
         self.untold.notify_one();
         let order = order.ok_or(Error::NotFound(id))?;
         self.cache.put(&order).await;

@@ -19,6 +19,9 @@ pub enum Command {
     Migrate,
     /// Try again what consumers have put aside, and end.
     Replay,
+    /// The log of what was done to orders, and by whom.
+    #[command(subcommand)]
+    Audit(Audit),
     /// Say whether the configuration can be used, and end.
     CheckConfig,
     /// Print a token for a service with `auth.mode = "development"`, and end.
@@ -31,6 +34,17 @@ pub enum Command {
         /// Seconds that it is valid for.
         #[arg(long, default_value_t = 3600)]
         seconds: u64,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum Audit {
+    /// Say whether it is as it was written, and print the hash of its last entry, and end. Exit code 1
+    /// where an entry was changed, removed or inserted.
+    Verify {
+        /// The last hash that an earlier look has printed, which must still be there.
+        #[arg(long)]
+        anchor: Option<String>,
     },
 }
 

@@ -4,8 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use service::app::App;
+use service::audit::Verdict;
 use service::auth::development;
-use service::cli::{Cli, Command};
+use service::cli::{Audit, Cli, Command};
 use service::config::{AuthMode, Config};
 use service::{server, telemetry};
 
@@ -84,6 +85,18 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             let token = development::token(&config.auth, &subject, &roles, seconds)?;
             std::io::stdout().write_all(format!("{token}\n").as_bytes())?;
             Ok(())
+        }
+        Command::Audit(Audit::Verify { anchor }) => {
+            match runtime.block_on(App::verify_audit(config, anchor.as_deref()))? {
+                Verdict::Whole { entries, last } => {
+                    telemetry::tell(&format!("the audit log is whole: {entries} entries"));
+                    std::io::stdout().write_all(format!("{last}\n").as_bytes())?;
+                    Ok(())
+                }
+                Verdict::Broken { seq, why } => {
+                    anyhow::bail!("the audit log is broken at entry {seq}: {why}")
+                }
+            }
         }
         Command::CheckConfig => {
             telemetry::tell(&format!("the configuration is good: {}", config.hash()));

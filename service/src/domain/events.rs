@@ -23,9 +23,20 @@ pub struct Event {
     /// <https://github.com/cloudevents/spec/blob/main/cloudevents/extensions/distributed-tracing.md>
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// Who has caused it, where that was said.
+    /// <https://github.com/cloudevents/spec/blob/main/cloudevents/extensions/authcontext.md>
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authid: Option<String>,
     datacontenttype: String,
     /// The order as it was right after.
     pub data: Order,
+}
+
+/// What an event comes from.
+#[derive(Debug, Clone, Default)]
+pub struct Cause {
+    pub traceparent: Option<String>,
+    pub subject: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +57,7 @@ impl Event {
             subject: order.id,
             time: order.updated_at,
             traceparent: None,
+            authid: None,
             datacontenttype: "application/json".to_owned(),
             data: order.clone(),
         }
@@ -53,10 +65,12 @@ impl Event {
 }
 
 impl Event {
+    /// In which trace, and by whom.
     #[must_use]
-    pub fn caused_in(self, traceparent: Option<String>) -> Self {
+    pub fn caused_by(self, cause: Cause) -> Self {
         Self {
-            traceparent,
+            traceparent: cause.traceparent,
+            authid: cause.subject,
             ..self
         }
     }

@@ -63,15 +63,21 @@ impl Database {
 
     /// Changes the database behind the service's back.
     pub async fn execute(&self, sql: &str) {
-        match self.kind {
+        self.try_execute(sql).await.unwrap();
+    }
+
+    /// The same, or what the database says against it.
+    pub async fn try_execute(&self, sql: &str) -> Result<(), String> {
+        let executed = match self.kind {
             "SQLite" => {
                 let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
-                connection.execute(sql).await.unwrap();
+                connection.execute(sql).await.map(drop)
             }
             _ => {
                 let mut connection = PgConnection::connect(&self.url).await.unwrap();
-                connection.execute(sql).await.unwrap();
+                connection.execute(sql).await.map(drop)
             }
-        }
+        };
+        executed.map_err(|error| error.to_string())
     }
 }

@@ -2,6 +2,7 @@
 //! database of its own for each test.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod audit;
 mod auth;
 mod broker;
 mod bus;

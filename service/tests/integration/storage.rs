@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use service::adapters::storage::{self, Change, Once, Placed, Storage, StorageError};
-use service::domain::events::{Event, Kind};
+use service::domain::events::{Cause, Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderId, OrderRequest, Status};
 
 use crate::database::Database;
@@ -89,14 +89,25 @@ async fn an_order_is_cancelled_once() {
         let order = order(2);
         place(&*storage, &order).await.unwrap();
         let at = |millis| Timestamp::from_millisecond(millis).unwrap();
-        let first = storage.cancel(order.id, at(1_000)).await.unwrap().unwrap();
+        let first = storage
+            .cancel(order.id, at(1_000), Cause::default())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(first.status, Status::Cancelled, "{kind}");
         assert_eq!(first.updated_at, at(1_000), "{kind}");
-        let again = storage.cancel(order.id, at(2_000)).await.unwrap().unwrap();
+        let again = storage
+            .cancel(order.id, at(2_000), Cause::default())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(again, first, "{kind}: the second time changes nothing");
         let nobody = crate::storage::order(1).id;
         assert_eq!(
-            storage.cancel(nobody, at(3_000)).await.unwrap(),
+            storage
+                .cancel(nobody, at(3_000), Cause::default())
+                .await
+                .unwrap(),
             None,
             "{kind}"
         );
@@ -175,7 +186,10 @@ async fn each_change_leaves_one_event_in_order() {
         place(&*storage, &second).await.unwrap();
         let at = Timestamp::from_millisecond(1_000).unwrap();
         for _ in 0..2 {
-            storage.cancel(first.id, at).await.unwrap();
+            storage
+                .cancel(first.id, at, Cause::default())
+                .await
+                .unwrap();
         }
         // One that was not written is not told of.
         let mut broken = order(2);

@@ -13,8 +13,9 @@ use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::audit::Entry;
 use crate::config::{Database, Scheme};
-use crate::domain::events::Event;
+use crate::domain::events::{Cause, Event};
 use crate::domain::orders::{Order, OrderId, Total};
 
 /// Durable orders and what is to be told of them. An `Ok` of a write means that it survives a crash
@@ -33,7 +34,12 @@ pub trait Storage: Send + Sync {
     async fn list(&self, after: Option<OrderId>, limit: u32) -> Result<Vec<Order>, StorageError>;
     /// Cancels an open order, with its event; the order as it is afterwards, or `None` where there
     /// is none.
-    async fn cancel(&self, id: OrderId, now: Timestamp) -> Result<Option<Order>, StorageError>;
+    async fn cancel(
+        &self,
+        id: OrderId,
+        now: Timestamp,
+        cause: Cause,
+    ) -> Result<Option<Order>, StorageError>;
     /// What a customer has ordered, by currency.
     async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError>;
     /// The same of many customers, in one query, each with its customer.
@@ -58,6 +64,8 @@ pub trait Storage: Send + Sync {
         event: &Event,
         change: &Change,
     ) -> Result<bool, StorageError>;
+    /// The oldest entries of the audit log behind number `after`, at most `limit`.
+    async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError>;
     /// Puts an event aside that a consumer could do nothing with.
     async fn bury(
         &self,
@@ -110,6 +118,8 @@ pub struct Untold {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     Nothing,
+    /// An entry of the audit log, behind the last one: the event as JSON.
+    Audited(String),
     /// One order of a customer more, or one fewer of those that were counted.
     Totals {
         order: OrderId,

@@ -83,6 +83,12 @@ pub(super) const ADD_TO_TOTALS: [&str; 2] = [
     "INSERT INTO customer_totals (customer, currency, orders, total_cents)
      VALUES ($1, $2, $3, $4)",
 ];
+pub(super) const AUDIT: &str =
+    "INSERT INTO audit_log (seq, event, hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+pub(super) const LAST_AUDITED: &str =
+    "SELECT seq, event, hash FROM audit_log ORDER BY seq DESC LIMIT 1";
+pub(super) const AUDITED: &str =
+    "SELECT seq, event, hash FROM audit_log WHERE seq > $1 ORDER BY seq LIMIT $2";
 /// With one more order, and with one fewer.
 pub(super) const COUNT: [&str; 2] = [
     "INSERT INTO counted_orders (order_id) VALUES ($1) ON CONFLICT DO NOTHING",

@@ -73,6 +73,7 @@ macro_rules! storage_in_sql {
                 &self,
                 id: OrderId,
                 now: Timestamp,
+                cause: Cause,
             ) -> Result<Option<Order>, StorageError> {
                 let mut tx = self.begin().await?;
                 let cancel = sqlx::query(rows::CANCEL)
@@ -84,7 +85,7 @@ macro_rules! storage_in_sql {
                 let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
                 if let Some(order) = order.as_ref().filter(|_| is_changed) {
                     let event = Event::new(Kind::Cancelled, order);
-                    let event = event.caused_in(crate::traces::traceparent());
+                    let event = event.caused_by(cause);
                     let tell = sqlx::query(rows::TELL).bind(rows::to_text(&event)?);
                     tell.bind(Timestamp::now().as_millisecond())
                         .execute(&mut *tx)
@@ -150,6 +151,17 @@ macro_rules! storage_in_sql {
                 if done.execute(&mut *tx).await?.rows_affected() == 0 {
                     return Ok(false);
                 }
+                if let Change::Audited(event) = change {
+                    let last = sqlx::query_as(rows::LAST_AUDITED);
+                    let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
+                    let (seq, before) = last.map_or((1, Vec::new()), |e| (e.seq + 1, e.hash));
+                    let append = sqlx::query(rows::AUDIT).bind(seq).bind(event);
+                    let append = append.bind(audit::hash(&before, seq, event));
+                    // Another process has appended meanwhile: behind that, then.
+                    if append.execute(&mut *tx).await?.rows_affected() == 0 {
+                        return Err(StorageError::Busy("the audit log has grown".to_owned()));
+                    }
+                }
                 if let Change::Totals {
                     order,
                     customer,
@@ -171,6 +183,12 @@ macro_rules! storage_in_sql {
                 }
                 tx.commit().await?;
                 Ok(true)
+            }
+
+            async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError> {
+                let entries = sqlx::query_as(rows::AUDITED).bind(after);
+                let entries = entries.bind(i64::from(limit));
+                Ok(entries.fetch_all(&self.pool).await?)
             }
 
             async fn bury(

@@ -15,8 +15,9 @@ use uuid::Uuid;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
+use crate::audit::{self, Entry};
 use crate::config::Database;
-use crate::domain::events::{Event, Kind};
+use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
 
 /// Milliseconds since the Unix epoch, by the database's clock.

@@ -1,0 +1,12 @@
+-- What was done to orders, by whom: each entry is chained to the one before by its hash, and none is
+-- changed or removed. Made from events, by the consumer `audit`.
+CREATE TABLE audit_log (
+    seq   INTEGER PRIMARY KEY NOT NULL,  -- 1, 2, 3, without gaps
+    event TEXT    NOT NULL,              -- JSON, as it was told
+    hash  BLOB    NOT NULL               -- SHA-256 of the hash before, the number and the event
+) STRICT;
+
+CREATE TRIGGER audit_log_is_not_changed BEFORE UPDATE ON audit_log
+BEGIN SELECT raise(ABORT, 'the audit log is not changed'); END;
+CREATE TRIGGER audit_log_is_not_shortened BEFORE DELETE ON audit_log
+BEGIN SELECT raise(ABORT, 'the audit log is not shortened'); END;
