@@ -122,7 +122,10 @@ impl App {
             untold: Notify::new(),
             limits: Limits::new(&config),
             feed: Feed::new(config.events.feed.get()),
-            sessions: Sessions::new(config.server.max_sessions.get()),
+            sessions: Sessions::new(
+                config.server.max_sessions.get(),
+                config.server.max_sessions_per_client.get(),
+            ),
             config,
             metrics,
             storage,
@@ -161,9 +164,15 @@ impl App {
         Ok(replayed?)
     }
 
-    /// Whether the audit log is what was written, and holds the entry of the hash `anchor`.
+    /// Whether the audit log is what was written, and holds the entry of the hash `anchor`. It only
+    /// looks.
     pub async fn verify_audit(config: Config, anchor: Option<&str>) -> anyhow::Result<Verdict> {
-        let storage = storage::open(&config.database).await?;
+        let database = Database {
+            migrate: false,
+            read_only: true,
+            ..config.database
+        };
+        let storage = storage::open(&database).await?;
         let verdict = audit::verify(&*storage, anchor).await;
         storage.close().await;
         Ok(verdict?)
@@ -215,7 +224,7 @@ impl App {
         Ok(self.storage.totals(customer).await?)
     }
 
-    /// The totals of many customers, each with its customer. Callers have been checked by whoever asks, each by itself.
+    /// The totals of many customers, each with its customer. Whoever asks has checked its caller.
     pub async fn totals_of(&self, customers: &[String]) -> Result<Vec<(String, Total)>, Error> {
         Ok(self.storage.totals_of(customers).await?)
     }
@@ -228,7 +237,8 @@ impl App {
         customer: Option<String>,
     ) -> Result<impl Stream<Item = Result<Arc<Event>, Error>> + Send + use<>, Error> {
         caller.check(Operation::WatchOrders)?;
-        let session = self.sessions.begin().ok_or(Error::Full)?;
+        let session = self.sessions.begin(&caller.client).ok_or(Error::Full)?;
+        let token_ends = caller.token_ends();
         let mut is_lost = false;
         let events = self.feed.events(customer).map(|event| Ok(event?));
         // After an event is lost, the next ones would only hide it.
@@ -236,7 +246,7 @@ impl App {
             let goes_on = !std::mem::replace(&mut is_lost, event.is_err());
             std::future::ready(goes_on)
         });
-        Ok(session.until_the_end(events))
+        Ok(session.until_the_end(events.take_until(token_ends)))
     }
 
     /// As it is, or was at most `cache.ttl` ago.

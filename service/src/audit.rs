@@ -2,10 +2,19 @@
 //! (as in Haber and Stornetta, "How to time-stamp a digital document", 1991). Whoever changes, removes
 //! or inserts an entry has to change all after it, and the last hash, which is kept elsewhere, tells.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
 
 use crate::adapters::storage::{Storage, StorageError};
+use crate::app::App;
+use crate::pause::Pause;
 
+/// Who chains, of all processes on one database, has this lease.
+const AUDIT: &str = "audit";
+/// The first pause after a failure.
+const PAUSE: Duration = Duration::from_millis(100);
 /// How many entries are looked at at a time.
 const BATCH: u32 = 1000;
 
@@ -14,7 +23,7 @@ const BATCH: u32 = 1000;
 pub struct Entry {
     /// From 1, without gaps.
     pub seq: i64,
-    /// The event as it was told: JSON.
+    /// The event as it was written: JSON.
     pub event: String,
     pub hash: Vec<u8>,
 }
@@ -41,10 +50,50 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Chains what was done, until it is cancelled, which it may be at any point.
+pub async fn run(app: Arc<App>) {
+    let config = &app.config.events;
+    let seconds = i64::try_from(config.lease.0.as_secs()).unwrap_or(i64::MAX);
+    let mut pause = Pause::new(PAUSE);
+    loop {
+        let step = async {
+            match app
+                .storage()
+                .lease(AUDIT, &app.name, seconds.max(1))
+                .await?
+            {
+                true => app.storage().audit(BATCH).await,
+                false => Ok(0),
+            }
+        };
+        match step.await {
+            Ok(0) => {
+                pause.reset();
+                tokio::time::sleep(config.poll.0).await;
+            }
+            Ok(_) => pause.reset(),
+            Err(error) => {
+                tracing::warn!(%error, "the audit log could not be written");
+                metrics::counter!("audit_failures_total").increment(1);
+                pause.wait().await;
+            }
+        }
+    }
+}
+
+/// Lets another process do it from now on.
+pub async fn give_up(app: &App) {
+    if let Err(error) = app.storage().give_up(AUDIT, &app.name).await {
+        tracing::warn!(%error, "another process writes the audit log only when the lease has ended");
+    }
+}
+
 /// Follows the chain from its beginning. `anchor` is a hash that an earlier look has found to be the
 /// last one: where it is in no entry, the log was cut off, or written anew.
 pub async fn verify(storage: &dyn Storage, anchor: Option<&str>) -> Result<Verdict, StorageError> {
     let (mut seq, mut last) = (0, Vec::new());
+    // Of an empty log the last hash is empty.
+    let anchor = anchor.filter(|anchor| !anchor.is_empty());
     let mut is_anchored = anchor.is_none();
     loop {
         let entries = storage.audited(seq, BATCH).await?;

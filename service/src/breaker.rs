@@ -22,8 +22,10 @@ enum State {
     Open {
         until: Instant,
     },
-    /// One call is trying.
-    HalfOpen,
+    /// One call, which began at this time, is trying.
+    HalfOpen {
+        since: Instant,
+    },
 }
 
 /// Why a call came to nothing.
@@ -54,11 +56,15 @@ impl Breaker {
         limit: Duration,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, Broken<E>> {
-        if !self.may_pass() {
+        let began = Instant::now();
+        let Some(tries) = self.pass(began) else {
             return Err(Broken::Open);
-        }
+        };
         // A call that is dropped has not shown that the dependency is back.
-        let attempt = Attempt(Some(self));
+        let attempt = Attempt {
+            breaker: self,
+            tries: tries.then_some(began),
+        };
         let outcome = match tokio::time::timeout(limit, work).await {
             Ok(outcome) => outcome.map_err(Broken::Failed),
             Err(_) => Err(Broken::Late(limit)),
@@ -67,31 +73,37 @@ impl Breaker {
         outcome
     }
 
-    fn may_pass(&self) -> bool {
+    /// Whether a call that passes is the one that tries; `None` where it does not pass.
+    fn pass(&self, now: Instant) -> Option<bool> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match *state {
-            State::Closed { .. } => true,
-            State::Open { until } if Instant::now() >= until => {
-                *state = State::HalfOpen;
-                true
+            State::Closed { .. } => Some(false),
+            State::Open { until } if now >= until => {
+                *state = State::HalfOpen { since: now };
+                Some(true)
             }
-            State::Open { .. } | State::HalfOpen => false,
+            State::Open { .. } | State::HalfOpen { .. } => None,
         }
     }
 
-    fn count(&self, went_well: bool) {
+    /// Counts how a call ended; `tries` says that it was the one, and when it began.
+    fn count(&self, tries: Option<Instant>, went_well: bool) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let open = State::Open {
             until: Instant::now() + self.rest,
         };
-        let next = match (*state, went_well) {
-            (_, true) => State::Closed { failed: 0 },
-            (State::Closed { failed }, false) if failed + 1 < self.failures => {
+        let next = match (*state, tries) {
+            (State::Closed { .. }, _) if went_well => State::Closed { failed: 0 },
+            (State::Closed { failed }, _) if failed + 1 < self.failures => {
                 State::Closed { failed: failed + 1 }
             }
-            // Calls from before it opened do not make it stay open for longer.
-            (State::Open { until }, false) => State::Open { until },
-            (State::Closed { .. } | State::HalfOpen, false) => open,
+            (State::Closed { .. }, _) => open,
+            (State::HalfOpen { since }, Some(began)) if since == began => match went_well {
+                true => State::Closed { failed: 0 },
+                false => open,
+            },
+            // Calls from before it opened say nothing of now.
+            (state, _) => state,
         };
         let is_open = |state| !matches!(state, State::Closed { .. });
         if is_open(*state) != is_open(next) {
@@ -105,25 +117,27 @@ impl Breaker {
 }
 
 /// A call that passed, until it is known how it ended.
-struct Attempt<'a>(Option<&'a Breaker>);
+struct Attempt<'a> {
+    breaker: &'a Breaker,
+    /// When it began, where it is the one that tries.
+    tries: Option<Instant>,
+}
 
 impl Attempt<'_> {
     fn ended(mut self, went_well: bool) {
-        if let Some(breaker) = self.0.take() {
-            breaker.count(went_well);
-        }
+        self.breaker.count(self.tries.take(), went_well);
     }
 }
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
-        let Some(breaker) = self.0 else { return };
-        let mut state = breaker.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state == State::HalfOpen {
+        let Some(since) = self.tries else { return };
+        let state = &self.breaker.state;
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state == (State::HalfOpen { since }) {
             // The next one may try.
-            *state = State::Open {
-                until: Instant::now(),
-            };
+            let until = Instant::now();
+            *state = State::Open { until };
         }
     }
 }

@@ -34,6 +34,7 @@ pub struct Config {
     pub graphql: GraphQl,
     pub events: Events,
     pub rabbitmq: RabbitMq,
+    pub kafka: Kafka,
     pub orders: Orders,
 }
 
@@ -49,6 +50,8 @@ pub struct Server {
     pub max_in_flight: NonZeroUsize,
     /// WebSockets and streams at a time.
     pub max_sessions: NonZeroUsize,
+    /// Those of one client.
+    pub max_sessions_per_client: NonZeroUsize,
     /// How often a WebSocket is asked whether somebody is still there.
     pub heartbeat: Timeout,
     /// Networks of proxies whose `X-Forwarded-For` is believed.
@@ -205,6 +208,7 @@ pub enum BusKind {
     InProcess,
     #[serde(rename = "rabbitmq")]
     RabbitMq,
+    Kafka,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -213,6 +217,17 @@ pub struct RabbitMq {
     pub url: ServerUrl,
     pub exchange: String,
     pub prefetch: NonZeroU16,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kafka {
+    /// `HOST:PORT`, several with commas between them.
+    pub bootstrap_servers: String,
+    pub topic: String,
+    /// Of the topic, when it is made: as many processes may consume at a time.
+    pub partitions: NonZeroU16,
+    pub replicas: NonZeroU16,
 }
 
 /// A broker's or a cache's address. It may hold a password, which is never shown.

@@ -26,16 +26,10 @@ pub struct Consumer {
 }
 
 /// All that there are: to add one is to add a line.
-pub const CONSUMERS: [Consumer; 2] = [
-    Consumer {
-        name: "totals",
-        change: totals,
-    },
-    Consumer {
-        name: "audit",
-        change: audited,
-    },
-];
+pub const CONSUMERS: [Consumer; 1] = [Consumer {
+    name: "totals",
+    change: totals,
+}];
 
 /// What a customer has ordered and not cancelled.
 fn totals(event: &Event) -> Change {
@@ -51,11 +45,6 @@ fn totals(event: &Event) -> Change {
         orders: sign,
         total_cents: sign * order.total_cents,
     }
-}
-
-/// What was done, and by whom.
-fn audited(event: &Event) -> Change {
-    Change::Audited(serde_json::to_string(event).unwrap_or_default())
 }
 
 /// Consumes until it is cancelled, which it may be at any point.

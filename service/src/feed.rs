@@ -15,11 +15,12 @@ use crate::pause::Pause;
 /// The first pause after a failure.
 const PAUSE: Duration = Duration::from_millis(50);
 
-pub struct Feed(broadcast::Sender<Arc<Event>>);
+/// Nothing stands for events that this process has missed.
+pub struct Feed(broadcast::Sender<Option<Arc<Event>>>);
 
-/// A reader is more than [`Feed`]'s capacity behind, and would miss events.
+/// A reader would miss events: it is more than [`Feed`]'s capacity behind, or the process has missed some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("events came faster than they were read")]
+#[error("events were lost, or came faster than they were read")]
 pub struct TooSlow;
 
 impl Feed {
@@ -36,8 +37,8 @@ impl Feed {
         let events = BroadcastStream::new(self.0.subscribe());
         events.filter_map(move |event| {
             let wanted = match event {
-                Err(_) => Some(Err(TooSlow)),
-                Ok(event) => {
+                Err(_) | Ok(None) => Some(Err(TooSlow)),
+                Ok(Some(event)) => {
                     let customer = customer.as_ref();
                     customer
                         .is_none_or(|customer| *customer == event.data.customer)
@@ -60,11 +61,12 @@ pub async fn run(app: Arc<App>) {
                 pause.reset();
                 match serde_json::from_str::<Event>(&delivery.event) {
                     Ok(event) => {
+                        let event = Arc::new(event);
+                        // Nobody may be connected.
+                        let _ = app.feed.0.send(Some(Arc::clone(&event)));
                         if event.kind == Kind::Cancelled {
                             app.changed(&event.data).await;
                         }
-                        // Nobody may be connected.
-                        let _ = app.feed.0.send(Arc::new(event));
                     }
                     Err(error) => tracing::warn!(%error, "an event cannot be read"),
                 }
@@ -72,6 +74,7 @@ pub async fn run(app: Arc<App>) {
         };
         let Err::<std::convert::Infallible, crate::adapters::bus::BusError>(error) = listen.await;
         tracing::warn!(%error, "listening to events failed");
+        let _ = app.feed.0.send(None);
         pause.wait().await;
     }
 }

@@ -35,9 +35,15 @@ type Buckets =
 /// Whose requests count together: those who said who they are, wherever they are, and the others by
 /// where they are.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Client {
+pub enum Client {
     Subject(String),
     Network(IpAddr),
+}
+
+impl Default for Client {
+    fn default() -> Self {
+        Self::Network(IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+    }
 }
 
 /// The limits of one process.
@@ -68,6 +74,14 @@ impl Limits {
     pub fn forget_quiet_clients(&self) {
         self.buckets.retain_recent();
         self.buckets.shrink_to_fit();
+    }
+
+    /// Where a request came from.
+    pub fn network_of(&self, request: &Request) -> Client {
+        let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
+        let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
+        let address = address_of(peer, request.headers(), &self.trusted);
+        Client::Network(network_of(address))
     }
 
     /// Counts a request: the requests that its client has left, or how long it has to wait.
@@ -135,18 +149,9 @@ pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) ->
         return next.run(request).await;
     }
     let caller = request.extensions().get::<Caller>();
-    let client = match caller.and_then(|caller| caller.subject.clone()) {
-        Some(subject) => Client::Subject(subject),
-        None => {
-            let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
-            let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
-            Client::Network(network_of(address_of(
-                peer,
-                request.headers(),
-                &limits.trusted,
-            )))
-        }
-    };
+    let client = caller
+        .map(|caller| caller.client.clone())
+        .unwrap_or_default();
     let left = match limits.count(&client) {
         Ok(left) => left,
         Err(wait) => {

@@ -10,7 +10,7 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::api::problem::Problem;
-use crate::api::{graphql, grpc, live, operations, rest};
+use crate::api::{graphql, grpc, operations, rest, websocket};
 use crate::app::App;
 use crate::middleware;
 
@@ -33,12 +33,12 @@ pub fn public(app: &Arc<App>) -> anyhow::Result<Router> {
     let routes = rest
         .merge(SwaggerUi::new("/docs").url("/openapi.json", description))
         .merge(grpc::routes(app)?)
-        .route("/v1/events", get(live::events))
+        .route("/v1/events", get(websocket::events))
         .route("/graphql", get(graphql::subscribe).post(graphql::execute))
         .route("/graphql/schema", get(graphql::definition))
         .layer(Extension(graphql::schema(app)))
         .route("/health/live", get(operations::live))
-        .route("/health/ready", get(operations::ready))
+        .route("/health/ready", get(operations::ready_in_brief))
         .route("/info", get(operations::info))
         .fallback(rest::not_found)
         .method_not_allowed_fallback(rest::wrong_method);

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::app::App;
 use crate::config::Server;
 use crate::consumers::{self, CONSUMERS};
-use crate::{feed, relay, router};
+use crate::{audit, feed, relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
@@ -80,6 +80,7 @@ pub async fn serve(
     workers.spawn(feed::run(Arc::clone(&app)));
     if !app.config.database.read_only {
         workers.spawn(relay::run(Arc::clone(&app)));
+        workers.spawn(audit::run(Arc::clone(&app)));
         workers.spawn(housekeeping(Arc::clone(&app)));
         for consumer in &CONSUMERS {
             workers.spawn(consumers::run(Arc::clone(&app), consumer));
@@ -110,6 +111,7 @@ pub async fn serve(
     workers.shutdown().await;
     if !app.config.database.read_only {
         relay::give_up(&app).await;
+        audit::give_up(&app).await;
     }
     app.close().await;
     upkeep.abort();

@@ -1,7 +1,8 @@
 //! Connections that stay: WebSockets and streams. So many there may be, and when the process ends they
 //! are told, and waited for.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::{Stream, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -9,8 +10,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::limits::Client;
+
 pub struct Sessions {
     places: Arc<Semaphore>,
+    /// How many one client may have, and who has how many.
+    share: usize,
+    held: Arc<Mutex<HashMap<Client, usize>>>,
     tracker: TaskTracker,
     ending: CancellationToken,
 }
@@ -18,28 +24,43 @@ pub struct Sessions {
 /// One of them, until it is dropped.
 pub struct Session {
     _place: OwnedSemaphorePermit,
+    client: Client,
+    held: Arc<Mutex<HashMap<Client, usize>>>,
     _tracked: TaskTrackerToken,
     ending: CancellationToken,
 }
 
 impl Sessions {
-    pub fn new(places: usize) -> Self {
+    /// So many places there are, and so many of them for one client.
+    pub fn new(places: usize, share: usize) -> Self {
         Self {
             places: Arc::new(Semaphore::new(places)),
+            share,
+            held: Arc::default(),
             tracker: TaskTracker::new(),
             ending: CancellationToken::new(),
         }
     }
 
-    /// `None` where there are as many as there may be, or the process is about to end.
-    pub fn begin(&self) -> Option<Session> {
+    /// `None` where there are as many as there may be, or as one client may have, or the process is
+    /// about to end.
+    pub fn begin(&self, client: &Client) -> Option<Session> {
         if self.ending.is_cancelled() {
             return None;
         }
         let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = held.entry(client.clone()).or_default();
+        if *number >= self.share {
+            return None;
+        }
+        *number += 1;
+        drop(held);
         metrics::gauge!("sessions_open").increment(1.0);
         Some(Session {
             _place: place,
+            client: client.clone(),
+            held: Arc::clone(&self.held),
             _tracked: self.tracker.token(),
             ending: self.ending.clone(),
         })
@@ -76,6 +97,13 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(number) = held.get_mut(&self.client) {
+            *number -= 1;
+            if *number == 0 {
+                held.remove(&self.client);
+            }
+        }
         metrics::gauge!("sessions_open").decrement(1.0);
     }
 }

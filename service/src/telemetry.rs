@@ -72,7 +72,8 @@ pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
 /// A file for each day: `DIR/NAME.2026-01-31.log`.
 fn files(path: &Path, keep: usize) -> anyhow::Result<RollingFileAppender> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let dir = dir.unwrap_or(Path::new("."));
     RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix(name)

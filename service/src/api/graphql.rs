@@ -5,22 +5,31 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_graphql::dataloader::{DataLoader, Loader};
-use async_graphql::extensions::{Extension, ExtensionContext, ExtensionFactory, NextParseQuery};
-use async_graphql::parser::types::{ExecutableDocument, Selection, SelectionSet};
+use async_graphql::extensions::{
+    Extension, ExtensionContext, ExtensionFactory, NextPrepareRequest,
+};
+use async_graphql::parser::parse_query;
+use async_graphql::parser::types::{ExecutableDocument, OperationType, Selection, SelectionSet};
 use async_graphql::{
     ComplexObject, Context, Data, Enum, ErrorExtensions, InputObject, Object, Schema, ServerError,
-    ServerResult, SimpleObject, Subscription, Variables, scalar,
+    ServerResult, SimpleObject, Subscription, scalar,
 };
-use async_graphql_axum::{GraphQLProtocol, GraphQLRequest, GraphQLResponse, GraphQLWebSocket};
-use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade, close_code};
+use async_graphql_axum::{GraphQLProtocol, GraphQLResponse, GraphQLWebSocket};
+use axum::extract::ws::{Message, close_code};
 use axum::extract::{Extension as Shared, State};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use futures_util::{SinkExt, Stream, StreamExt};
+use futures_util::{Stream, StreamExt};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::PollSender;
 
 use super::fault::Fault;
 use super::problem::{Problem, idempotency_key, order_id};
+use super::rest::Body;
+use super::websocket::{Talk, Upgrade};
 use crate::app::{App, Error};
 use crate::auth::{Caller, Operation};
 use crate::domain::events;
@@ -28,6 +37,9 @@ use crate::domain::orders::{self, OrderRequest, PageRequest};
 
 pub type Orders = Schema<Query, Mutation, Changes>;
 type Answer<T> = async_graphql::Result<T>;
+
+/// Messages of a WebSocket that may wait, either way.
+const WAITING: usize = 64;
 
 pub fn schema(app: &Arc<App>) -> Orders {
     let limits = &app.config.graphql;
@@ -51,15 +63,12 @@ pub fn schema(app: &Arc<App>) -> Orders {
 pub async fn execute(
     Shared(schema): Shared<Orders>,
     Shared(caller): Shared<Caller>,
-    request: Result<GraphQLRequest, async_graphql_axum::rejection::GraphQLRejection>,
-) -> Result<GraphQLResponse, Problem> {
-    let request = request.map_err(|async_graphql_axum::rejection::GraphQLRejection(error)| {
-        Problem::new(Fault::Unreadable).detail(error.to_string())
-    })?;
-    let response = schema.execute(request.into_inner().data(caller)).await;
+    Body(request): Body<async_graphql::Request>,
+) -> GraphQLResponse {
+    let response = schema.execute(request.data(caller)).await;
     let outcome = if response.is_ok() { "ok" } else { "error" };
     metrics::counter!("graphql_requests_total", "outcome" => outcome).increment(1);
-    Ok(response.into())
+    response.into()
 }
 
 /// `GET /graphql/schema`: in the schema definition language.
@@ -67,16 +76,19 @@ pub async fn definition(Shared(schema): Shared<Orders>) -> String {
     schema.sdl()
 }
 
-/// `GET /graphql`: subscriptions over a WebSocket.
+/// `GET /graphql`: subscriptions over a WebSocket, and nothing else: what is asked there passes no
+/// limit of requests.
 pub async fn subscribe(
     State(app): State<Arc<App>>,
     Shared(schema): Shared<Orders>,
     Shared(caller): Shared<Caller>,
-    protocol: GraphQLProtocol,
-    upgrade: WebSocketUpgrade,
+    protocol: Result<GraphQLProtocol, StatusCode>,
+    Upgrade(upgrade): Upgrade,
 ) -> Result<Response, Problem> {
-    let session = app.sessions.begin().ok_or(Error::Full)?;
-    let heartbeat = app.config.server.heartbeat.0;
+    let protocol = protocol.map_err(|_| {
+        Problem::new(Fault::Unreadable).detail("the protocol must be graphql-transport-ws")
+    })?;
+    let session = app.sessions.begin(&caller.client).ok_or(Error::Full)?;
     let limit = app.config.server.body_limit.get();
     let upgrade = upgrade
         .protocols(async_graphql::http::ALL_WEBSOCKET_PROTOCOLS)
@@ -84,20 +96,39 @@ pub async fn subscribe(
         .max_frame_size(limit);
     Ok(upgrade
         .on_upgrade(async move |socket| {
-            let (mut sink, stream) = socket.split();
-            let stream = stream.take_until(session.ending());
-            GraphQLWebSocket::new_with_pair(&mut sink, Box::pin(stream), schema, protocol)
-                .on_connection_init(async move |greeting| recognised(&app, caller, &greeting).await)
-                .keepalive_timeout(2 * heartbeat)
-                .serve()
-                .await;
-            let reason = "the service is stopping".into();
-            let code = close_code::AWAY;
-            let close = Message::Close(Some(CloseFrame { code, reason }));
-            let _ = tokio::time::timeout(heartbeat, sink.send(close)).await;
+            let (to_say, say) = mpsc::channel(WAITING);
+            let (hear, heard) = mpsc::channel(WAITING);
+            let talk = Talk {
+                session,
+                heartbeat: app.config.server.heartbeat.0,
+                at_the_end: (close_code::NORMAL, "there is nothing more to say"),
+            };
+            let heard = ReceiverStream::new(heard).map(Ok::<_, axum::Error>);
+            let served =
+                GraphQLWebSocket::new_with_pair(PollSender::new(to_say), heard, schema, protocol)
+                    .on_connection_init(async move |greeting| {
+                        recognised(&app, caller, &greeting).await
+                    })
+                    .serve();
+            let hear = move |message| {
+                let flooded = |_| (close_code::POLICY, "too many messages at once");
+                hear.try_send(message).map_err(flooded)
+            };
+            let say = ReceiverStream::new(say).map(|message| match message {
+                Message::Close(Some(close)) => Err((close.code, "the protocol was not kept to")),
+                message => Ok(message),
+            });
+            tokio::select! {
+                () = talk.go_on(socket, say, hear) => {}
+                // The talk ends when all was said.
+                () = async { served.await; std::future::pending().await } => {}
+            }
         })
         .into_response())
 }
+
+/// On a connection that only subscriptions are for.
+struct OnlySubscriptions;
 
 /// Who has connected. Browsers cannot send a token with a WebSocket's request, so it may come with its
 /// first message: `{"authorization": "Bearer TOKEN"}`.
@@ -108,6 +139,7 @@ async fn recognised(app: &App, caller: Caller, greeting: &Value) -> Answer<Data>
     };
     let mut data = Data::default();
     data.insert(caller);
+    data.insert(OnlySubscriptions);
     Ok(data)
 }
 
@@ -222,6 +254,7 @@ pub struct Order {
     /// ISO 4217.
     currency: String,
     status: Status,
+    #[graphql(complexity = "50 * child_complexity")]
     items: Vec<Item>,
     total_cents: Long,
     /// RFC 3339.
@@ -345,8 +378,9 @@ impl Loader<String> for TotalsLoader {
     }
 }
 
-/// Refuses a document with too many fields: depth and complexity say nothing of a thousand aliases
-/// that ask for the same thing, and fragments multiply what is written.
+/// Refuses a document that is too large once its fragments are put in, before anything walks it: depth
+/// and complexity say nothing of a thousand aliases, and a few fragments that spread each other make
+/// more fields than anybody can count.
 struct Frugal {
     fields: usize,
 }
@@ -361,35 +395,83 @@ impl ExtensionFactory for Frugal {
 
 #[async_trait::async_trait]
 impl Extension for Frugal {
-    async fn parse_query(
+    async fn prepare_request(
         &self,
         context: &ExtensionContext<'_>,
-        query: &str,
-        variables: &Variables,
-        next: NextParseQuery<'_>,
-    ) -> ServerResult<ExecutableDocument> {
-        let document = next.run(context, query, variables).await?;
-        let operations = document.operations.iter();
-        let operations = operations.map(|(_, operation)| &operation.node.selection_set.node);
-        let fragments = document.fragments.values();
-        let fragments = fragments.map(|fragment| &fragment.node.selection_set.node);
-        let fields: usize = operations.chain(fragments).map(fields).sum();
+        request: async_graphql::Request,
+        next: NextPrepareRequest<'_>,
+    ) -> ServerResult<async_graphql::Request> {
+        let mut request = next.run(context, request).await?;
+        let document = parse_query(&request.query)?;
+        let fields = Fields::of(&document);
         if fields > self.fields {
             let limit = self.fields;
-            let message = format!("The document has {fields} fields, of at most {limit}");
+            let message = format!("The document has more than {limit} fields");
             return Err(ServerError::new(message, None));
         }
-        Ok(document)
+        let mut operations = document.operations.iter();
+        let others =
+            operations.any(|(_, operation)| operation.node.ty != OperationType::Subscription);
+        if others && context.data_opt::<OnlySubscriptions>().is_some() {
+            let message = "Only subscriptions are for a WebSocket; send the others by POST";
+            return Err(ServerError::new(message, None));
+        }
+        request.set_parsed_query(document);
+        Ok(request)
     }
 }
 
-fn fields(selection: &SelectionSet) -> usize {
-    let items = selection.items.iter().map(|item| match &item.node {
-        Selection::Field(field) => 1 + fields(&field.node.selection_set.node),
-        Selection::FragmentSpread(_) => 1,
-        Selection::InlineFragment(fragment) => fields(&fragment.node.selection_set.node),
-    });
-    items.sum()
+/// Counts the fields and fragments of a document, each fragment as often as it is spread.
+struct Fields<'a> {
+    document: &'a ExecutableDocument,
+    /// Of each fragment; nothing yet while it is being counted.
+    known: HashMap<&'a str, Option<usize>>,
+}
+
+impl<'a> Fields<'a> {
+    fn of(document: &'a ExecutableDocument) -> usize {
+        let mut count = Self {
+            document,
+            known: HashMap::new(),
+        };
+        let operations = document.operations.iter();
+        let sets = operations.map(|(_, operation)| &operation.node.selection_set.node);
+        let all = sets.fold(0usize, |all, set| all.saturating_add(count.set(set)));
+        // Also of those that nothing spreads: they are walked, too.
+        let fragments = document.fragments.keys();
+        fragments.fold(all, |all, name| all.saturating_add(count.fragment(name)))
+    }
+
+    fn set(&mut self, set: &'a SelectionSet) -> usize {
+        set.items.iter().fold(0, |all, item| {
+            let more = match &item.node {
+                Selection::Field(field) => self.set(&field.node.selection_set.node),
+                Selection::FragmentSpread(spread) => {
+                    self.fragment(spread.node.fragment_name.node.as_str())
+                }
+                Selection::InlineFragment(inline) => self.set(&inline.node.selection_set.node),
+            };
+            all.saturating_add(more).saturating_add(1)
+        })
+    }
+
+    fn fragment(&mut self, name: &str) -> usize {
+        let document = self.document;
+        let Some((name, fragment)) = document.fragments.get_key_value(name) else {
+            return 0;
+        };
+        match self.known.get(name.as_str()) {
+            Some(Some(fields)) => *fields,
+            // It spreads itself, which has no end.
+            Some(None) => usize::MAX,
+            None => {
+                self.known.insert(name, None);
+                let fields = self.set(&fragment.node.selection_set.node);
+                self.known.insert(name, Some(fields));
+                fields
+            }
+        }
+    }
 }
 
 impl From<NewOrder> for OrderRequest {

@@ -247,7 +247,7 @@ impl Health for Readiness {
 
     /// The state now, and each time that it is another one.
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Answer<Self::WatchStream> {
-        let session = self.0.sessions.begin();
+        let session = self.0.sessions.begin(&caller(&request).client);
         let session =
             session.ok_or_else(|| Status::from(Problem::from(crate::app::Error::Full)))?;
         let unknown = !Self::known(request.get_ref());

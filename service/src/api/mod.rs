@@ -3,7 +3,7 @@
 pub mod fault;
 pub mod graphql;
 pub mod grpc;
-pub mod live;
 pub mod operations;
 pub mod problem;
 pub mod rest;
+pub mod websocket;

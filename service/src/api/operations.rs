@@ -22,7 +22,19 @@ pub async fn live() -> impl IntoResponse {
     Json(json!({ "status": "live" }))
 }
 
-/// `GET /health/ready`: 200 where every part is ready, else 503; the body says which is not.
+/// The same for everybody: why it is not ready is for operators.
+pub async fn ready_in_brief(State(app): State<Arc<App>>) -> impl IntoResponse {
+    let is_ready = app.readiness().await.iter().all(|part| part.ready);
+    match is_ready {
+        true => (StatusCode::OK, Json(json!({ "status": "ready" }))),
+        false => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            Json(json!({ "status": "not ready" })),
+        ),
+    }
+}
+
+/// `GET /health/ready` for operators: 200 where every part is ready, else 503; the body says which is not.
 pub async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     let parts = app.readiness().await;
     let ready = parts.iter().all(|part| part.ready);

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{FromRequest, Path, Query, State};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
@@ -80,7 +81,7 @@ pub async fn create(
 pub async fn totals(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(customer): Path<String>,
+    Segment(customer): Segment,
 ) -> Answer<Json<Vec<Total>>> {
     Ok(Json(app.totals(&caller, &customer).await?))
 }
@@ -97,7 +98,7 @@ pub async fn totals(
 pub async fn get(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Answer<Json<Order>> {
     Ok(Json(app.order(&caller, order_id(&id, "/id")?).await?))
 }
@@ -114,7 +115,7 @@ pub async fn get(
 pub async fn cancel(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Segment(id): Segment,
 ) -> Answer<Json<Order>> {
     Ok(Json(
         app.cancel_order(&caller, order_id(&id, "/id")?).await?,
@@ -213,6 +214,19 @@ fn described(faults: &[Fault]) -> BTreeMap<String, RefOr<Response>> {
         (names.http.as_u16().to_string(), response.build().into())
     });
     answers.collect()
+}
+
+/// A part of the path; what is wrong with one is a [`Problem`], too.
+pub struct Segment(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        path.map(|Path(segment)| Self(segment))
+            .map_err(|rejection| Problem::new(Fault::Unreadable).detail(rejection.body_text()))
+    }
 }
 
 /// A JSON body; what is wrong with one is a [`Problem`] like everything else.

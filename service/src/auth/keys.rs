@@ -19,7 +19,10 @@ const MAX_SET: usize = 1 << 20;
 
 type Known = HashMap<String, Vec<(Jwk, DecodingKey)>>;
 
-pub struct Keys {
+#[derive(Clone)]
+pub struct Keys(Arc<Inner>);
+
+struct Inner {
     known: RwLock<Arc<Known>>,
     source: Option<Source>,
 }
@@ -41,10 +44,10 @@ struct Last {
 
 impl Keys {
     pub fn fixed(set: JwkSet) -> anyhow::Result<Self> {
-        Ok(Self {
+        Ok(Self(Arc::new(Inner {
             known: RwLock::new(Arc::new(usable(set)?)),
             source: None,
-        })
+        })))
     }
 
     pub fn fetched(url: String, refresh: Duration) -> anyhow::Result<Self> {
@@ -53,7 +56,7 @@ impl Keys {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .context("making a client for auth.jwks_url")?;
-        Ok(Self {
+        Ok(Self(Arc::new(Inner {
             known: RwLock::default(),
             source: Some(Source {
                 url,
@@ -61,27 +64,33 @@ impl Keys {
                 http,
                 last: Mutex::default(),
             }),
-        })
+        })))
     }
 
     /// The key of that name, for that algorithm.
     pub async fn find(&self, kid: &str, algorithm: Algorithm) -> Result<DecodingKey, Distrust> {
         let found = self.look(kid, algorithm);
-        let Some(source) = &self.source else {
-            return found.ok_or_else(|| Distrust::new("the token's key is not known"));
-        };
-        self.ask(source, found.is_none()).await;
-        self.look(kid, algorithm)
-            .ok_or_else(|| Distrust::new("the token's key is not known"))
+        match found {
+            // Whoever can do without does not wait.
+            Some(key) => {
+                self.ask(false);
+                Ok(key)
+            }
+            None => {
+                let _ = self.ask(true).await;
+                self.look(kid, algorithm)
+                    .ok_or_else(|| Distrust::new("the token's key is not known"))
+            }
+        }
     }
 
     /// Why no key is known, where that is so.
     pub async fn trouble(&self) -> Option<String> {
-        let source = self.source.as_ref()?;
+        let source = self.0.source.as_ref()?;
         if !self.known().is_empty() {
             return None;
         }
-        self.ask(source, true).await;
+        let _ = self.ask(true).await;
         let last = source.last.lock().await;
         let none = || Some("the provider of tokens has no keys".to_owned());
         match self.known().is_empty() {
@@ -91,7 +100,7 @@ impl Keys {
     }
 
     fn known(&self) -> Arc<Known> {
-        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.known.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn look(&self, kid: &str, algorithm: Algorithm) -> Option<DecodingKey> {
@@ -105,15 +114,17 @@ impl Keys {
         keys.next().map(|(_, key)| key.clone())
     }
 
-    /// Fetches the keys where they are old, or where one is missing; one request at a time, and not too
-    /// often. While that fails, the keys that are known stay known.
-    async fn ask(&self, source: &Source, missing: bool) {
-        // Whoever can do without does not wait for another one's fetching.
-        let mut last = match source.last.try_lock() {
-            Ok(last) => last,
-            Err(_) if missing => source.last.lock().await,
-            Err(_) => return,
-        };
+    /// Fetches the keys where they are old, or where one is missing, in a task that goes on when nobody
+    /// waits for it any more.
+    fn ask(&self, missing: bool) -> tokio::task::JoinHandle<()> {
+        let keys = self.clone();
+        tokio::spawn(async move { keys.refresh(missing).await })
+    }
+
+    /// One request at a time, and not too often. While that fails, the keys that are known stay known.
+    async fn refresh(&self, missing: bool) {
+        let Some(source) = &self.0.source else { return };
+        let mut last = source.last.lock().await;
         let since = |then: Option<Instant>| then.map(|then| then.elapsed());
         let is_due = missing || since(last.answered).is_none_or(|age| age > source.refresh);
         if !is_due || since(last.asked).is_some_and(|age| age < AT_MOST_EVERY) {
@@ -122,17 +133,15 @@ impl Keys {
         last.asked = Some(Instant::now());
         match fetch(source).await {
             Ok(known) => {
-                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+                *self.0.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
                 last.answered = last.asked;
                 last.error = None;
             }
             Err(error) => {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "the keys of tokens were not to be had"
-                );
+                let error = format!("{error:#}");
+                tracing::warn!(error, "the keys of tokens were not to be had");
                 metrics::counter!("jwks_failures_total").increment(1);
-                last.error = Some(format!("{error:#}"));
+                last.error = Some(error);
             }
         }
     }

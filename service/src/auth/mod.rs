@@ -22,6 +22,7 @@ use crate::api::fault::Fault;
 use crate::api::problem::Problem;
 use crate::app::{App, Error};
 use crate::config::{self, AuthMode};
+use crate::limits::Client;
 use keys::Keys;
 
 /// Signatures that are accepted. `none`, and secrets that both sides know, are not among them.
@@ -50,7 +51,11 @@ pub enum Operation {
 pub struct Caller {
     /// `None` where nobody has said who they are.
     pub subject: Option<String>,
+    /// With whom their requests and connections count.
+    pub client: Client,
     may: Allowed,
+    /// Seconds since the Unix epoch: then the token ends.
+    until: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -65,13 +70,37 @@ impl Caller {
     /// Whoever calls where nobody has to say who they are.
     pub fn anybody() -> Self {
         Self {
-            subject: None,
             may: Allowed::Everything,
+            ..Self::default()
         }
     }
 
-    /// Refuses what this caller may not do.
+    /// How long it is until the token ends; `None` where there is none.
+    pub fn remaining(&self) -> Option<Duration> {
+        let now = jsonwebtoken::get_current_timestamp();
+        self.until
+            .map(|until| Duration::from_secs(until.saturating_sub(now)))
+    }
+
+    /// Returns when the token ends; never where there is none.
+    pub fn token_ends(&self) -> impl Future<Output = ()> + Send + use<> {
+        let remaining = self.remaining();
+        async move {
+            match remaining {
+                Some(remaining) => tokio::time::sleep(remaining).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Refuses what this caller may not do, or not any more.
     pub fn check(&self, operation: Operation) -> Result<(), Error> {
+        if self
+            .remaining()
+            .is_some_and(|remaining| remaining.is_zero())
+        {
+            return Err(Error::Unauthenticated);
+        }
         let may = match &self.may {
             Allowed::Everything => true,
             Allowed::Nothing => false,
@@ -100,7 +129,8 @@ impl Distrust {
 #[derive(Debug, Deserialize)]
 struct Claims {
     sub: String,
-    exp: u64,
+    /// Seconds, perhaps with a fraction (RFC 7519, section 2).
+    exp: f64,
     #[serde(flatten)]
     others: serde_json::Map<String, serde_json::Value>,
 }
@@ -109,14 +139,17 @@ pub struct Auth {
     config: config::Auth,
     /// `None` where anybody may do anything.
     keys: Option<Keys>,
-    verified: Cache<[u8; 32], (Caller, u64)>,
+    verified: Cache<[u8; 32], Caller>,
 }
 
 impl Auth {
     /// `environment` is the one the process runs in; in production nobody signs their own tokens.
     pub fn open(config: &config::Auth, environment: &str) -> anyhow::Result<Self> {
         let keys = match config.mode {
-            AuthMode::Off => None,
+            AuthMode::Off => {
+                tracing::warn!("auth.mode is \"off\": anybody who reaches this may do anything");
+                None
+            }
             AuthMode::Development => {
                 development::check(environment)?;
                 let key = development::key(&config.development_key)?;
@@ -172,19 +205,18 @@ impl Auth {
             return Err(Distrust::new("the token is too long"));
         }
         let digest = Sha256::digest(token).into();
-        let now = jsonwebtoken::get_current_timestamp();
-        let leeway = self.config.leeway.0.as_secs();
+        let is_over = |caller: &Caller| caller.remaining().is_some_and(|left| left.is_zero());
         match self.verified.get(&digest) {
-            Some((caller, until)) if now <= until + leeway => Ok(caller),
+            Some(caller) if !is_over(&caller) => Ok(caller),
             _ => {
-                let (caller, until) = self.verify(keys, token).await?;
-                self.verified.insert(digest, (caller.clone(), until));
+                let caller = self.verify(keys, token).await?;
+                self.verified.insert(digest, caller.clone());
                 Ok(caller)
             }
         }
     }
 
-    async fn verify(&self, keys: &Keys, token: &str) -> Result<(Caller, u64), Distrust> {
+    async fn verify(&self, keys: &Keys, token: &str) -> Result<Caller, Distrust> {
         let header = jsonwebtoken::decode_header(token)
             .map_err(|_| Distrust::new("the token is no signed JWT"))?;
         if !ALGORITHMS.contains(&header.alg) {
@@ -210,8 +242,7 @@ impl Auth {
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation)
             .map_err(|error| Distrust::new(format!("the token is not valid: {error}")))?
             .claims;
-        let until = claims.exp;
-        Ok((self.recognise(claims), until))
+        Ok(self.recognise(claims))
     }
 
     /// What the roles of a token's subject allow.
@@ -227,7 +258,10 @@ impl Auth {
         };
         let allowed = roles.iter().filter_map(|role| self.config.roles.get(*role));
         Caller {
+            client: Client::Subject(claims.sub.clone()),
             may: Allowed::Only(allowed.flatten().copied().collect()),
+            // What is not a number of seconds was refused by now.
+            until: Some((claims.exp as u64).saturating_add(self.config.leeway.0.as_secs())),
             subject: Some(claims.sub),
         }
     }
@@ -240,10 +274,13 @@ pub async fn authenticate(
     next: Next,
 ) -> Response {
     let found = app.auth.caller(request.headers()).await;
-    let caller = found.unwrap_or_else(|distrust| {
+    let mut caller = found.unwrap_or_else(|distrust| {
         request.extensions_mut().insert(distrust);
         Caller::default()
     });
+    if caller.subject.is_none() {
+        caller.client = app.limits.network_of(&request);
+    }
     request.extensions_mut().insert(caller);
     next.run(request).await
 }

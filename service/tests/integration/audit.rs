@@ -49,8 +49,8 @@ async fn what_was_done_is_logged_and_changes_are_found() {
         // Cancelled once: the second time nothing was done.
         app.send_with(Method::POST, &cancel, None, &bearer).await;
         let early = entries(&config, 2).await;
-        app.send_with(Method::POST, "/v1/orders", Some(order()), &bearer)
-            .await;
+        let again = app.send_with(Method::POST, "/v1/orders", Some(order()), &bearer);
+        assert_eq!(again.await.0, 201);
         let last = entries(&config, 3).await;
         let whole = Verdict::Whole { entries: 3, last };
         assert_eq!(verdict(&config, Some(&early)).await, whole);
@@ -100,11 +100,21 @@ async fn what_was_done_is_logged_and_changes_are_found() {
             panic!()
         };
         assert_eq!(broken_at(Some(last.as_str())).await, 2);
-        database.execute(change).await;
-        assert_eq!(broken_at(None).await, 2);
+        // A gap, on a chain that is whole otherwise; then other words, where there is no gap.
+        let gap = "UPDATE audit_log SET seq = 7 WHERE seq = 2";
+        database.execute(gap).await;
+        let Verdict::Broken { seq, why } = verdict(&config, None).await else {
+            panic!()
+        };
+        assert!(seq == 7 && why.contains("the number 1"), "{seq}: {why}");
         database
-            .execute("DELETE FROM audit_log WHERE seq = 1")
+            .execute("UPDATE audit_log SET seq = 2 WHERE seq = 7")
             .await;
+        assert!(matches!(
+            verdict(&config, None).await,
+            Verdict::Whole { entries: 2, .. }
+        ));
+        database.execute(change).await;
         assert_eq!(broken_at(None).await, 2);
     }
 }

@@ -39,9 +39,23 @@ impl Broker {
         }
     }
 
+    pub async fn kafka() -> Self {
+        let server = test_servers::lease(Server::Kafka).await.unwrap();
+        Self {
+            kind: "kafka",
+            url: server.address.clone(),
+            exchange: format!("orders-{}", uuid::Uuid::now_v7().simple()),
+            _server: Some(Arc::new(server)),
+        }
+    }
+
     /// One of each kind.
-    pub async fn each() -> [Self; 2] {
-        [Self::in_process(), Self::rabbitmq().await]
+    pub async fn each() -> [Self; 3] {
+        [
+            Self::in_process(),
+            Self::rabbitmq().await,
+            Self::kafka().await,
+        ]
     }
 
     /// Reached at another address.
@@ -58,10 +72,18 @@ impl Broker {
     }
 
     pub fn use_in(&self, config: &mut Config) {
-        if self.kind == "rabbitmq" {
-            config.events.bus = BusKind::RabbitMq;
-            config.rabbitmq.url = ServerUrl(self.url.clone());
-            config.rabbitmq.exchange.clone_from(&self.exchange);
+        match self.kind {
+            "rabbitmq" => {
+                config.events.bus = BusKind::RabbitMq;
+                config.rabbitmq.url = ServerUrl(self.url.clone());
+                config.rabbitmq.exchange.clone_from(&self.exchange);
+            }
+            "kafka" => {
+                config.events.bus = BusKind::Kafka;
+                config.kafka.bootstrap_servers.clone_from(&self.url);
+                config.kafka.topic.clone_from(&self.exchange);
+            }
+            _ => {}
         }
     }
 
@@ -72,6 +94,11 @@ impl Broker {
                 ("SERVICE__EVENTS__BUS", "rabbitmq".to_owned()),
                 ("SERVICE__RABBITMQ__URL", self.url.clone()),
                 ("SERVICE__RABBITMQ__EXCHANGE", self.exchange.clone()),
+            ],
+            "kafka" => vec![
+                ("SERVICE__EVENTS__BUS", "kafka".to_owned()),
+                ("SERVICE__KAFKA__BOOTSTRAP_SERVERS", self.url.clone()),
+                ("SERVICE__KAFKA__TOPIC", self.exchange.clone()),
             ],
             _ => Vec::new(),
         }

@@ -39,6 +39,8 @@ async fn each_consumer_gets_all_in_order_and_again_until_it_is_done() {
     for broker in Broker::each().await {
         let mut config = shipped_config();
         broker.use_in(&mut config);
+        // Each event is of another order: in one partition they have an order all the same.
+        config.kafka.partitions = 1.try_into().unwrap();
         let bus = bus::open(&config);
         let kind = broker.kind;
         let mut first = bus.subscribe("first").await.unwrap();
@@ -85,8 +87,68 @@ async fn each_consumer_gets_all_in_order_and_again_until_it_is_done() {
     }
 }
 
+/// Whoever listens hears all that is told from then on, as every other process does.
+#[tokio::test]
+async fn every_process_hears_everything() {
+    for broker in Broker::each().await {
+        let mut config = shipped_config();
+        broker.use_in(&mut config);
+        let kind = broker.kind;
+        let bus = bus::open(&config);
+        // In process there is but one process.
+        let other = match kind {
+            "in-process" => Arc::clone(&bus),
+            _ => bus::open(&config),
+        };
+        let mut consumers = Vec::new();
+        for name in ["first", "second"] {
+            let mut consumer = bus.subscribe(name).await.unwrap();
+            consumers.push(tokio::spawn(async move {
+                while let Ok(delivery) = consumer.next().await {
+                    let _ = delivery.done().await;
+                }
+            }));
+        }
+        let mut here = bus.listen().await.unwrap();
+        let mut there = other.listen().await.unwrap();
+        let events: Vec<Event> = (0..5).map(|_| event()).collect();
+        publish(&bus, &events).await.unwrap();
+        let read = |text: &str| serde_json::from_str::<Event>(text).unwrap().id;
+        let wanted: std::collections::BTreeSet<_> = events.iter().map(|event| event.id).collect();
+        for ear in [&mut here, &mut there] {
+            let mut heard = std::collections::BTreeSet::new();
+            while heard.len() < wanted.len() {
+                let next = tokio::time::timeout(Duration::from_secs(20), ear.next()).await;
+                heard.insert(read(&next.unwrap().unwrap().event));
+            }
+            assert_eq!(heard, wanted, "{kind}");
+        }
+        for consumer in consumers {
+            consumer.abort();
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_broker_that_is_away_is_an_error_in_time() {
+    let mut config = shipped_config();
+    config.events.bus = service::config::BusKind::Kafka;
+    config.kafka.bootstrap_servers = "127.0.0.1:9".to_owned();
+    let bus = bus::open(&config);
+    let late = Duration::from_secs(30);
+    for failed in [
+        tokio::time::timeout(late, bus.publish(&[event()]))
+            .await
+            .unwrap()
+            .is_err(),
+        tokio::time::timeout(late, bus.subscribe("first"))
+            .await
+            .unwrap()
+            .is_err(),
+    ] {
+        assert!(failed);
+    }
+
     let mut config = shipped_config();
     config.events.bus = service::config::BusKind::RabbitMq;
     // Nobody listens there.

@@ -241,9 +241,10 @@ impl Drop for Process {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_doubled_when_processes_are_killed() {
     let [sqlite, postgres] = Database::each().await;
-    let [in_process, rabbitmq] = Broker::each().await;
+    let [in_process, rabbitmq, kafka] = Broker::each().await;
     killed_again_and_again(sqlite, in_process).await;
     killed_again_and_again(postgres, rabbitmq).await;
+    killed_again_and_again(Database::postgres().await, kafka).await;
 }
 
 async fn killed_again_and_again(database: Database, broker: Broker) {

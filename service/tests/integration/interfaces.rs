@@ -387,6 +387,7 @@ async fn events_are_told_live_and_the_end_is_said() {
                 assert_eq!(event["order"]["customer"], "ada");
                 break;
             }
+            Ok(Some(Ok(Message::Ping(_)))) => {}
             Ok(other) => panic!("{other:?}"),
             Err(_) => assert!(first.len() < 50, "nothing was told"),
         }
@@ -411,6 +412,78 @@ async fn events_are_told_live_and_the_end_is_said() {
     assert_eq!(close_code(&mut subscription).await, 1001);
     while stream.message().await.unwrap().is_some() {}
     app.stopped().await.unwrap();
+}
+
+/// On a GraphQL socket nothing but subscriptions is done, and it is kept alive as any other.
+#[tokio::test]
+async fn a_graphql_socket_is_for_subscriptions() {
+    let app = TestApp::start_with(|config| {
+        config.server.heartbeat.0 = Duration::from_millis(100);
+    })
+    .await;
+    let mut socket = socket(&app, "/graphql", Some("graphql-transport-ws")).await;
+    let cancel = "mutation { cancelOrder(id: \"x\") { id } }";
+    for message in [
+        json!({ "type": "connection_init" }),
+        json!({ "id": "1", "type": "subscribe", "payload": { "query": cancel } }),
+        json!({ "id": "2", "type": "subscribe", "payload": {
+            "query": "subscription { orderEvents { id } }" } }),
+    ] {
+        socket
+            .send(Message::text(message.to_string()))
+            .await
+            .unwrap();
+    }
+    assert_eq!(next_json(&mut socket).await["type"], "connection_ack");
+    let refused = next_json(&mut socket).await.to_string();
+    assert!(refused.contains("Only subscriptions"), "{refused}");
+    assert_eq!(next_json(&mut socket).await["type"], "complete");
+    // Long after the heartbeat it is still there: its client answers pings.
+    let listening = tokio::time::timeout(Duration::from_millis(500), next(&mut socket)).await;
+    assert!(listening.is_err(), "{listening:?}");
+    let (_, placed) = app.post("/v1/orders", order()).await;
+    let told = next_json(&mut socket).await;
+    assert_eq!(told["id"], "2", "{told} {placed}");
+}
+
+/// One client cannot take all places, and pages of other origins get none.
+#[tokio::test]
+async fn sockets_are_shared_out() {
+    let app = TestApp::start_with(|config| {
+        config.server.max_sessions_per_client = 2.try_into().unwrap();
+        config.server.allowed_origins =
+            vec![service::config::Origin("https://shop.example".into())];
+    })
+    .await;
+    let address = format!("ws://{}/v1/events", app.public);
+    let by = async |client: &str, origin: Option<&str>| {
+        let mut request = address.as_str().into_client_request().unwrap();
+        let headers = request.headers_mut();
+        headers.insert("x-forwarded-for", client.parse().unwrap());
+        if let Some(origin) = origin {
+            headers.insert("origin", origin.parse().unwrap());
+        }
+        connect_async(request).await.map(|(socket, _)| socket)
+    };
+    let _first = by("1.1.1.1", None).await.unwrap();
+    let second = by("1.1.1.1", Some("https://shop.example")).await.unwrap();
+    let refused = by("1.1.1.1", None).await.unwrap_err().to_string();
+    assert!(refused.contains("503"), "{refused}");
+    let _other = by("2.2.2.2", Some(&format!("http://{}", app.public)))
+        .await
+        .unwrap();
+    let refused = by("2.2.2.2", Some("https://evil.example"))
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("403"), "{refused}");
+    // A place that is left is free again.
+    drop(second);
+    let mut tries = 0;
+    while by("1.1.1.1", None).await.is_err() {
+        tries += 1;
+        assert!(tries < 100, "it is never free again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// A client that does not answer pings is let go.
@@ -439,6 +512,13 @@ async fn silent_clients_are_let_go() {
     drop(silent);
 }
 
+/// Thirty fragments, each of which spreads the next one several times.
+fn bomb(times: usize) -> String {
+    let spread = |i: usize| format!("...A{} ", i + 1).repeat(times);
+    let fragments = (0..30).map(|i| format!("fragment A{i} on Query {{ {} }} ", spread(i)));
+    fragments.collect::<String>() + "fragment A30 on Query { __typename }"
+}
+
 #[tokio::test]
 async fn queries_that_ask_for_too_much_are_refused() {
     let app = TestApp::start_with(|config| {
@@ -461,6 +541,14 @@ async fn queries_that_ask_for_too_much_are_refused() {
         ),
         (format!("{{ {aliases} }}"), "fields"),
         ("{ a: nothing }".to_owned(), "Unknown field"),
+        // Fragments that spread each other: 3^30 fields, were they put in.
+        (format!("{{ ...A0 }} {}", bomb(3)), "fields"),
+        // The same without a field, and without an end.
+        (format!("{{ __typename }} {}", bomb(6)), "fields"),
+        (
+            "{ ...A } fragment A on Query { ...B } fragment B on Query { ...A }".to_owned(),
+            "fields",
+        ),
     ] {
         let answer = graphql(&app, &query, json!({})).await;
         let said = answer["errors"][0]["message"].as_str().unwrap();
@@ -468,7 +556,21 @@ async fn queries_that_ask_for_too_much_are_refused() {
         assert_eq!(answer["data"], Value::Null);
     }
     let (status, problem) = app.post("/graphql", json!({ "query": 1 })).await;
-    assert_eq!((status, &problem["type"]), (400, &json!("unreadable")));
+    assert_eq!((status, &problem["type"]), (422, &json!("invalid-request")));
+    let huge = "#".repeat(100_000);
+    let (status, problem) = app.post("/graphql", json!({ "query": huge })).await;
+    assert_eq!((status, &problem["type"]), (413, &json!("too-large")));
+    // As a page of another origin could send it without asking.
+    let address = format!("http://{}/graphql", app.public);
+    let simple = reqwest::Client::new()
+        .post(address)
+        .header("content-type", "text/plain");
+    let simple = simple
+        .body(r#"{"query":"{ __typename }"}"#)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(simple.status(), 415);
 }
 
 /// Counts the queries for totals of more than one customer, which no other test here makes. (SQLite's

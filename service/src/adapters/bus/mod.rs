@@ -2,6 +2,7 @@
 //! `events.bus`.
 
 mod in_process;
+mod kafka;
 mod rabbitmq;
 
 use std::sync::Arc;
@@ -19,7 +20,8 @@ pub trait Bus: Send + Sync {
     /// Hands events over. `Ok` means that none of them is lost any more, whoever is killed.
     async fn publish(&self, events: &[Event]) -> Result<(), BusError>;
 
-    /// What a consumer is to do, from the first event that it is not done with.
+    /// What a consumer is to do, from the first event that it is not done with; perhaps some that it
+    /// was done with a moment ago come again.
     async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError>;
 
     /// Every event from now on, for this process alone: none is kept for it, and none is to be done.
@@ -44,6 +46,7 @@ enum Receipt {
     None,
     InProcess(oneshot::Sender<()>),
     RabbitMq(Box<lapin::message::Delivery>),
+    Kafka(kafka::Place),
 }
 
 /// Why the bus could not do it; it is tried again.
@@ -55,6 +58,7 @@ pub struct BusError(String);
 pub fn open(config: &Config) -> Arc<dyn Bus> {
     match config.events.bus {
         BusKind::InProcess => Arc::new(in_process::InProcess::new(CONSUMERS.len())),
+        BusKind::Kafka => Arc::new(kafka::Kafka::new(&config.kafka)),
         BusKind::RabbitMq => Arc::new(rabbitmq::RabbitMq::new(&config.rabbitmq)),
     }
 }
@@ -64,6 +68,7 @@ impl Delivery {
     pub async fn done(self) -> Result<(), BusError> {
         match self.receipt {
             Receipt::None => Ok(()),
+            Receipt::Kafka(place) => place.done().await,
             Receipt::InProcess(receipt) => receipt
                 .send(())
                 .map_err(|()| BusError("nobody waits for it any more".to_owned())),

@@ -64,6 +64,8 @@ pub trait Storage: Send + Sync {
         event: &Event,
         change: &Change,
     ) -> Result<bool, StorageError>;
+    /// Chains what waits for it to the audit log, at most `limit` events; how many that were.
+    async fn audit(&self, limit: u32) -> Result<usize, StorageError>;
     /// The oldest entries of the audit log behind number `after`, at most `limit`.
     async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError>;
     /// Puts an event aside that a consumer could do nothing with.
@@ -118,8 +120,6 @@ pub struct Untold {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     Nothing,
-    /// An entry of the audit log, behind the last one: the event as JSON.
-    Audited(String),
     /// One order of a customer more, or one fewer of those that were counted.
     Totals {
         order: OrderId,

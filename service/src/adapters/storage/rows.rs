@@ -85,6 +85,9 @@ pub(super) const ADD_TO_TOTALS: [&str; 2] = [
 ];
 pub(super) const AUDIT: &str =
     "INSERT INTO audit_log (seq, event, hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+pub(super) const WAITING_FOR_AUDIT: &str =
+    "SELECT seq, event FROM audit_waiting ORDER BY seq LIMIT $1";
+pub(super) const AUDITED_NOW: &str = "DELETE FROM audit_waiting WHERE seq = $1";
 pub(super) const LAST_AUDITED: &str =
     "SELECT seq, event, hash FROM audit_log ORDER BY seq DESC LIMIT 1";
 pub(super) const AUDITED: &str =

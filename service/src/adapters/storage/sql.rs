@@ -151,17 +151,6 @@ macro_rules! storage_in_sql {
                 if done.execute(&mut *tx).await?.rows_affected() == 0 {
                     return Ok(false);
                 }
-                if let Change::Audited(event) = change {
-                    let last = sqlx::query_as(rows::LAST_AUDITED);
-                    let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
-                    let (seq, before) = last.map_or((1, Vec::new()), |e| (e.seq + 1, e.hash));
-                    let append = sqlx::query(rows::AUDIT).bind(seq).bind(event);
-                    let append = append.bind(audit::hash(&before, seq, event));
-                    // Another process has appended meanwhile: behind that, then.
-                    if append.execute(&mut *tx).await?.rows_affected() == 0 {
-                        return Err(StorageError::Busy("the audit log has grown".to_owned()));
-                    }
-                }
                 if let Change::Totals {
                     order,
                     customer,
@@ -183,6 +172,33 @@ macro_rules! storage_in_sql {
                 }
                 tx.commit().await?;
                 Ok(true)
+            }
+
+            async fn audit(&self, limit: u32) -> Result<usize, StorageError> {
+                let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1);
+                let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
+                if first.is_none() {
+                    return Ok(0);
+                }
+                let mut tx = self.begin().await?;
+                let waiting = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(i64::from(limit));
+                let waiting: Vec<Untold> = waiting.fetch_all(&mut *tx).await?;
+                let last = sqlx::query_as(rows::LAST_AUDITED);
+                let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
+                let (mut seq, mut before) = last.map_or((0, Vec::new()), |e| (e.seq, e.hash));
+                for Untold { seq: place, event } in &waiting {
+                    seq += 1;
+                    before = audit::hash(&before, seq, event);
+                    let append = sqlx::query(rows::AUDIT).bind(seq).bind(event).bind(&before);
+                    // Another process is at it, too: what it has done is not done again.
+                    if append.execute(&mut *tx).await?.rows_affected() == 0 {
+                        return Err(StorageError::Busy("the audit log has grown".to_owned()));
+                    }
+                    let chained = sqlx::query(rows::AUDITED_NOW).bind(place);
+                    chained.execute(&mut *tx).await?;
+                }
+                tx.commit().await?;
+                Ok(waiting.len())
             }
 
             async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError> {
