@@ -15,7 +15,7 @@ use crate::adapters::cache;
 use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
 use crate::audit::{self, Verdict};
 use crate::auth::{Auth, Caller, Operation};
-use crate::config::{Config, Database};
+use crate::config::{self, Config, Database};
 use crate::consumers;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
@@ -35,11 +35,6 @@ fn cause(caller: &Caller) -> Cause {
         traceparent: traces::traceparent(),
         subject: caller.subject.clone(),
     }
-}
-
-/// Which environment the process runs in.
-fn environment() -> String {
-    std::env::var("SERVICE_ENVIRONMENT").unwrap_or_else(|_| UNKNOWN.to_owned())
 }
 
 pub struct App {
@@ -98,6 +93,11 @@ pub struct PartStatus {
     pub reason: Option<String>,
 }
 
+/// Whether all of them can.
+pub fn is_ready(parts: &[PartStatus]) -> bool {
+    parts.iter().all(|part| part.ready)
+}
+
 /// What is running: the answer of `/info`.
 #[derive(Debug, Serialize)]
 pub struct Info {
@@ -112,7 +112,7 @@ pub struct Info {
 impl App {
     /// Connects to what the configuration names.
     pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
-        let auth = Auth::open(&config.auth, &environment())?;
+        let auth = Auth::open(&config.auth, config::environment().as_deref())?;
         let storage = storage::open(&config.database).await?;
         Ok(Arc::new(Self {
             auth,
@@ -333,7 +333,7 @@ impl App {
             version: std::env::var("IMAGE_VERSION")
                 .unwrap_or_else(|_| env!("CARGO_PKG_VERSION").to_owned()),
             revision: variable("IMAGE_REVISION"),
-            environment: environment(),
+            environment: config::environment().unwrap_or_else(|| UNKNOWN.to_owned()),
             config_hash: self.config.hash(),
             schema_version: self.storage.schema_version().await.ok(),
         }

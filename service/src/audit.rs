@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::adapters::storage::{Storage, StorageError};
 use crate::app::App;
+use crate::hex::hex;
 use crate::pause::Pause;
 
 /// Who chains, of all processes on one database, has this lease.
@@ -44,10 +45,6 @@ pub fn hash(before: &[u8], seq: i64, event: &str) -> Vec<u8> {
     digest.update(seq.to_be_bytes());
     digest.update(event);
     digest.finalize().to_vec()
-}
-
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Chains what was done, until it is cancelled, which it may be at any point.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::auth::Operation;
+use crate::hex::hex;
 
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
@@ -266,6 +267,11 @@ pub enum Scheme {
 #[derive(Debug)]
 pub struct ConfigError(Vec<String>);
 
+/// Which environment the process runs in, where that is said.
+pub fn environment() -> Option<String> {
+    std::env::var("SERVICE_ENVIRONMENT").ok()
+}
+
 impl Config {
     /// Reads the files in `SERVICE_CONFIG_DIR` for the environment `SERVICE_ENVIRONMENT`
     /// (only `default.toml` where that is unset), then the `SERVICE__` variables.
@@ -273,7 +279,7 @@ impl Config {
         let dir = std::env::var_os("SERVICE_CONFIG_DIR")
             .map_or_else(|| PathBuf::from(CONFIG_DIR), PathBuf::from);
         let mut files = vec![dir.join("default.toml")];
-        if let Ok(environment) = std::env::var("SERVICE_ENVIRONMENT") {
+        if let Some(environment) = environment() {
             files.push(dir.join(format!("{environment}.toml")));
         }
         Self::from_files(&files)
@@ -315,10 +321,7 @@ impl Config {
     /// SHA-256 of the effective configuration, in hexadecimal: what `/info` reports.
     pub fn hash(&self) -> String {
         let json = serde_json::to_vec(self).unwrap_or_default();
-        Sha256::digest(json)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        hex(&Sha256::digest(json))
     }
 }
 

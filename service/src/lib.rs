@@ -15,6 +15,7 @@ pub mod config;
 pub mod consumers;
 pub mod domain;
 pub mod feed;
+pub mod hex;
 pub mod limits;
 pub mod middleware;
 mod pause;

@@ -7,7 +7,7 @@ use service::app::App;
 use service::audit::Verdict;
 use service::auth::development;
 use service::cli::{Audit, Cli, Command};
-use service::config::{AuthMode, Config};
+use service::config::{self, AuthMode, Config};
 use service::{server, telemetry};
 
 /// Exit code for a configuration that cannot be used (`EX_CONFIG` of sysexits.h).
@@ -80,8 +80,7 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
                 "tokens are signed here only with auth.mode = \"development\" \
                  (SERVICE__AUTH__MODE=development)"
             );
-            let environment = std::env::var("SERVICE_ENVIRONMENT").unwrap_or_default();
-            development::check(&environment)?;
+            development::check(config::environment().as_deref())?;
             let token = development::token(&config.auth, &subject, &roles, seconds)?;
             std::io::stdout().write_all(format!("{token}\n").as_bytes())?;
             Ok(())

@@ -348,10 +348,8 @@ fn refused(error: Error) -> async_graphql::Error {
 
 impl From<Problem> for async_graphql::Error {
     fn from(problem: Problem) -> Self {
-        let message = problem.detail.unwrap_or_else(|| problem.title.to_owned());
-        Self::new(message).extend_with(|_, extensions| {
-            let code = problem.kind.replace('-', "_").to_uppercase();
-            extensions.set("code", code);
+        Self::new(problem.message()).extend_with(|_, extensions| {
+            extensions.set("code", problem.code());
             if let Ok(errors) = async_graphql::to_value(&problem.errors)
                 && !problem.errors.is_empty()
             {

@@ -21,7 +21,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use super::fault::Fault;
 use super::problem::{Problem, idempotency_key, order_id};
-use crate::app::{App, Created};
+use crate::app::{App, Created, is_ready};
 use crate::auth::Caller;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{self, OrderRequest, PageRequest};
@@ -218,8 +218,7 @@ struct Readiness(Arc<App>);
 
 impl Readiness {
     async fn look(app: &App) -> HealthCheckResponse {
-        let is_ready = app.readiness().await.iter().all(|part| part.ready);
-        let status = match is_ready {
+        let status = match is_ready(&app.readiness().await) {
             true => ServingStatus::Serving,
             false => ServingStatus::NotServing,
         };
@@ -276,15 +275,13 @@ impl Health for Readiness {
 
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
-        let names = problem.fault.names();
         let mut details = ErrorDetails::new();
-        let reason = problem.kind.replace('-', "_").to_uppercase();
-        details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
+        details.set_error_info(problem.code(), DOMAIN, std::collections::HashMap::new());
         for wrong in &problem.errors {
             details.add_bad_request_violation(&wrong.field, &wrong.reason);
         }
-        let message = problem.detail.unwrap_or_else(|| names.title.to_owned());
-        Self::with_error_details(names.grpc, message, details)
+        let code = problem.fault.names().grpc;
+        Self::with_error_details(code, problem.message(), details)
     }
 }
 

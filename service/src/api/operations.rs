@@ -13,7 +13,7 @@ use serde_json::json;
 use super::fault::Fault;
 use super::problem::Problem;
 use super::rest::Body;
-use crate::app::{App, Info};
+use crate::app::{App, Info, PartStatus, is_ready};
 use crate::config::LogFilter;
 use crate::telemetry;
 
@@ -22,29 +22,25 @@ pub async fn live() -> impl IntoResponse {
     Json(json!({ "status": "live" }))
 }
 
-/// The same for everybody: why it is not ready is for operators.
-pub async fn ready_in_brief(State(app): State<Arc<App>>) -> impl IntoResponse {
-    let is_ready = app.readiness().await.iter().all(|part| part.ready);
-    match is_ready {
-        true => (StatusCode::OK, Json(json!({ "status": "ready" }))),
-        false => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            Json(json!({ "status": "not ready" })),
-        ),
-    }
-}
-
-/// `GET /health/ready` for operators: 200 where every part is ready, else 503; the body says which is not.
+/// `GET /health/ready` for operators: 200 where every part is ready, else 503; the body says which is
+/// not.
 pub async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     let parts = app.readiness().await;
-    let ready = parts.iter().all(|part| part.ready);
-    let code = if ready {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
-    };
-    let status = if ready { "ready" } else { "not ready" };
+    let (code, status) = summary(&parts);
     (code, Json(json!({ "status": status, "parts": parts })))
+}
+
+/// The same for everybody: why it is not ready is for operators.
+pub async fn ready_in_brief(State(app): State<Arc<App>>) -> impl IntoResponse {
+    let (code, status) = summary(&app.readiness().await);
+    (code, Json(json!({ "status": status })))
+}
+
+fn summary(parts: &[PartStatus]) -> (StatusCode, &'static str) {
+    match is_ready(parts) {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+    }
 }
 
 /// `GET /log-level`: the filter of the process's log.

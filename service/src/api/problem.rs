@@ -50,6 +50,16 @@ impl Problem {
         self
     }
 
+    /// The name in capitals, as GraphQL's and gRPC's clients know it.
+    pub fn code(&self) -> String {
+        self.kind.replace('-', "_").to_uppercase()
+    }
+
+    /// In one sentence.
+    pub fn message(&self) -> &str {
+        self.detail.as_deref().unwrap_or(self.title)
+    }
+
     /// One field of a request is wrong.
     pub fn rejected(field: &str, reason: &str) -> Self {
         let (field, reason) = (field.into(), reason.into());

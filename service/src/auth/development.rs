@@ -18,9 +18,9 @@ use crate::config::Auth;
 /// The environment in which this refuses to work.
 const PRODUCTION: &str = "production";
 
-pub fn check(environment: &str) -> anyhow::Result<()> {
+pub fn check(environment: Option<&str>) -> anyhow::Result<()> {
     ensure!(
-        environment != PRODUCTION,
+        environment != Some(PRODUCTION),
         "auth.mode = \"development\" is not for production: whoever reads the file of the key may \
          call themselves anything; name an OpenID provider's keys by auth.mode = \"jwks\""
     );

@@ -82,6 +82,10 @@ impl Caller {
             .map(|until| Duration::from_secs(until.saturating_sub(now)))
     }
 
+    fn has_ended(&self) -> bool {
+        self.remaining().is_some_and(|left| left.is_zero())
+    }
+
     /// Returns when the token ends; never where there is none.
     pub fn token_ends(&self) -> impl Future<Output = ()> + Send + use<> {
         let remaining = self.remaining();
@@ -95,10 +99,7 @@ impl Caller {
 
     /// Refuses what this caller may not do, or not any more.
     pub fn check(&self, operation: Operation) -> Result<(), Error> {
-        if self
-            .remaining()
-            .is_some_and(|remaining| remaining.is_zero())
-        {
+        if self.has_ended() {
             return Err(Error::Unauthenticated);
         }
         let may = match &self.may {
@@ -144,7 +145,7 @@ pub struct Auth {
 
 impl Auth {
     /// `environment` is the one the process runs in; in production nobody signs their own tokens.
-    pub fn open(config: &config::Auth, environment: &str) -> anyhow::Result<Self> {
+    pub fn open(config: &config::Auth, environment: Option<&str>) -> anyhow::Result<Self> {
         let keys = match config.mode {
             AuthMode::Off => {
                 tracing::warn!("auth.mode is \"off\": anybody who reaches this may do anything");
@@ -205,9 +206,8 @@ impl Auth {
             return Err(Distrust::new("the token is too long"));
         }
         let digest = Sha256::digest(token).into();
-        let is_over = |caller: &Caller| caller.remaining().is_some_and(|left| left.is_zero());
         match self.verified.get(&digest) {
-            Some(caller) if !is_over(&caller) => Ok(caller),
+            Some(caller) if !caller.has_ended() => Ok(caller),
             _ => {
                 let caller = self.verify(keys, token).await?;
                 self.verified.insert(digest, caller.clone());

@@ -20,7 +20,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use service::api::grpc::pb;
 use service::api::grpc::pb::orders_client::OrdersClient;
-use service::config::AuthMode;
+use service::config::{AuthMode, Config};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tonic::Code;
@@ -149,11 +149,15 @@ impl Provider {
     }
 
     async fn app(&self) -> TestApp {
-        let url = self.url.clone();
+        self.app_with(|_| {}).await
+    }
+
+    async fn app_with(&self, change: impl FnOnce(&mut Config)) -> TestApp {
         TestApp::start_with(|config| {
             config.auth.mode = AuthMode::Jwks;
             config.auth.issuer = ISSUER.to_owned();
-            config.auth.jwks_url = Some(url);
+            config.auth.jwks_url = Some(self.url.clone());
+            change(config);
         })
         .await
     }
@@ -354,15 +358,12 @@ async fn subscriptions_say_who_they_are() {
 async fn callers_have_shares_of_their_own() {
     let signer = Signer::new("one", Algorithm::EdDSA);
     let provider = Provider::start(&[&signer]).await;
-    let url = provider.url.clone();
-    let app = TestApp::start_with(|config| {
-        config.auth.mode = AuthMode::Jwks;
-        config.auth.issuer = ISSUER.to_owned();
-        config.auth.jwks_url = Some(url);
-        config.rate_limit.per_second = 1.try_into().unwrap();
-        config.rate_limit.burst = 1.try_into().unwrap();
-    })
-    .await;
+    let app = provider
+        .app_with(|config| {
+            config.rate_limit.per_second = 1.try_into().unwrap();
+            config.rate_limit.burst = 1.try_into().unwrap();
+        })
+        .await;
     let by = |subject: &str| signer.token(&with(claims(&json!(["clerk"])), "sub", json!(subject)));
     assert_eq!(list(&app, &by("ada")).await.0, 200);
     assert_eq!(list(&app, &by("ada")).await.0, 429);
@@ -377,14 +378,11 @@ async fn callers_have_shares_of_their_own() {
 async fn what_a_token_has_begun_ends_with_it() {
     let signer = Signer::new("one", Algorithm::EdDSA);
     let provider = Provider::start(&[&signer]).await;
-    let url = provider.url.clone();
-    let app = TestApp::start_with(|config| {
-        config.auth.mode = AuthMode::Jwks;
-        config.auth.issuer = ISSUER.to_owned();
-        config.auth.jwks_url = Some(url);
-        config.auth.leeway.0 = Duration::from_secs(1);
-    })
-    .await;
+    let app = provider
+        .app_with(|config| {
+            config.auth.leeway.0 = Duration::from_secs(1);
+        })
+        .await;
     let now = jsonwebtoken::get_current_timestamp();
     let short = with(claims(&json!(["clerk"])), "exp", json!(now + 1));
     let bearer = format!("Bearer {}", signer.token(&short));

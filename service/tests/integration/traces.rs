@@ -13,6 +13,8 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
 use opentelemetry_proto::tonic::trace::v1::Span;
 use tonic::server::NamedService;
 
+use service::hex::hex;
+
 use crate::test_app::{config_dir, free_port, order};
 
 /// A collector that keeps what it is sent.
@@ -51,10 +53,6 @@ impl Collector {
         let spans = self.0.lock().unwrap();
         spans.iter().find(|span| span.name == name).cloned()
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
