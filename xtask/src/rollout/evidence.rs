@@ -61,9 +61,10 @@ struct Spread {
     freedom: f64,
 }
 
-/// The candidate requests that a stage of share `w` needs before it can pass, at best and
-/// where both arms have the rate `rate`; infinite where the settings can never pass it.
-pub fn requests_to_pass(settings: &Settings, tolerance: f64, rate: f64, w: f64) -> f64 {
+/// The candidate requests that a metric needs before it can pass, at best and where both arms have
+/// the rate `rate`, at a candidate's share `w`: in comparison, and because the rate is tolerable.
+/// Infinite where it can never pass that way; at a share of 1 there is nothing to compare with.
+pub fn requests_to_pass(settings: &Settings, tolerance: f64, rate: f64, w: f64) -> [f64; 2] {
     let needed = (1.0 / settings.beta.0).ln();
     let margin = settings.margin.0;
     let per_bad = if w < 1.0 {
@@ -84,11 +85,12 @@ pub fn requests_to_pass(settings: &Settings, tolerance: f64, rate: f64, w: f64) 
             }
         })
         .fold(f64::INFINITY, f64::min);
-    by_tolerance.min(if by_margin > 0.0 {
+    let by_margin = if by_margin > 0.0 {
         by_margin
     } else {
         f64::INFINITY
-    })
+    };
+    [by_margin, by_tolerance]
 }
 
 /// The candidate requests after which a regression from `rate` to `rate * ratio` is likely seen,

@@ -165,10 +165,49 @@ pub struct Forecast {
 #[derive(Debug, Clone, Copy)]
 pub struct StageForecast {
     pub weight: u8,
+    /// What it waits for longest.
+    pub slowest: MetricForecast,
     /// Until the stage can pass, its evidence and that of the stages before together.
     pub to_pass: f64,
     /// Until a candidate with an error rate ten times the tolerance is likely caught.
     pub to_see: f64,
+}
+
+/// What stable was seen to do in one of the judge's metrics.
+#[derive(Debug, Clone, Copy)]
+pub struct MetricForecast {
+    /// Seconds, for latency: a slower request is a bad event. Else errors are.
+    pub above: Option<f64>,
+    /// The share of bad events that nobody minds.
+    tolerance: f64,
+    /// Stable's share of bad events.
+    pub bad: f64,
+    /// Of each way to pass, the part that the stages before bring: the judge carries evidence on.
+    earned: [f64; 2],
+}
+
+impl MetricForecast {
+    /// The candidate requests that are still needed at a candidate's share `w`.
+    fn needs(&self, judge: &Judge, w: f64) -> f64 {
+        requests_to_pass(judge, self.tolerance, self.bad, w)
+            .iter()
+            .zip(self.earned)
+            .map(|(needed, earned)| {
+                if earned < 1.0 {
+                    (1.0 - earned) * needed
+                } else {
+                    0.0
+                }
+            })
+            .fold(f64::INFINITY, f64::min)
+    }
+
+    fn earn(&mut self, judge: &Judge, requests: f64, w: f64) {
+        let needed = requests_to_pass(judge, self.tolerance, self.bad, w);
+        for (earned, needed) in self.earned.iter_mut().zip(needed) {
+            *earned += requests / needed;
+        }
+    }
 }
 
 /// How long each stage will take, from what stable was seen to do in `seconds`.
@@ -187,30 +226,46 @@ pub fn forecast(
     let floor = judge.latency_floor.0.as_secs_f64();
     let bounds = latency.map(|latency| latency_bounds(latency, floor));
 
-    // What each metric is judged by, and stable's share of bad events in it.
-    let mut metrics = vec![(judge.tolerance.0, errors)];
+    let of_errors = MetricForecast {
+        above: None,
+        tolerance: judge.tolerance.0,
+        bad: errors,
+        earned: [0.0; 2],
+    };
+    let mut metrics = vec![of_errors];
     if let (Some(latency), Some(bounds)) = (latency, &bounds) {
-        metrics.extend(bounds.iter().map(|bound| {
-            let above = latency.above(*bound).unwrap_or(0);
-            (judge.latency_tolerance.0, share(above, latency.total()))
+        metrics.extend(bounds.iter().map(|bound| MetricForecast {
+            above: Some(*bound),
+            tolerance: judge.latency_tolerance.0,
+            bad: share(latency.above(*bound).unwrap_or(0), latency.total()),
+            ..of_errors
         }));
     }
-    let mut done = 0.0;
     let stages = stages
         .iter()
         .map(|stage| {
             let w = f64::from(stage.weight) / 100.0;
-            let needed = metrics
+            let (slowest, needed) = metrics
                 .iter()
-                .map(|(tolerance, bad)| requests_to_pass(judge, *tolerance, *bad, w))
-                .fold(0.0, f64::max);
-            let to_pass = ((needed - done).max(0.0) / (rate * w)).max(min_stage);
-            done += to_pass * rate * w;
+                .map(|metric| (*metric, metric.needs(judge, w)))
+                .reduce(|most, other| if other.1 > most.1 { other } else { most })
+                .unwrap_or((of_errors, 0.0));
+            let to_pass = (needed / (rate * w)).max(min_stage);
+            // What takes for ever brings nothing to what comes after.
+            let requests = if to_pass.is_finite() {
+                to_pass * rate * w
+            } else {
+                0.0
+            };
+            for metric in &mut metrics {
+                metric.earn(judge, requests, w);
+            }
             let base = errors.max(judge.tolerance.0 / 10.0);
             let ratio = judge.tolerance.0 * 10.0 / base;
             let to_see = requests_to_see(judge, base, ratio, w) / (rate * w);
             StageForecast {
                 weight: stage.weight,
+                slowest,
                 to_pass,
                 to_see,
             }
@@ -239,12 +294,28 @@ impl Forecast {
             } else {
                 "for ever".to_owned()
             };
+            let bad = stage.slowest.bad * 100.0;
+            let (seen, setting) = match stage.slowest.above {
+                None => (
+                    format!("{bad:.2} % errors"),
+                    "judge.tolerance to an error rate",
+                ),
+                Some(above) => (
+                    format!("{bad:.2} % slower than {:.0} ms", above * 1000.0),
+                    "judge.latency_tolerance to a share of slow requests, or \
+                     judge.latency_floor to a latency,",
+                ),
+            };
+            let compares = if stage.weight == 100 {
+                "add a stage below 100 %, where there is stable to compare with"
+            } else {
+                "start with a higher weight"
+            };
             bail!(
-                "at {:.1} requests/s and {:.2} % errors, the stage of {} % would need {needs} to \
-                 decide, but rollout.max_stage is {max_stage:.0} s; wait for more traffic, start \
-                 with a higher weight, or set judge.tolerance to an error rate you can live with",
+                "at {:.1} requests/s and {seen}, the stage of {} % would need {needs} to decide, \
+                 but rollout.max_stage is {max_stage:.0} s; wait for more traffic, {compares}, or \
+                 set {setting} you can live with",
                 self.rate,
-                self.errors * 100.0,
                 stage.weight,
             );
         }
@@ -329,6 +400,35 @@ mod tests {
             )
         };
         seen(2000, 0).unwrap();
+        // Most of stable's requests are slow: what is found by comparison still counts at 100 %.
+        let slow = |stages: &[u8]| {
+            let stages: Vec<Stage> = stages
+                .iter()
+                .map(|weight| Stage {
+                    weight: *weight,
+                    gate: None,
+                })
+                .collect();
+            let counts = Counts {
+                requests: 5000,
+                errors: 0,
+                latency: Some(Histogram {
+                    le: vec![0.1, 0.5, 1.0],
+                    count: vec![1000, 3800, 180, 20],
+                }),
+            };
+            forecast(&stages, 2.0, &judge, &counts, 10.0)
+        };
+        let forecast = slow(&[25, 50, 100]);
+        forecast
+            .check(60.0, "production", "http://localhost")
+            .unwrap();
+        assert!(forecast.stages[0].to_pass > 2.0, "{forecast:?}");
+        assert_eq!(forecast.stages[2].to_pass, 2.0);
+        let refused = slow(&[100]).check(60.0, "production", "http://localhost");
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("4.00 % slower than 500 ms"), "{refused}");
+        assert!(refused.contains("add a stage below 100 %"), "{refused}");
         assert!(seen(0, 0).unwrap_err().to_string().contains("no requests"));
         assert!(
             seen(100, 0)
