@@ -73,7 +73,8 @@ impl Fixture {
             ("rollout.ready_within", "20s".into()),
             ("rollout.max_stage", "60s".into()),
             ("judge.tolerance", 0.02.into()),
-            ("judge.latency_floor", "500ms".into()),
+            // Builds and other tests run beside these: how slow an answer is says nothing here.
+            ("judge.latency_floor", "10s".into()),
         ];
         settings.extend(changes.iter().cloned());
         fixture.rewrite(&settings);
@@ -322,7 +323,15 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 /// Requests to an environment at a steady rate, on a thread of their own.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    thread: std::thread::JoinHandle<BTreeMap<String, u64>>,
+    thread: std::thread::JoinHandle<BTreeMap<Failure, u64>>,
+}
+
+/// How a request failed.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Failure {
+    /// A release's short id; where none answered, why.
+    by: String,
+    answer: String,
 }
 
 impl Load {
@@ -352,10 +361,16 @@ impl Load {
         assert_eq!(self.stop(), BTreeMap::new(), "requests failed");
     }
 
-    /// The failed requests by release; where none answered, why.
+    /// The failed requests by release; where none answered, why. What they were told is printed.
     pub fn stop(self) -> BTreeMap<String, u64> {
         self.stop.store(true, Ordering::SeqCst);
-        self.thread.join().unwrap()
+        let failures = self.thread.join().unwrap();
+        let mut failed = BTreeMap::new();
+        for (failure, number) in failures {
+            println!("{number} requests failed: {failure:?}");
+            *failed.entry(failure.by).or_default() += number;
+        }
+        failed
     }
 }
 
@@ -364,11 +379,11 @@ async fn send(
     client: reqwest::Client,
     rate: u32,
     stop: Arc<AtomicBool>,
-) -> BTreeMap<String, u64> {
+) -> BTreeMap<Failure, u64> {
     let began = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_secs(1) / rate);
     let mut requests = tokio::task::JoinSet::new();
-    let mut failed = BTreeMap::new();
+    let mut failures = BTreeMap::new();
     let mut number = 0;
     while !stop.load(Ordering::SeqCst) && began.elapsed() < LONGEST_LOAD {
         ticks.tick().await;
@@ -383,25 +398,42 @@ async fn send(
         } else {
             client.get(url).query(&[("limit", "2")])
         };
-        requests.spawn(request.timeout(Duration::from_secs(10)).send());
-        while let Some(answer) = requests.try_join_next() {
-            note(&mut failed, answer.unwrap());
+        requests.spawn(failure(request.timeout(Duration::from_secs(10))));
+        while let Some(failure) = requests.try_join_next() {
+            note(&mut failures, failure.unwrap());
         }
     }
-    while let Some(answer) = requests.join_next().await {
-        note(&mut failed, answer.unwrap());
+    while let Some(failure) = requests.join_next().await {
+        note(&mut failures, failure.unwrap());
     }
-    failed
+    failures
 }
 
-fn note(failed: &mut BTreeMap<String, u64>, answer: reqwest::Result<reqwest::Response>) {
-    let release = match answer {
-        Ok(answer) if !answer.status().is_server_error() => return,
-        Ok(answer) => answer.headers().get("x-release").map_or_else(
-            || format!("nobody: {}", answer.status()),
-            |release| release.to_str().unwrap().to_owned(),
-        ),
-        Err(error) => format!("nobody: {error:?}"),
+async fn failure(request: reqwest::RequestBuilder) -> Option<Failure> {
+    let answer = match request.send().await {
+        Ok(answer) => answer,
+        Err(error) => {
+            return Some(Failure {
+                by: format!("nobody: {error:?}"),
+                answer: "none".to_owned(),
+            });
+        }
     };
-    *failed.entry(release).or_default() += 1;
+    let status = answer.status();
+    if !status.is_server_error() {
+        return None;
+    }
+    let by = answer.headers().get("x-release").map_or_else(
+        || format!("nobody: {status}"),
+        |release| release.to_str().unwrap().to_owned(),
+    );
+    let body = answer.text().await.unwrap_or_default();
+    let answer = format!("{status} {body}");
+    Some(Failure { by, answer })
+}
+
+fn note(failures: &mut BTreeMap<Failure, u64>, failure: Option<Failure>) {
+    if let Some(failure) = failure {
+        *failures.entry(failure).or_default() += 1;
+    }
 }

@@ -11,7 +11,6 @@ mod guard;
 mod judge;
 mod killed;
 mod push;
-mod reproducible;
 mod rollouts;
 mod servers;
 mod workflows;

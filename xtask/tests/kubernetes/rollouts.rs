@@ -9,12 +9,6 @@ fn start(release: &str) -> [&str; 4] {
     ["canary", "start", "--release", release]
 }
 
-#[track_caller]
-fn nothing_failed(load: Load) {
-    let failed = load.stop();
-    assert!(failed.is_empty(), "failed by release: {failed:?}");
-}
-
 /// How often each weight was routed.
 fn weights(ended: &Ended) -> Vec<u64> {
     let states = ended
@@ -91,7 +85,7 @@ fn behind_another_gateway() {
     assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
-    nothing_failed(load);
+    load.stop_without_failures();
 
     let load = namespace.load();
     let bad = namespace.release_with("1.2.0", &["read_only = true"]);
@@ -134,7 +128,7 @@ fn a_kept_release_is_gone_back_to_at_once() {
     namespace.run(&retire).expect(0, "passed");
     assert!(!accounts().contains("more"));
     assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
-    nothing_failed(load);
+    load.stop_without_failures();
 }
 
 /// The Service inside the cluster has pods at every moment, and what only one release needs goes and
@@ -170,7 +164,7 @@ fn a_release_may_change_its_labels_and_its_objects() {
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     assert!(is_served() && accounts().contains("more"));
-    nothing_failed(load);
+    load.stop_without_failures();
 }
 
 #[test]
@@ -197,7 +191,7 @@ fn behind_a_plain_service() {
     assert_eq!(weights(&good), [33, 100], "{}", good.said);
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
-    nothing_failed(load);
+    load.stop_without_failures();
 }
 
 /// The command is killed at each of its actions; another machine, which knows of no release and no
@@ -238,5 +232,5 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
         );
     }
     assert_eq!(undisturbed, 5, "the run to compare with had its actions");
-    nothing_failed(load);
+    load.stop_without_failures();
 }

@@ -1,9 +1,15 @@
-//! The same source gives the same image, from whatever directory it is built.
+//! The same source gives the same image, from whatever directory it is built. By itself, as it
+//! builds for minutes: what other tests send meanwhile would wait.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+#[expect(dead_code, reason = "most of it is for rollouts")]
+#[path = "../commands/fixture.rs"]
+mod fixture;
 
 use std::path::Path;
 use std::process::Command;
 
-use crate::fixture::{Fixture, root};
+use fixture::{Fixture, root};
 
 /// Builds the workspace once more from a copy in another directory, into another target directory
 /// (which is kept, so that only the service itself is compiled again next time).
