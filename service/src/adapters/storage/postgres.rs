@@ -1,6 +1,7 @@
 //! The adapter for PostgreSQL.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -20,6 +21,9 @@ use crate::domain::orders::{Order, OrderId, Total};
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
+
+/// A connection that nobody has used for longer is asked whether it is alive before it is used.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
@@ -60,6 +64,16 @@ impl Postgres {
         let pool = PgPoolOptions::new()
             .max_connections(config.max_connections.get())
             .acquire_timeout(config.acquire_timeout.0)
+            // A busy pool's connections show by themselves whether they are alive: `retried`.
+            .test_before_acquire(false)
+            .before_acquire(|connection, seen| {
+                Box::pin(async move {
+                    if seen.idle_for > TRUSTED_FOR {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
             .connect_with(options)
             .await
             .with_context(|| format!("connecting to {}", config.url))?;
@@ -76,7 +90,7 @@ impl Postgres {
 
 impl Postgres {
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Postgres>, StorageError> {
-        Ok(self.pool.begin().await?)
+        Ok(rows::retried(|| self.pool.begin()).await?)
     }
 
     async fn insert(
@@ -117,10 +131,12 @@ impl Postgres {
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
         let totals = rows::totals_of("SELECT unnest($1)");
-        Ok(sqlx::query_as(&totals)
-            .bind(customers)
-            .fetch_all(&self.pool)
-            .await?)
+        let totals = || {
+            sqlx::query_as(&totals)
+                .bind(customers)
+                .fetch_all(&self.pool)
+        };
+        Ok(rows::retried(totals).await?)
     }
 
     async fn remove(&self, events: &[i64]) -> Result<(), StorageError> {

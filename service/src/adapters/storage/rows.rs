@@ -7,6 +7,38 @@ use uuid::Uuid;
 use super::StorageError;
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 
+/// Dead connections that are stepped over: more than a pool usually has.
+const MOST_DEAD: usize = 32;
+
+/// Tries once more what changes nothing, and each time that the connection it got turns out to be dead,
+/// as those are that the pool kept while the database was away.
+pub(super) async fn retried<T, F>(attempt: impl Fn() -> F) -> sqlx::Result<T>
+where
+    F: Future<Output = sqlx::Result<T>>,
+{
+    for _ in 0..MOST_DEAD {
+        match attempt().await {
+            Err(error) if is_dead(&error) => {
+                metrics::counter!("database_dead_connections_total").increment(1);
+            }
+            done => return done,
+        }
+    }
+    attempt().await
+}
+
+/// Whether an error says that the connection is no more, and nothing else: it is not a new one that
+/// could not be made, for which the pool has waited already.
+fn is_dead(error: &sqlx::Error) -> bool {
+    /// The server has ended it: on command, or with itself (PostgreSQL's appendix A).
+    const ENDED: [&str; 2] = ["57P01", "57P02"];
+    match error {
+        sqlx::Error::Io(_) => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| ENDED.contains(&&*code)),
+        _ => false,
+    }
+}
+
 /// One line of an order, with what all lines of the order share.
 #[derive(sqlx::FromRow)]
 pub(super) struct Line {

@@ -44,11 +44,13 @@ macro_rules! storage_in_sql {
             }
 
             async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
-                let lines = sqlx::query_as(&rows::select("WHERE id = $1"))
-                    .bind(id.as_uuid())
-                    .fetch_all(&self.pool)
-                    .await?;
-                Ok(rows::orders(lines)?.pop())
+                let select = rows::select("WHERE id = $1");
+                let lines = || {
+                    sqlx::query_as(&select)
+                        .bind(id.as_uuid())
+                        .fetch_all(&self.pool)
+                };
+                Ok(rows::orders(rows::retried(lines).await?)?.pop())
             }
 
             async fn list(
@@ -61,12 +63,15 @@ macro_rules! storage_in_sql {
                 } else {
                     rows::NEWEST
                 });
-                let query = sqlx::query_as(&select).bind(i64::from(limit));
-                let query = match after {
-                    Some(after) => query.bind(after.as_uuid()),
-                    None => query,
+                let lines = || {
+                    let query = sqlx::query_as(&select).bind(i64::from(limit));
+                    let query = match after {
+                        Some(after) => query.bind(after.as_uuid()),
+                        None => query,
+                    };
+                    query.fetch_all(&self.pool)
                 };
-                rows::orders(query.fetch_all(&self.pool).await?)
+                rows::orders(rows::retried(lines).await?)
             }
 
             async fn cancel(
@@ -96,8 +101,12 @@ macro_rules! storage_in_sql {
             }
 
             async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
-                let totals = sqlx::query_as(rows::TOTALS).bind(customer);
-                Ok(totals.fetch_all(&self.pool).await?)
+                let totals = || {
+                    sqlx::query_as(rows::TOTALS)
+                        .bind(customer)
+                        .fetch_all(&self.pool)
+                };
+                Ok(rows::retried(totals).await?)
             }
 
             async fn totals_of(
@@ -175,7 +184,7 @@ macro_rules! storage_in_sql {
             }
 
             async fn audit(&self, limit: u32) -> Result<usize, StorageError> {
-                let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1);
+                let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1i64);
                 let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
                 if first.is_none() {
                     return Ok(0);
