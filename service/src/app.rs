@@ -1,7 +1,6 @@
 //! Everything the service is made of, and its use cases: what every interface calls.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
@@ -19,6 +18,7 @@ use crate::config::{self, Config, Database};
 use crate::consumers;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
+use crate::drain::Drain;
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
 use crate::sessions::Sessions;
@@ -53,7 +53,7 @@ pub struct App {
     pub name: String,
     /// Says that there is something to tell.
     pub untold: Notify,
-    draining: AtomicBool,
+    pub drain: Drain,
 }
 
 /// Why a use case gave no result. Interfaces map each variant by one table (`api::fault`).
@@ -129,7 +129,7 @@ impl App {
             config,
             metrics,
             storage,
-            draining: AtomicBool::new(false),
+            drain: Drain::default(),
         }))
     }
 
@@ -295,7 +295,7 @@ impl App {
 
     /// The state of each part that the service cannot work without.
     pub async fn readiness(&self) -> Vec<PartStatus> {
-        let draining = self.draining.load(Ordering::SeqCst);
+        let draining = self.drain.has_begun();
         let late = || Some("no answer within 1 s".to_owned());
         let (storage, callers) = tokio::join!(
             tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()),
@@ -337,11 +337,6 @@ impl App {
             config_hash: self.config.hash(),
             schema_version: self.storage.schema_version().await.ok(),
         }
-    }
-
-    /// From now on the service says that it is not ready.
-    pub fn drain(&self) {
-        self.draining.store(true, Ordering::SeqCst);
     }
 
     pub async fn close(&self) {

@@ -35,6 +35,12 @@ pub enum Command {
         #[arg(long, default_value_t = 3600)]
         seconds: u64,
     },
+    /// Print a token of the OpenID provider auth.issuer, for whoever logs in with a browser, and end.
+    Login {
+        /// For a program instead, by auth.client_secret.
+        #[arg(long)]
+        program: bool,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use figment::Figment;
 use figment::providers::{Env, Format, Toml};
 use ipnet::IpNet;
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Deserializer, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -25,6 +26,7 @@ const CONFIG_DIR: &str = "config/service";
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub server: Server,
+    pub tls: Option<Tls>,
     pub rate_limit: RateLimit,
     pub auth: Auth,
     pub logging: Logging,
@@ -47,7 +49,10 @@ pub struct Server {
     pub request_timeout: Timeout,
     /// Bytes.
     pub body_limit: NonZeroUsize,
+    /// From the signal to end until the process has ended.
     pub drain_timeout: Timeout,
+    /// For how long no request must have come until it is believed that none will.
+    pub linger: Option<Timeout>,
     pub max_in_flight: NonZeroUsize,
     /// WebSockets and streams at a time.
     pub max_sessions: NonZeroUsize,
@@ -59,6 +64,17 @@ pub struct Server {
     pub trusted_proxies: Vec<IpNet>,
     /// Whose pages may call, from browsers: `https://shop.example`.
     pub allowed_origins: Vec<Origin>,
+}
+
+/// TLS on the public port. Files are PEM, and are read anew when they change.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// The server's own first, then those in between.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Then clients must show a certificate that one of these has signed.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// A scheme, host and perhaps port (RFC 6454), as browsers send it.
@@ -81,7 +97,7 @@ pub struct Auth {
     pub mode: AuthMode,
     pub issuer: String,
     pub audience: String,
-    /// Where the issuer's keys are, for [`AuthMode::Jwks`].
+    /// Where the issuer's keys are, for [`AuthMode::Jwks`]; else the issuer says so.
     pub jwks_url: Option<String>,
     /// How often the keys are fetched anew.
     pub refresh: Timeout,
@@ -89,6 +105,11 @@ pub struct Auth {
     pub leeway: Timeout,
     /// The claim that has the roles: a list, or words.
     pub roles_claim: String,
+    /// As whom `service login` asks the issuer for tokens.
+    pub client_id: Option<String>,
+    pub client_secret: Option<Secret>,
+    /// What for, in words.
+    pub scope: String,
     /// For [`AuthMode::Development`]; made where there is none.
     pub development_key: PathBuf,
     /// What each role may do.
@@ -102,7 +123,7 @@ pub enum AuthMode {
     Off,
     /// Tokens of `service token`.
     Development,
-    /// Tokens that a key of `jwks_url` has signed.
+    /// Tokens of an OpenID provider, the issuer.
     Jwks,
 }
 
@@ -231,6 +252,29 @@ pub struct Kafka {
     pub replicas: NonZeroU16,
 }
 
+/// What nobody may see: neither logs, errors nor dumps show it.
+#[derive(Clone, Deserialize)]
+pub struct Secret(SecretString);
+
+impl Secret {
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// Only whether there is one: two configurations that differ in it have the same hash.
+impl Serialize for Secret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str("(secret)")
+    }
+}
+
 /// A broker's or a cache's address. It may hold a password, which is never shown.
 #[derive(Clone, Deserialize)]
 pub struct ServerUrl(pub String);
@@ -341,7 +385,9 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
         Some(metadata) => describe(metadata, &key),
         None => source(figment, &key),
     };
-    let value = figment.find_value(&key).ok().and_then(|value| {
+    let is_secret = key.ends_with("secret");
+    let value = figment.find_value(&key).ok().filter(|_| !is_secret);
+    let value = value.and_then(|value| {
         serde_json::to_string(&value)
             .ok()
             .map(|value| format!(" = {}", without_password(&value)))

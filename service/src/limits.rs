@@ -29,6 +29,10 @@ static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 /// Paths that whoever watches the service must always reach.
 const EXEMPT: &str = "/health/";
 
+pub fn is_exempt(request: &Request) -> bool {
+    request.uri().path().starts_with(EXEMPT)
+}
+
 type Buckets =
     RateLimiter<Client, DashMapStateStore<Client>, DefaultClock, StateInformationMiddleware>;
 
@@ -145,7 +149,7 @@ fn parsed(text: &str) -> Option<IpAddr> {
 /// process has its hands full.
 pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let limits = &app.limits;
-    if request.uri().path().starts_with(EXEMPT) {
+    if is_exempt(&request) {
         return next.run(request).await;
     }
     let caller = request.extensions().get::<Caller>();

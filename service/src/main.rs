@@ -3,11 +3,13 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use service::app::App;
 use service::audit::Verdict;
-use service::auth::development;
+use service::auth::{development, login};
 use service::cli::{Audit, Cli, Command};
 use service::config::{self, AuthMode, Config};
+use service::tls::Certificates;
 use service::{server, telemetry};
 
 /// Exit code for a configuration that cannot be used (`EX_CONFIG` of sysexits.h).
@@ -31,6 +33,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// Each connection is an open file, and systems allow programs that do not ask for more some thousand.
+fn allow_many_connections() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 fn run(command: Command, config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -40,8 +54,9 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             let metrics = telemetry::metrics()?;
             runtime.block_on(async {
                 let spans = telemetry::start(&config)?;
+                allow_many_connections();
                 let app = App::open(config, metrics).await?;
-                let sockets = server::Sockets::bind(&app.config.server)?;
+                let sockets = server::Sockets::bind(&app.config)?;
                 let served = server::serve(app, sockets, server::terminated()).await;
                 // It waits for its own thread, which waits for this runtime.
                 let sent = tokio::task::spawn_blocking(move || spans.shutdown()).await?;
@@ -85,6 +100,17 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             std::io::stdout().write_all(format!("{token}\n").as_bytes())?;
             Ok(())
         }
+        Command::Login { program } => {
+            let open = |url: &str| telemetry::tell(&format!("open this in a browser: {url}"));
+            let token = runtime.block_on(async {
+                match program {
+                    true => login::program(&config.auth).await,
+                    false => login::person(&config.auth, open).await,
+                }
+            })?;
+            std::io::stdout().write_all(format!("{token}\n").as_bytes())?;
+            Ok(())
+        }
         Command::Audit(Audit::Verify { anchor }) => {
             match runtime.block_on(App::verify_audit(config, anchor.as_deref()))? {
                 Verdict::Whole { entries, last } => {
@@ -98,6 +124,7 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             }
         }
         Command::CheckConfig => {
+            config.tls.as_ref().map(Certificates::open).transpose()?;
             telemetry::tell(&format!("the configuration is good: {}", config.hash()));
             Ok(())
         }

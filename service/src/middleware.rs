@@ -1,5 +1,5 @@
-//! Every layer around every request, outermost first: request id, log, metrics and trace, what
-//! browsers are told, gRPC's own words for what the others refuse, panics, who calls, limits of clients
+//! Every layer around every request, outermost first: request id, log, metrics and trace, the
+//! end of the process, what browsers are told, gRPC's own words for what the others refuse, panics, who calls, limits of clients
 //! and of the process, time-out, body limit.
 
 use std::any::Any;
@@ -23,10 +23,12 @@ use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
 use crate::config::Origin;
-use crate::{auth, limits, traces};
+use crate::{auth, drain, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
+/// For two years (RFC 6797).
+const TLS_ONLY: HeaderValue = HeaderValue::from_static("max-age=63072000");
 /// How long browsers may remember what they may send.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
@@ -35,7 +37,8 @@ pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
     routes.layer(
         ServiceBuilder::new()
             .layer(from_fn(observe))
-            .layer(from_fn(protect))
+            .layer(from_fn_with_state(Arc::clone(app), drain::turn_away))
+            .layer(from_fn_with_state(app.config.tls.is_some(), protect))
             .layer(cors(&config.allowed_origins))
             .layer(from_fn(grpc::translate))
             .layer(CatchPanicLayer::custom(panicked))
@@ -102,7 +105,7 @@ async fn observe(request: Request, next: Next) -> Response {
 
 /// What browsers must not do with answers (OWASP's list of secure headers). The pages of the API's
 /// description bring scripts and styles of their own.
-async fn protect(request: Request, next: Next) -> Response {
+async fn protect(State(has_tls): State<bool>, request: Request, next: Next) -> Response {
     let is_page = request.uri().path().starts_with("/docs");
     let mut response = next.run(request).await;
     let policy = match is_page {
@@ -120,6 +123,9 @@ async fn protect(request: Request, next: Next) -> Response {
         (header::REFERRER_POLICY, "no-referrer"),
     ] {
         headers.insert(name, HeaderValue::from_static(value));
+    }
+    if has_tls {
+        headers.insert(header::STRICT_TRANSPORT_SECURITY, TLS_ONLY);
     }
     // Orders are somebody's; the pages' files are everybody's.
     if !is_page {

@@ -5,19 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use axum::serve::{Listener, ListenerExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::app::App;
-use crate::config::Server;
+use crate::config::Config;
 use crate::consumers::{self, CONSUMERS};
+use crate::tls::{self, Certificates};
 use crate::{audit, feed, relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 
-/// The listening sockets of the service and of its operators.
+/// The listening sockets of the service and of its operators, and what clients know the service by.
 pub struct Sockets {
+    certificates: Option<Certificates>,
     public: TcpListener,
     admin: TcpListener,
 }
@@ -25,7 +28,9 @@ pub struct Sockets {
 impl Sockets {
     /// Takes the sockets that a supervisor passed (`LISTEN_FDS`, as systemd does: first the
     /// service's, then the operators'), or else binds those the configuration names.
-    pub fn bind(config: &Server) -> anyhow::Result<Self> {
+    pub fn bind(config: &Config) -> anyhow::Result<Self> {
+        let certificates = config.tls.as_ref().map(Certificates::open).transpose()?;
+        let config = &config.server;
         let mut passed = listenfd::ListenFd::from_env();
         let mut socket = |index, address: SocketAddr, key: &str| match passed
             .take_tcp_listener(index)
@@ -36,6 +41,7 @@ impl Sockets {
                 .with_context(|| format!("listening on server.{key} = {address}; is it in use?")),
         };
         Ok(Self {
+            certificates,
             public: socket(0, config.listen, "listen")?,
             admin: socket(1, config.admin_listen, "admin_listen")?,
         })
@@ -47,8 +53,9 @@ impl Sockets {
     }
 }
 
-/// Serves until `stop` resolves, then takes no more requests, finishes those in flight and
-/// returns; after `drain_timeout` it returns with an error that says so.
+/// Serves until `stop` resolves and, with `linger`, until its clients have noticed; then takes no more
+/// requests, finishes those in flight and returns. After `drain_timeout` it returns with an error that
+/// says so.
 pub async fn serve(
     app: Arc<App>,
     sockets: Sockets,
@@ -56,24 +63,20 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let (public, admin) = sockets.addresses()?;
     let (stopping, stopped) = watch::channel(false);
+    let certificates = sockets.certificates.map(Arc::new);
     let mut servers = tokio::task::JoinSet::new();
-    for (listener, routes) in [
-        (sockets.public, router::public(&app)?),
-        (sockets.admin, router::admin(&app)),
-    ] {
-        listener.set_nonblocking(true)?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        let mut stopped = stopped.clone();
-        servers.spawn(async move {
-            let routes = routes.into_make_service_with_connect_info::<SocketAddr>();
-            axum::serve(listener, routes)
-                .with_graceful_shutdown(async move {
-                    // An error means that the sender is gone, which also ends the service.
-                    let _ = stopped.wait_for(|stopping| *stopping).await;
-                })
-                .await
-        });
+    let (listener, routes) = (listener(sockets.public)?, router::public(&app)?);
+    match &certificates {
+        Some(certificates) => {
+            let listener = tls::Listener::new(listener, Arc::clone(certificates))?;
+            servers.spawn(listen(listener, routes, stopped.clone()));
+        }
+        None => {
+            servers.spawn(listen(listener, routes, stopped.clone()));
+        }
     }
+    let (listener, routes) = (self::listener(sockets.admin)?, router::admin(&app));
+    servers.spawn(listen(listener, routes, stopped));
     // Requests in flight may still have something to tell, so these end last. They may be cut off
     // anywhere: what they were at is done again.
     let mut workers = tokio::task::JoinSet::new();
@@ -95,19 +98,33 @@ pub async fn serve(
             interval.tick().await;
             kept.metrics.run_upkeep();
             kept.limits.forget_quiet_clients();
+            if let Some(certificates) = &certificates {
+                certificates.renew();
+            }
         }
     });
     tracing::info!(%public, %admin, config_hash = app.config.hash(), "serving");
 
     stop.await?;
-    app.drain();
-    tracing::info!(deadline = ?app.config.server.drain_timeout.0, "draining");
-    stopping.send_replace(true);
+    app.drain.begin();
+    let deadline = app.config.server.drain_timeout.0;
+    tracing::info!(?deadline, "draining");
     let drained = async {
+        if let Some(linger) = app.config.server.linger {
+            // Whoever never notices must leave some time to those whose requests are in flight.
+            let longest = deadline / 2;
+            if tokio::time::timeout(longest, app.drain.quiet(linger.0))
+                .await
+                .is_err()
+            {
+                tracing::warn!(after = ?longest, "requests still come, and will be lost");
+            }
+        }
+        stopping.send_replace(true);
         app.sessions.end().await;
         while servers.join_next().await.is_some() {}
     };
-    let drained = tokio::time::timeout(app.config.server.drain_timeout.0, drained).await;
+    let drained = tokio::time::timeout(deadline, drained).await;
     workers.shutdown().await;
     if !app.config.database.read_only {
         relay::give_up(&app).await;
@@ -118,6 +135,31 @@ pub async fn serve(
     drained.context("requests were still running at server.drain_timeout")?;
     tracing::info!("stopped");
     Ok(())
+}
+
+fn listener(socket: TcpListener) -> anyhow::Result<tokio::net::TcpListener> {
+    socket.set_nonblocking(true)?;
+    Ok(tokio::net::TcpListener::from_std(socket)?)
+}
+
+/// Answers until `stopped` says so.
+async fn listen<L>(
+    listener: L,
+    routes: axum::Router,
+    mut stopped: watch::Receiver<bool>,
+) -> std::io::Result<()>
+where
+    L: Listener<Addr = SocketAddr>,
+{
+    // Whatever it listens with, axum then knows where clients are.
+    let listener = listener.tap_io(|_| {});
+    let routes = routes.into_make_service_with_connect_info::<SocketAddr>();
+    axum::serve(listener, routes)
+        .with_graceful_shutdown(async move {
+            // An error means that the sender is gone, which also ends the service.
+            let _ = stopped.wait_for(|stopping| *stopping).await;
+        })
+        .await
 }
 
 /// Forgets, now and then, what was kept for those who repeat themselves.

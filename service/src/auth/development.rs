@@ -36,15 +36,19 @@ pub fn key(path: &Path) -> anyhow::Result<EncodingKey> {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
+        // Whole or not at all: another process may be about to read it.
+        let written = path.with_extension(std::process::id().to_string());
         let mut options = OpenOptions::new();
-        let file = options.write(true).create_new(true).mode(0o600).open(path);
-        match file {
-            Ok(mut file) => file
-                .write_all(new.as_ref())
-                .with_context(|| format!("writing {shown}"))?,
+        let file = options.write(true).create(true).truncate(true).mode(0o600);
+        let linked = file
+            .open(&written)
+            .and_then(|mut file| file.write_all(new.as_ref()))
+            .and_then(|()| std::fs::hard_link(&written, path));
+        let _ = std::fs::remove_file(&written);
+        match linked {
             // Another process was quicker.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error).with_context(|| format!("creating {shown}")),
+            linked => linked.with_context(|| format!("writing {shown}"))?,
         }
     }
     let der = std::fs::read(path).with_context(|| format!("reading {shown}"))?;

@@ -11,11 +11,10 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 use tokio::sync::Mutex;
 
 use super::Distrust;
+use super::provider::{self, Provider};
 
-const TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever invents names of keys must not make us fetch more often.
 const AT_MOST_EVERY: Duration = Duration::from_secs(5);
-const MAX_SET: usize = 1 << 20;
 
 type Known = HashMap<String, Vec<(Jwk, DecodingKey)>>;
 
@@ -27,8 +26,15 @@ struct Inner {
     source: Option<Source>,
 }
 
+/// Where keys are.
+pub enum Place {
+    Url(String),
+    /// Where this issuer says.
+    Provider(String),
+}
+
 struct Source {
-    url: String,
+    place: Place,
     refresh: Duration,
     http: reqwest::Client,
     /// When it was asked last, whatever came of it, and what went wrong.
@@ -50,16 +56,12 @@ impl Keys {
         })))
     }
 
-    pub fn fetched(url: String, refresh: Duration) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder()
-            .timeout(TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .context("making a client for auth.jwks_url")?;
+    pub fn fetched(place: Place, refresh: Duration) -> anyhow::Result<Self> {
+        let http = provider::client()?;
         Ok(Self(Arc::new(Inner {
             known: RwLock::default(),
             source: Some(Source {
-                url,
+                place,
                 refresh,
                 http,
                 last: Mutex::default(),
@@ -148,24 +150,12 @@ impl Keys {
 }
 
 async fn fetch(source: &Source) -> anyhow::Result<Known> {
-    let url = &source.url;
-    let response = source.http.get(url).send().await;
-    let mut response = response
-        .and_then(reqwest::Response::error_for_status)
-        .with_context(|| format!("asking {url}"))?;
-    let mut body = Vec::new();
-    while let Some(chunk) = response
-        .chunk()
-        .await
-        .with_context(|| format!("reading {url}"))?
-    {
-        body.extend_from_slice(&chunk);
-        ensure!(
-            body.len() <= MAX_SET,
-            "{url} answers with more than {MAX_SET} bytes"
-        );
-    }
-    let set = serde_json::from_slice(&body).with_context(|| format!("{url} has no key set"))?;
+    let http = &source.http;
+    let url = match &source.place {
+        Place::Url(url) => url.clone(),
+        Place::Provider(issuer) => Provider::discover(http, issuer).await?.jwks_uri,
+    };
+    let set = provider::ask(http, &url).await?;
     usable(set).with_context(|| format!("in the key set of {url}"))
 }
 

@@ -3,12 +3,13 @@
 
 pub mod development;
 mod keys;
+pub mod login;
+mod provider;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
@@ -23,7 +24,7 @@ use crate::api::problem::Problem;
 use crate::app::{App, Error};
 use crate::config::{self, AuthMode};
 use crate::limits::Client;
-use keys::Keys;
+use keys::{Keys, Place};
 
 /// Signatures that are accepted. `none`, and secrets that both sides know, are not among them.
 const ALGORITHMS: [Algorithm; 3] = [Algorithm::EdDSA, Algorithm::ES256, Algorithm::RS256];
@@ -157,9 +158,11 @@ impl Auth {
                 Some(Keys::fixed(development::set(&key)?)?)
             }
             AuthMode::Jwks => {
-                let url = config.jwks_url.clone();
-                let url = url.context("auth.mode = \"jwks\" needs auth.jwks_url")?;
-                Some(Keys::fetched(url, config.refresh.0)?)
+                let place = match &config.jwks_url {
+                    Some(url) => Place::Url(url.clone()),
+                    None => Place::Provider(config.issuer.clone()),
+                };
+                Some(Keys::fetched(place, config.refresh.0)?)
             }
         };
         Ok(Self {

@@ -26,7 +26,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::test_app::{TestApp, config_dir, free_port, order};
+use crate::test_app::{TestApp, config_dir, eventually, free_port, order};
 
 const ISSUER: &str = "https://issuer.example";
 
@@ -670,25 +670,23 @@ async fn keys_change_and_the_provider_may_be_away() {
     assert!(reason.contains("502"), "{reason}");
 
     provider.publish(&[&first]);
-    eventually(async || list(&app, &first.token(&good)).await.0 == 200).await;
+    eventually("the first key", async || {
+        list(&app, &first.token(&good)).await.0 == 200
+    })
+    .await;
     assert_eq!(app.get("/health/ready").await.0, 200);
     provider.go_down();
     let later = with(good.clone(), "sub", json!("bob"));
     assert_eq!(list(&app, &first.token(&later)).await.0, 200);
 
     provider.publish(&[&second]);
-    eventually(async || list(&app, &second.token(&good)).await.0 == 200).await;
+    eventually("the second key", async || {
+        list(&app, &second.token(&good)).await.0 == 200
+    })
+    .await;
     // What was signed with the first and is not remembered is not believed any more.
     let late = with(good, "sub", json!("eve"));
     assert_eq!(list(&app, &first.token(&late)).await.0, 401);
-}
-
-async fn eventually(mut is_so: impl AsyncFnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so().await {
-        assert!(began.elapsed() < Duration::from_secs(30), "it never was");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// `service token` signs what `service serve` believes; in production neither works.
@@ -742,7 +740,7 @@ async fn development_has_tokens_of_its_own() {
         .unwrap();
     let address = format!("http://127.0.0.1:{port}/v1/orders");
     let client = reqwest::Client::new();
-    eventually(async || {
+    eventually("it serves", async || {
         let answer = client.get(&address).bearer_auth(token.trim()).send().await;
         answer.is_ok_and(|answer| answer.status() == 200)
     })

@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -11,16 +11,7 @@ use service::config::Timeout;
 
 use crate::broker::{Broker, Wire};
 use crate::database::Database;
-use crate::test_app::{TestApp, config_dir, free_port, order};
-
-/// Waits until `condition` holds.
-async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !condition().await {
-        assert!(Instant::now() < deadline, "{what} did not come about");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
+use crate::test_app::{TestApp, config_dir, eventually, free_port, order};
 
 async fn totals(app: &TestApp, customer: &str) -> Value {
     let (status, totals) = app.get(&format!("/v1/customers/{customer}/totals")).await;

@@ -7,7 +7,7 @@ use service::config::Timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::test_app::{TestApp, order};
+use crate::test_app::{TestApp, eventually, order};
 
 #[tokio::test]
 async fn health_info_and_metrics_tell_what_runs() {
@@ -109,6 +109,51 @@ async fn a_request_in_flight_survives_shutdown() {
     let mut answer = String::new();
     socket.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    app.stopped().await.unwrap();
+}
+
+/// Proxies send requests for a while after a process was told to end. They are answered, each on a
+/// connection that closes, until they stop.
+#[tokio::test]
+async fn requests_that_come_late_are_answered() {
+    let mut app = TestApp::start_with(|config| {
+        config.server.linger = Some(Timeout(Duration::from_secs(2)));
+    })
+    .await;
+    let url = format!("http://{}/v1/orders", app.public);
+    let client = reqwest::Client::new();
+    let open = client.get(&url).send().await.unwrap();
+    assert!(!open.headers().contains_key("connection"));
+    open.bytes().await.unwrap();
+    app.begin_stop();
+    eventually("it says that it is going", async || {
+        app.admin_text("/health/ready")
+            .await
+            .contains("shutting down")
+    })
+    .await;
+    for _ in 0..20 {
+        let late = client.get(&url).send().await.unwrap();
+        assert_eq!(late.status(), 200);
+        assert_eq!(late.headers()["connection"], "close");
+        late.bytes().await.unwrap();
+    }
+    app.stopped().await.unwrap();
+    assert!(client.get(&url).send().await.unwrap_err().is_connect());
+}
+
+/// Whoever never notices does not keep the process alive.
+#[tokio::test]
+async fn requests_that_do_not_stop_are_not_waited_for() {
+    let mut app = TestApp::start_with(|config| {
+        config.server.linger = Some(Timeout(Duration::from_millis(400)));
+        config.server.drain_timeout = Timeout(Duration::from_secs(2));
+    })
+    .await;
+    let url = format!("http://{}/v1/orders", app.public);
+    let client = reqwest::Client::new();
+    app.begin_stop();
+    while client.get(&url).send().await.is_ok() {}
     app.stopped().await.unwrap();
 }
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use reqwest::Method;
@@ -63,7 +64,7 @@ impl TestApp {
         database.use_in(&mut config);
         change(&mut config);
         let app = App::open(config, metrics()).await.unwrap();
-        let sockets = Sockets::bind(&app.config.server).unwrap();
+        let sockets = Sockets::bind(&app.config).unwrap();
         let (public, admin) = sockets.addresses().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let server = tokio::spawn(server::serve(Arc::clone(&app), sockets, async {
@@ -138,6 +139,15 @@ impl TestApp {
 
     pub async fn stopped(self) -> anyhow::Result<()> {
         self.server.await.unwrap()
+    }
+}
+
+/// Waits until `condition` holds.
+pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "{what} did not come about");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

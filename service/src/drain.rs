@@ -1,0 +1,94 @@
+//! The end of a process, as its clients see it.
+//!
+//! A proxy learns only a while after that a process is going, and sends it requests until then. So a
+//! process that was told to end still takes requests until none has come for `server.linger`: that
+//! they stop is the sign that everybody knows. Its answers close their connections meanwhile
+//! (RFC 9112, section 9.6), so that clients open the next one elsewhere.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, Version, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::app::App;
+use crate::limits;
+
+pub struct Drain {
+    began: AtomicBool,
+    /// When the last request came since.
+    last: watch::Sender<Instant>,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self {
+            began: AtomicBool::new(false),
+            last: watch::Sender::new(Instant::now()),
+        }
+    }
+}
+
+impl Drain {
+    /// From now on the process says that it is going.
+    pub fn begin(&self) {
+        self.last.send_replace(Instant::now());
+        self.began.store(true, Ordering::SeqCst);
+    }
+
+    pub fn has_begun(&self) -> bool {
+        self.began.load(Ordering::SeqCst)
+    }
+
+    /// Returns once no request has come for `time`.
+    pub async fn quiet(&self, time: Duration) {
+        loop {
+            let last = *self.last.borrow();
+            tokio::time::sleep_until(last + time).await;
+            if *self.last.borrow() == last {
+                return;
+            }
+        }
+    }
+}
+
+/// Notes that somebody still sends requests, and tells them to go elsewhere.
+pub async fn turn_away(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    if !app.drain.has_begun() || limits::is_exempt(&request) {
+        return next.run(request).await;
+    }
+    app.drain.last.send_replace(Instant::now());
+    // Later versions have no such header, and a WebSocket needs this one for itself.
+    let has_header = request.version() <= Version::HTTP_11;
+    let mut response = next.run(request).await;
+    if has_header && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_quiet_when_requests_have_stopped() {
+        let drain = Drain::default();
+        drain.begin();
+        let began = Instant::now();
+        let requests = async {
+            for _ in 0..5 {
+                tokio::time::sleep(Duration::from_millis(900)).await;
+                drain.last.send_replace(Instant::now());
+            }
+        };
+        tokio::join!(drain.quiet(Duration::from_secs(1)), requests);
+        assert_eq!(began.elapsed(), Duration::from_millis(5 * 900 + 1000));
+    }
+}
