@@ -7,10 +7,11 @@ use futures_util::{Stream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::cache;
+use crate::adapters::lock::{self, Lock};
 use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
 use crate::audit::{self, Verdict};
 use crate::auth::{Auth, Caller, Operation};
@@ -48,11 +49,12 @@ pub struct App {
     pub sessions: Sessions,
     cache: cache::Orders,
     storage: Arc<dyn Storage>,
+    lock: Arc<dyn Lock>,
     bus: Arc<dyn Bus>,
     /// This process' own.
     pub name: String,
-    /// Says that there is something to tell.
-    pub untold: Notify,
+    /// Changes when there is something to tell.
+    pub untold: watch::Sender<()>,
     pub drain: Drain,
 }
 
@@ -119,7 +121,8 @@ impl App {
             bus: bus::open(&config),
             cache: cache::Orders::open(&config)?,
             name: uuid::Uuid::now_v7().to_string(),
-            untold: Notify::new(),
+            lock: lock::open(&config, &storage)?,
+            untold: watch::Sender::new(()),
             limits: Limits::new(&config),
             feed: Feed::new(config.events.feed.get()),
             sessions: Sessions::new(
@@ -182,6 +185,10 @@ impl App {
         &*self.storage
     }
 
+    pub fn lock(&self) -> &dyn Lock {
+        &*self.lock
+    }
+
     pub fn bus(&self) -> &dyn Bus {
         &*self.bus
     }
@@ -206,7 +213,7 @@ impl App {
         match self.storage.place(&order, &event, once.as_ref()).await? {
             Placed::New => {
                 metrics::counter!("orders_created_total").increment(1);
-                self.untold.notify_one();
+                self.untold.send_replace(());
                 let repeated = false;
                 Ok(Created { order, repeated })
             }
@@ -282,7 +289,7 @@ impl App {
         caller.check(Operation::CancelOrder)?;
         let now = jiff::Timestamp::now();
         let order = self.storage.cancel(id, now, cause(caller)).await?;
-        self.untold.notify_one();
+        self.untold.send_replace(());
         let order = order.ok_or(Error::NotFound(id))?;
         self.cache.put(&order).await;
         Ok(order)

@@ -3,19 +3,16 @@
 //! or inserts an entry has to change all after it, and the last hash, which is kept elsewhere, tells.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use crate::adapters::storage::{Storage, StorageError};
 use crate::app::App;
+use crate::duty;
 use crate::hex::hex;
-use crate::pause::Pause;
 
-/// Who chains, of all processes on one database, has this lease.
-const AUDIT: &str = "audit";
-/// The first pause after a failure.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The lock's name.
+pub const AUDIT: &str = "audit";
 /// How many entries are looked at at a time.
 const BATCH: u32 = 1000;
 
@@ -49,40 +46,10 @@ pub fn hash(before: &[u8], seq: i64, event: &str) -> Vec<u8> {
 
 /// Chains what was done, until it is cancelled, which it may be at any point.
 pub async fn run(app: Arc<App>) {
-    let config = &app.config.events;
-    let seconds = i64::try_from(config.lease.0.as_secs()).unwrap_or(i64::MAX);
-    let mut pause = Pause::new(PAUSE);
-    loop {
-        let step = async {
-            match app
-                .storage()
-                .lease(AUDIT, &app.name, seconds.max(1))
-                .await?
-            {
-                true => app.storage().audit(BATCH).await,
-                false => Ok(0),
-            }
-        };
-        match step.await {
-            Ok(0) => {
-                pause.reset();
-                tokio::time::sleep(config.poll.0).await;
-            }
-            Ok(_) => pause.reset(),
-            Err(error) => {
-                tracing::warn!(%error, "the audit log could not be written");
-                metrics::counter!("audit_failures_total").increment(1);
-                pause.wait().await;
-            }
-        }
-    }
-}
-
-/// Lets another process do it from now on.
-pub async fn give_up(app: &App) {
-    if let Err(error) = app.storage().give_up(AUDIT, &app.name).await {
-        tracing::warn!(%error, "another process writes the audit log only when the lease has ended");
-    }
+    duty::run(app, AUDIT, |app, fence| async move {
+        Ok(app.storage().audit(BATCH, fence).await?)
+    })
+    .await;
 }
 
 /// Follows the chain from its beginning. `anchor` is a hash that an earlier look has found to be the

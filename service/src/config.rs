@@ -34,6 +34,7 @@ pub struct Config {
     pub database: Database,
     pub cache: Cache,
     pub redis: Redis,
+    pub lock: Lock,
     pub graphql: GraphQl,
     pub events: Events,
     pub rabbitmq: RabbitMq,
@@ -196,6 +197,21 @@ pub struct Redis {
     pub url: ServerUrl,
     /// How all keys begin.
     pub prefix: String,
+}
+
+/// Who does what only one process does at a time.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lock {
+    pub kind: LockKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LockKind {
+    InProcess,
+    Database,
+    Redis,
 }
 
 /// What a query may ask for.

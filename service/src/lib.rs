@@ -15,6 +15,7 @@ pub mod config;
 pub mod consumers;
 pub mod domain;
 pub mod drain;
+pub mod duty;
 pub mod feed;
 pub mod hex;
 pub mod limits;

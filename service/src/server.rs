@@ -13,7 +13,7 @@ use crate::app::App;
 use crate::config::Config;
 use crate::consumers::{self, CONSUMERS};
 use crate::tls::{self, Certificates};
-use crate::{audit, feed, relay, router};
+use crate::{audit, duty, feed, relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
@@ -127,8 +127,8 @@ pub async fn serve(
     let drained = tokio::time::timeout(deadline, drained).await;
     workers.shutdown().await;
     if !app.config.database.read_only {
-        relay::give_up(&app).await;
-        audit::give_up(&app).await;
+        duty::give_up(&app, relay::RELAY).await;
+        duty::give_up(&app, audit::AUDIT).await;
     }
     app.close().await;
     upkeep.abort();

@@ -2,4 +2,6 @@
 
 pub mod bus;
 pub mod cache;
+pub mod lock;
+mod redis;
 pub mod storage;

@@ -147,7 +147,9 @@ impl From<&Error> for Fault {
             Error::Storage(error) => match error {
                 StorageError::ReadOnly => Self::ReadOnly,
                 StorageError::Busy(_) => Self::Overloaded,
-                StorageError::Schema { .. } | StorageError::Failed(_) => Self::Internal,
+                StorageError::Schema { .. } | StorageError::Fenced(_) | StorageError::Failed(_) => {
+                    Self::Internal
+                }
             },
         }
     }

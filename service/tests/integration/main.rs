@@ -13,6 +13,7 @@ mod database;
 mod events;
 mod interfaces;
 mod limits;
+mod lock;
 mod oidc;
 mod operations;
 mod orders;

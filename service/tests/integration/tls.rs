@@ -107,7 +107,10 @@ async fn both_safe_versions_and_both_protocols_are_spoken() {
     }
     let stranger = client(&Authority::new()).build().unwrap();
     let refused = stranger.get(url(&app)).send().await.unwrap_err();
-    assert!(reason(&refused).contains("InvalidCertificate"), "{refused:?}");
+    assert!(
+        reason(&refused).contains("InvalidCertificate"),
+        "{refused:?}"
+    );
 }
 
 /// Versions that RFC 8996 has done away with get an alert, and plain HTTP no answer of HTTP's.

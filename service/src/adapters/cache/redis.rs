@@ -2,17 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
 use async_trait::async_trait;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::aio::ConnectionManager;
 use redis::{AsyncCommands, ExistenceCheck, SetExpiry, SetOptions};
 
 use super::{Cache, CacheError};
+use crate::adapters::redis::connect;
 use crate::config::Redis as Config;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// The breaker decides about trying again.
-const TRIES: usize = 1;
 
 pub struct Redis {
     connection: ConnectionManager,
@@ -22,15 +18,9 @@ pub struct Redis {
 
 impl Redis {
     pub fn new(config: &Config, ttl: Duration) -> anyhow::Result<Self> {
-        let client = redis::Client::open(config.url.0.as_str());
-        let client = client.with_context(|| format!("redis.url = {}", config.url))?;
-        let settings = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_number_of_retries(TRIES);
         let milliseconds = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
         Ok(Self {
-            connection: ConnectionManager::new_lazy_with_config(client, settings)
-                .with_context(|| format!("redis.url = {}", config.url))?,
+            connection: connect(config)?,
             prefix: config.prefix.clone(),
             ttl: SetExpiry::PX(milliseconds),
         })

@@ -6,6 +6,7 @@ mod sql;
 mod sqlite;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -13,6 +14,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::adapters::lock::Fence;
 use crate::audit::Entry;
 use crate::config::{Database, Scheme};
 use crate::domain::events::{Cause, Event};
@@ -45,15 +47,20 @@ pub trait Storage: Send + Sync {
     /// The same of many customers, in one query, each with its customer.
     async fn totals_of(&self, customers: &[String]) -> Result<Vec<(String, Total)>, StorageError>;
 
-    /// Becomes, or stays, the one who does what `name` says for `seconds` from now, by the database's
-    /// clock; `false` while somebody else is.
-    async fn lease(&self, name: &str, owner: &str, seconds: i64) -> Result<bool, StorageError>;
+    /// Becomes, or stays, the one who does what `name` says for `time` from now, by the database's
+    /// clock, and returns a token as [`Lock::hold`](super::lock::Lock::hold) does.
+    async fn lease(
+        &self,
+        name: &str,
+        owner: &str,
+        time: Duration,
+    ) -> Result<Option<i64>, StorageError>;
     /// Lets somebody else do it at once.
     async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError>;
     /// The oldest events that are still to be told, at most `limit`.
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
     /// These events have been told.
-    async fn told(&self, events: &[i64]) -> Result<(), StorageError>;
+    async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError>;
     /// Forgets answers to writes, and what consumers have done, that are older than `days`.
     async fn forget(&self, days: i64) -> Result<(), StorageError>;
 
@@ -65,7 +72,7 @@ pub trait Storage: Send + Sync {
         change: &Change,
     ) -> Result<bool, StorageError>;
     /// Chains what waits for it to the audit log, at most `limit` events; how many that were.
-    async fn audit(&self, limit: u32) -> Result<usize, StorageError>;
+    async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError>;
     /// The oldest entries of the audit log behind number `after`, at most `limit`.
     async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError>;
     /// Puts an event aside that a consumer could do nothing with.
@@ -148,6 +155,8 @@ pub enum StorageError {
     Busy(String),
     #[error("the database's schema is version {found}, this program needs {needed}")]
     Schema { found: i64, needed: i64 },
+    #[error("somebody else does what {0} does by now")]
+    Fenced(&'static str),
     #[error("the database failed: {0}")]
     Failed(String),
 }

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
+use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
@@ -139,14 +140,17 @@ impl Postgres {
         Ok(rows::retried(totals).await?)
     }
 
-    async fn remove(&self, events: &[i64]) -> Result<(), StorageError> {
+    async fn remove(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        events: &[i64],
+    ) -> Result<(), StorageError> {
         let told = sqlx::query("DELETE FROM outbox WHERE seq = ANY($1)").bind(events);
-        told.execute(&self.pool).await?;
+        told.execute(&mut **tx).await?;
         Ok(())
     }
 }
 
-storage_in_sql!(Postgres);
+storage_in_sql!(Postgres, sqlx::Postgres);
 
 #[cfg(test)]
 mod tests {

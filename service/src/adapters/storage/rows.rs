@@ -143,15 +143,23 @@ pub(super) const FORGET: [&str; 2] = [
     "DELETE FROM inbox WHERE done_at < $1",
 ];
 
-/// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds.
+/// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds; its token.
 pub(super) fn lease(now: &str) -> String {
     format!(
-        "INSERT INTO leases (name, owner, expires_at) VALUES ($1, $2, {now} + $3)
+        "INSERT INTO leases (name, owner, expires_at, token) VALUES ($1, $2, {now} + $3, {now})
          ON CONFLICT (name) DO UPDATE
-         SET owner = excluded.owner, expires_at = excluded.expires_at
-         WHERE leases.owner = excluded.owner OR leases.expires_at < {now}"
+         SET owner = excluded.owner, expires_at = excluded.expires_at,
+             token = CASE WHEN leases.owner = excluded.owner THEN leases.token
+                          WHEN leases.token < excluded.token THEN excluded.token
+                          ELSE leases.token + 1 END
+         WHERE leases.owner = excluded.owner OR leases.expires_at < {now}
+         RETURNING token"
     )
 }
+
+/// Changes nothing where a newer token was seen.
+pub(super) const FENCE: &str = "INSERT INTO fences (name, token) VALUES ($1, $2)
+     ON CONFLICT (name) DO UPDATE SET token = excluded.token WHERE fences.token <= excluded.token";
 
 pub(super) const GIVE_UP: &str = "UPDATE leases SET expires_at = 0 WHERE name = $1 AND owner = $2";
 

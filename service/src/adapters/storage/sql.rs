@@ -2,11 +2,24 @@
 //!
 //! The module that calls the macro has the adapter with a field `pool`, its `begin` (a transaction
 //! that may write), its `insert` (an order and its lines), `remove` (events from the outbox)
-//! and `totals_among` (a list of customers),
-//! and its `NOW` and `migrations`. A generic function would need every bound of every query instead.
+//! and `totals_among` (a list of customers), its `NOW` and `migrations`. A generic function would need every bound of every query instead.
 
 macro_rules! storage_in_sql {
-    ($adapter:ty) => {
+    ($adapter:ty, $database:ty) => {
+        impl $adapter {
+            /// Nobody with an older token writes from now on; whoever's is older does not.
+            async fn pass(
+                tx: &mut Transaction<'_, $database>,
+                fence: Fence,
+            ) -> Result<(), StorageError> {
+                let pass = sqlx::query(rows::FENCE).bind(fence.name).bind(fence.token);
+                match pass.execute(&mut **tx).await?.rows_affected() {
+                    0 => Err(StorageError::Fenced(fence.name)),
+                    _ => Ok(()),
+                }
+            }
+        }
+
         #[async_trait]
         impl Storage for $adapter {
             async fn place(
@@ -121,12 +134,13 @@ macro_rules! storage_in_sql {
                 &self,
                 name: &str,
                 owner: &str,
-                seconds: i64,
-            ) -> Result<bool, StorageError> {
+                time: Duration,
+            ) -> Result<Option<i64>, StorageError> {
+                let milliseconds = i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
                 let lease = rows::lease(NOW);
-                let lease = sqlx::query(&lease).bind(name).bind(owner);
-                let taken = lease.bind(seconds * 1000).execute(&self.pool).await?;
-                Ok(taken.rows_affected() == 1)
+                let lease = sqlx::query_scalar(&lease).bind(name).bind(owner);
+                let lease = lease.bind(milliseconds);
+                Ok(lease.fetch_optional(&self.pool).await?)
             }
 
             async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
@@ -183,13 +197,14 @@ macro_rules! storage_in_sql {
                 Ok(true)
             }
 
-            async fn audit(&self, limit: u32) -> Result<usize, StorageError> {
+            async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError> {
                 let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1i64);
                 let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
                 if first.is_none() {
                     return Ok(0);
                 }
                 let mut tx = self.begin().await?;
+                Self::pass(&mut tx, fence).await?;
                 let waiting = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(i64::from(limit));
                 let waiting: Vec<Untold> = waiting.fetch_all(&mut *tx).await?;
                 let last = sqlx::query_as(rows::LAST_AUDITED);
@@ -247,8 +262,12 @@ macro_rules! storage_in_sql {
                 Ok(())
             }
 
-            async fn told(&self, events: &[i64]) -> Result<(), StorageError> {
-                self.remove(events).await
+            async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError> {
+                let mut tx = self.begin().await?;
+                Self::pass(&mut tx, fence).await?;
+                Self::remove(&mut tx, events).await?;
+                tx.commit().await?;
+                Ok(())
             }
 
             async fn check(&self) -> Result<(), StorageError> {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -15,6 +16,7 @@ use uuid::Uuid;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
+use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
@@ -137,15 +139,16 @@ impl Sqlite {
             .await?)
     }
 
-    async fn remove(&self, events: &[i64]) -> Result<(), StorageError> {
-        let mut tx = self.begin().await?;
+    async fn remove(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        events: &[i64],
+    ) -> Result<(), StorageError> {
         for seq in events {
             let told = sqlx::query("DELETE FROM outbox WHERE seq = $1").bind(seq);
-            told.execute(&mut *tx).await?;
+            told.execute(&mut **tx).await?;
         }
-        tx.commit().await?;
         Ok(())
     }
 }
 
-storage_in_sql!(Sqlite);
+storage_in_sql!(Sqlite, sqlx::Sqlite);

@@ -1,0 +1,82 @@
+//! The adapter for Redis, by its clock. It is one server's lock: where a replica takes over, there may
+//! be two holders for a while, and fences tell them apart.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use redis::Script;
+use redis::aio::ConnectionManager;
+
+use super::{Fence, Lock, LockError};
+use crate::adapters::redis::connect;
+use crate::config::Redis as Config;
+
+/// The token, or nil: KEYS holder, last token; ARGV owner, milliseconds. Both keys have one hash slot.
+const HOLD: &str = r"
+local holder = redis.call('GET', KEYS[1])
+if holder == ARGV[1] then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    return redis.call('GET', KEYS[2])
+elseif holder then
+    return false
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+local token = string.format('%.0f', math.max(last + 1, now))
+redis.call('SET', KEYS[2], token)
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return token
+";
+
+/// KEYS holder; ARGV owner.
+const GIVE_UP: &str = r"
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+    redis.call('DEL', KEYS[1])
+end
+";
+
+pub struct Redis {
+    connection: ConnectionManager,
+    prefix: String,
+}
+
+impl Redis {
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            connection: connect(config)?,
+            prefix: config.prefix.clone(),
+        })
+    }
+
+    fn key(&self, name: &str, what: &str) -> String {
+        format!("{}{{lock:{name}}}:{what}", self.prefix)
+    }
+}
+
+#[async_trait]
+impl Lock for Redis {
+    async fn hold(
+        &self,
+        name: &'static str,
+        owner: &str,
+        time: Duration,
+    ) -> Result<Option<Fence>, LockError> {
+        let milliseconds = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let token: Option<i64> = Script::new(HOLD)
+            .key(self.key(name, "holder"))
+            .key(self.key(name, "token"))
+            .arg(owner)
+            .arg(milliseconds)
+            .invoke_async(&mut self.connection.clone())
+            .await?;
+        Ok(token.map(|token| Fence { name, token }))
+    }
+
+    async fn give_up(&self, name: &'static str, owner: &str) -> Result<(), LockError> {
+        let script = Script::new(GIVE_UP);
+        let mut call = script.key(self.key(name, "holder"));
+        let call = call.arg(owner);
+        Ok(call.invoke_async(&mut self.connection.clone()).await?)
+    }
+}

@@ -1,0 +1,65 @@
+//! What one process does at a time, of all on one database: telling events, chaining the audit log.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::adapters::bus::BusError;
+use crate::adapters::lock::{Fence, LockError};
+use crate::adapters::storage::StorageError;
+use crate::app::App;
+use crate::pause::Pause;
+
+/// The first pause after a failure.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a step came to nothing; it is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    #[error("the bus did not answer within {0:?}")]
+    Late(Duration),
+}
+
+/// Takes one step after another for as long as this process is the one, until it is cancelled, which it
+/// may be at any point. A step says how much there was to do.
+pub async fn run<F>(app: Arc<App>, name: &'static str, step: impl Fn(Arc<App>, Fence) -> F)
+where
+    F: Future<Output = Result<usize, Failure>>,
+{
+    let config = &app.config.events;
+    let mut untold = app.untold.subscribe();
+    let mut pause = Pause::new(PAUSE);
+    loop {
+        untold.mark_unchanged();
+        let done = match app.lock().hold(name, &app.name, config.lease.0).await {
+            Ok(Some(fence)) => step(Arc::clone(&app), fence).await,
+            Ok(None) => Ok(0),
+            Err(error) => Err(error.into()),
+        };
+        match done {
+            Ok(0) => {
+                pause.reset();
+                // Whoever places an order in this process says so; another process' are looked for.
+                let _ = tokio::time::timeout(config.poll.0, untold.changed()).await;
+            }
+            Ok(_) => pause.reset(),
+            Err(error) => {
+                tracing::warn!(%error, duty = name, "it is tried again");
+                metrics::counter!("duty_failures_total", "duty" => name).increment(1);
+                pause.wait().await;
+            }
+        }
+    }
+}
+
+/// Lets another process do it from now on.
+pub async fn give_up(app: &App, name: &'static str) {
+    if let Err(error) = app.lock().give_up(name, &app.name).await {
+        tracing::warn!(%error, duty = name, "another process does it only when the lease has ended");
+    }
+}
