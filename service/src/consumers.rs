@@ -19,6 +19,9 @@ use crate::traces;
 /// The first pause after a failure.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// What takes longer is begun anew.
+const LONGEST: Duration = Duration::from_secs(10);
+
 /// Something that acts on events.
 pub struct Consumer {
     pub name: &'static str,
@@ -94,15 +97,16 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
             },
         };
         // One that comes again must not keep the others waiting again.
-        if let Ok(true) = storage.is_buried(consumer.name, id).await {
+        let buried = storage.is_buried(consumer.name, id);
+        if let Ok(Ok(true)) = tokio::time::timeout(LONGEST, buried).await {
             break "buried";
         }
         // A database that is away comes back; what it refuses it may refuse for ever.
         failed += u32::from(matches!(error, StorageError::Failed(_)));
         if failed >= attempts {
             let why = error.to_string();
-            let buried = storage.bury(consumer.name, id, &delivery.event, &why).await;
-            if buried.is_ok() {
+            let bury = storage.bury(consumer.name, id, &delivery.event, &why);
+            if let Ok(Ok(())) = tokio::time::timeout(LONGEST, bury).await {
                 tracing::error!(%error, %id, consumer = consumer.name, "an event is put aside");
                 break "buried";
             }
@@ -142,7 +146,11 @@ async fn act(
     event: &Event,
 ) -> Result<bool, StorageError> {
     let change = (consumer.change)(event);
-    storage.consume(consumer.name, event, &change).await
+    let done = storage.consume(consumer.name, event, &change);
+    match tokio::time::timeout(LONGEST, done).await {
+        Ok(done) => done,
+        Err(_) => Err(StorageError::Busy(format!("no answer within {LONGEST:?}"))),
+    }
 }
 
 /// Tries again what was put aside; how many events were acted on, and what still cannot be.

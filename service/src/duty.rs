@@ -21,7 +21,7 @@ pub enum Failure {
     Storage(#[from] StorageError),
     #[error(transparent)]
     Bus(#[from] BusError),
-    #[error("the bus did not answer within {0:?}")]
+    #[error("it was not done within {0:?}")]
     Late(Duration),
 }
 
@@ -36,12 +36,15 @@ where
     let mut pause = Pause::new(PAUSE);
     loop {
         untold.mark_unchanged();
-        let done = match app.lock().hold(name, &app.name, config.lease.0).await {
-            Ok(Some(fence)) => step(Arc::clone(&app), fence).await,
-            Ok(None) => Ok(0),
-            Err(error) => Err(error.into()),
+        let done = async {
+            match app.lock().hold(name, &app.name, config.lease.0).await? {
+                Some(fence) => step(Arc::clone(&app), fence).await,
+                None => Ok(0),
+            }
         };
-        match done {
+        // By then it is another process' duty.
+        let done = tokio::time::timeout(config.lease.0, done).await;
+        match done.unwrap_or(Err(Failure::Late(config.lease.0))) {
             Ok(0) => {
                 pause.reset();
                 // Whoever places an order in this process says so; another process' are looked for.

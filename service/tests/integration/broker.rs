@@ -5,8 +5,6 @@ use std::sync::Arc;
 
 use service::config::{BusKind, Config, ServerUrl};
 use test_servers::{Lease, Server};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinHandle, JoinSet};
 
 #[derive(Clone)]
 pub struct Broker {
@@ -102,36 +100,5 @@ impl Broker {
             ],
             _ => Vec::new(),
         }
-    }
-}
-
-/// Something between a service and its broker that can be cut.
-pub struct Wire(JoinHandle<()>);
-
-impl Wire {
-    pub async fn lay(from: SocketAddr, to: String) -> Self {
-        let listener = loop {
-            // The one that was cut a moment ago may still hold the address.
-            match TcpListener::bind(from).await {
-                Ok(listener) => break listener,
-                Err(_) => tokio::task::yield_now().await,
-            }
-        };
-        Self(tokio::spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((mut near, _)) = listener.accept().await {
-                let to = to.clone();
-                connections.spawn(async move {
-                    let mut far = TcpStream::connect(to).await?;
-                    tokio::io::copy_bidirectional(&mut near, &mut far).await
-                });
-            }
-        }))
-    }
-
-    /// Ends it and every connection over it.
-    pub async fn cut(self) {
-        self.0.abort();
-        let _ = self.0.await;
     }
 }

@@ -9,8 +9,8 @@ use service::adapters::cache::{self, Cache};
 use service::config::{CacheKind, Config, ServerUrl, Timeout};
 use test_servers::{Lease, Server};
 
-use crate::broker::Wire;
-use crate::test_app::{TestApp, free_port, order, shipped_config};
+use crate::test_app::{TestApp, order, shipped_config};
+use crate::wire::{State, Wire};
 
 /// A Redis whose keys of ours nobody else has.
 async fn redis(config: &mut Config) -> Lease {
@@ -90,10 +90,9 @@ async fn without_the_cache_orders_are_read_all_the_same() {
         .unwrap()
         .1
         .trim_end_matches('/');
-    let near = format!("127.0.0.1:{}", free_port()).parse().unwrap();
-    let wire = Wire::lay(near, host.to_owned()).await;
+    let wire = Wire::to(host).await;
     let mut settings = config.redis.clone();
-    settings.url = ServerUrl(format!("redis://{near}"));
+    settings.url = ServerUrl(format!("redis://{}", wire.address));
     let app = TestApp::start_with(move |config| {
         config.cache.kind = CacheKind::Redis;
         config.redis = settings;
@@ -103,7 +102,7 @@ async fn without_the_cache_orders_are_read_all_the_same() {
     let path = format!("/v1/orders/{}", placed["id"].as_str().unwrap());
     assert_eq!(app.get(&path).await.0, 200);
 
-    wire.cut().await;
+    wire.becomes(State::Cut);
     for _ in 0..20 {
         assert_eq!(app.get(&path).await.0, 200);
     }
@@ -116,7 +115,7 @@ async fn without_the_cache_orders_are_read_all_the_same() {
     );
 
     // It is found again when it is back: then a copy is what is read.
-    let _wire = Wire::lay(near, host.to_owned()).await;
+    wire.becomes(State::Whole);
     let mut tries = 0;
     loop {
         assert_eq!(app.get(&path).await.0, 200);

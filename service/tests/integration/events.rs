@@ -9,9 +9,10 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use service::config::Timeout;
 
-use crate::broker::{Broker, Wire};
+use crate::broker::Broker;
 use crate::database::Database;
 use crate::test_app::{TestApp, config_dir, eventually, free_port, order};
+use crate::wire::{State, Wire};
 
 async fn totals(app: &TestApp, customer: &str) -> Value {
     let (status, totals) = app.get(&format!("/v1/customers/{customer}/totals")).await;
@@ -305,11 +306,10 @@ async fn killed_again_and_again(database: Database, broker: Broker) {
 #[tokio::test]
 async fn a_broker_that_goes_away_keeps_nobody_waiting() {
     let broker = Broker::rabbitmq().await;
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let place = socket.local_addr().unwrap();
-    drop(socket);
+    let wire = Wire::to(&broker.address()).await;
+    wire.becomes(State::Cut);
     let app = TestApp::start_on(Database::sqlite(), |config| {
-        broker.at(place).use_in(config);
+        broker.at(wire.address).use_in(config);
     })
     .await;
     let mut placed = 0;
@@ -320,12 +320,12 @@ async fn a_broker_that_goes_away_keeps_nobody_waiting() {
         }
         assert_eq!(app.get("/health/ready").await.0, 200);
         assert!(!app.app.storage().untold(1).await.unwrap().is_empty());
-        let wire = Wire::lay(place, broker.address()).await;
+        wire.becomes(State::Whole);
         let wanted = json!([{ "currency": "EUR", "orders": placed, "total_cents": placed * 2100 }]);
         eventually("all is counted", async || {
             totals(&app, "ada").await == wanted
         })
         .await;
-        wire.cut().await;
+        wire.becomes(State::Cut);
     }
 }

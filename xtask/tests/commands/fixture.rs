@@ -358,19 +358,21 @@ impl Load {
     /// No request may have failed.
     #[track_caller]
     pub fn stop_without_failures(self) {
-        assert_eq!(self.stop(), BTreeMap::new(), "requests failed");
+        assert_eq!(self.failures(), BTreeMap::new(), "requests failed");
     }
 
-    /// The failed requests by release; where none answered, why. What they were told is printed.
+    /// The failed requests by release; where none answered, why.
     pub fn stop(self) -> BTreeMap<String, u64> {
-        self.stop.store(true, Ordering::SeqCst);
-        let failures = self.thread.join().unwrap();
         let mut failed = BTreeMap::new();
-        for (failure, number) in failures {
-            println!("{number} requests failed: {failure:?}");
+        for (failure, number) in self.failures() {
             *failed.entry(failure.by).or_default() += number;
         }
         failed
+    }
+
+    fn failures(self) -> BTreeMap<Failure, u64> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap()
     }
 }
 

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool, Transaction};
+use sqlx::{Connection, Executor, PgConnection, PgPool, Transaction};
 use uuid::Uuid;
 
 use super::rows::TotalOf;
@@ -25,6 +25,20 @@ const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 
 /// A connection that nobody has used for longer is asked whether it is alive before it is used.
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
+
+/// Where a connection is lost in the middle of a transaction the server does not know it, and the
+/// transaction's locks would make everybody wait who does the same again.
+const END_ABANDONED: &str = "SET idle_in_transaction_session_timeout = '5s'";
+
+/// A connection that takes longer to answer nothing is given up.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+
+async fn is_alive(connection: &mut PgConnection) -> sqlx::Result<()> {
+    match tokio::time::timeout(PING_TIMEOUT, connection.ping()).await {
+        Ok(answer) => answer,
+        Err(late) => Err(sqlx::Error::Io(late.into())),
+    }
+}
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
@@ -70,8 +84,19 @@ impl Postgres {
             .before_acquire(|connection, seen| {
                 Box::pin(async move {
                     if seen.idle_for > TRUSTED_FOR {
-                        connection.ping().await?;
+                        is_alive(connection).await?;
                     }
+                    Ok(true)
+                })
+            })
+            .after_connect(|connection, _| {
+                Box::pin(async move { connection.execute(END_ABANDONED).await.map(drop) })
+            })
+            // Whoever has given up waiting for an answer leaves a connection that may never say
+            // anything again; the pool would wait for it without end.
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    is_alive(connection).await?;
                     Ok(true)
                 })
             })

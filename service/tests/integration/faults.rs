@@ -1,0 +1,157 @@
+//! Whatever happens between the service and its servers, what clients were told is so, once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
+
+use reqwest::Url;
+use serde_json::json;
+use service::app::App;
+use service::audit::Verdict;
+use service::config::{CacheKind, LockKind, ServerUrl};
+use test_servers::Server;
+
+use crate::broker::Broker;
+use crate::database::Database;
+use crate::test_app::{TestApp, eventually, order};
+use crate::wire::{State, Wire};
+
+/// How long each fault lasts: longer than any time-out but the request's.
+const FAULT: Duration = Duration::from_millis(1500);
+const CLIENTS: usize = 6;
+
+const FAULTS: [State; 5] = [
+    State::Cut,
+    State::Silent,
+    State::Slow(Duration::from_millis(20)),
+    State::HalfClosed,
+    State::Lost,
+];
+
+/// The host and port of an address.
+fn host(url: &str) -> String {
+    Url::parse(url)
+        .unwrap()
+        .authority()
+        .rsplit('@')
+        .next()
+        .unwrap()
+        .to_owned()
+}
+
+/// Each client places one order after another under a key of its own, and repeats it until it is told
+/// that it was placed, as a careful client does.
+async fn client(url: String, name: usize, placed: Arc<AtomicUsize>, stop: Arc<AtomicBool>) {
+    let client = reqwest::Client::builder()
+        .timeout(Duration::from_secs(1))
+        .build()
+        .unwrap();
+    for number in 0.. {
+        if stop.load(SeqCst) {
+            return;
+        }
+        let key = format!("\"{name}-{number}\"");
+        loop {
+            let request = client.post(&url).header("idempotency-key", &key);
+            match request.json(&order()).send().await {
+                Ok(answer) if answer.status() == 201 => break,
+                Ok(answer) => assert!(answer.status().is_server_error(), "{answer:?}"),
+                // Nobody knows whether it was placed: that is what the key is for.
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        placed.fetch_add(1, SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_order_is_there_once_whatever_happens_on_the_wires() {
+    let database = Database::postgres().await;
+    let broker = Broker::rabbitmq().await;
+    let redis = test_servers::lease(Server::Redis).await.unwrap();
+    let wires = [
+        ("database", Wire::to(&host(database.url())).await),
+        ("broker", Wire::to(&broker.address()).await),
+        ("cache and lock", Wire::to(&host(&redis.address)).await),
+    ];
+    let [(_, to_database), (_, to_broker), (_, to_redis)] = &wires;
+    let distant = database
+        .url()
+        .replace(&host(database.url()), &to_database.address.to_string());
+    let app = TestApp::start_on(database.clone(), |config| {
+        broker.at(to_broker.address).use_in(config);
+        config.database.url.0 = distant;
+        config.cache.kind = CacheKind::Redis;
+        config.lock.kind = LockKind::Redis;
+        config.redis.url = ServerUrl(format!("redis://{}", to_redis.address));
+        config.redis.prefix = uuid::Uuid::now_v7().to_string();
+        config.events.lease = service::config::Timeout(Duration::from_secs(2));
+    })
+    .await;
+    let (placed, stop) = (
+        Arc::new(AtomicUsize::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let url = format!("http://{}/v1/orders", app.public);
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|name| client(url.clone(), name, Arc::clone(&placed), Arc::clone(&stop)))
+        .map(tokio::spawn)
+        .collect();
+    for (name, wire) in &wires {
+        for fault in FAULTS {
+            wire.becomes(fault);
+            tokio::time::sleep(FAULT).await;
+            let before = placed.load(SeqCst);
+            if *name != "database" {
+                // Without the broker, the cache and the lock, orders are placed all the same.
+                eventually(
+                    &format!("orders while the {name} is {fault:?}"),
+                    async || placed.load(SeqCst) > before + CLIENTS,
+                )
+                .await;
+            }
+            wire.becomes(State::Whole);
+            let before = placed.load(SeqCst);
+            eventually(
+                &format!("orders after the {name} was {fault:?}"),
+                async || placed.load(SeqCst) > before + CLIENTS,
+            )
+            .await;
+        }
+    }
+    stop.store(true, SeqCst);
+    for client in clients {
+        client.await.unwrap();
+    }
+
+    let placed = placed.load(SeqCst);
+    let storage = app.app.storage();
+    eventually("all is told", async || {
+        storage.untold(1).await.unwrap().is_empty()
+    })
+    .await;
+    let (mut orders, mut after) = (0, None);
+    loop {
+        let page = storage.list(after, 500).await.unwrap();
+        let Some(oldest) = page.last() else { break };
+        after = Some(oldest.id);
+        orders += page.len();
+    }
+    assert_eq!(orders, placed);
+    let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+    eventually("all is counted", async || {
+        app.get("/v1/customers/ada/totals").await.1 == wanted
+    })
+    .await;
+    let mut config = app.app.config.clone();
+    database.use_in(&mut config);
+    eventually(
+        "all is in the audit log",
+        async || match App::verify_audit(config.clone(), None).await.unwrap() {
+            Verdict::Whole { entries, .. } => entries == i64::try_from(orders).unwrap(),
+            broken @ Verdict::Broken { .. } => panic!("{broken:?}"),
+        },
+    )
+    .await;
+}
