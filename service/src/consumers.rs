@@ -22,6 +22,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// What takes longer is begun anew.
 const LONGEST: Duration = Duration::from_secs(10);
 
+/// Events that are acted on in one transaction.
+const AT_ONCE: usize = 200;
+
 /// Something that acts on events.
 pub struct Consumer {
     pub name: &'static str,
@@ -69,10 +72,52 @@ async fn consume(
 ) -> Result<std::convert::Infallible, BusError> {
     let mut subscription = app.bus().subscribe(consumer.name).await?;
     loop {
-        let delivery = subscription.next().await?;
+        let mut deliveries = vec![subscription.next().await?];
         pause.reset();
-        handle(app, consumer, delivery).await?;
+        deliveries.extend(subscription.ready(AT_ONCE - 1));
+        for delivery in together(app, consumer, deliveries).await? {
+            handle(app, consumer, delivery).await?;
+        }
     }
+}
+
+/// Acts on all of them in one transaction. Where that cannot be, none was acted on, and they are
+/// returned: one of them may be the reason.
+async fn together(
+    app: &App,
+    consumer: &Consumer,
+    deliveries: Vec<Delivery>,
+) -> Result<Vec<Delivery>, BusError> {
+    let events = deliveries
+        .iter()
+        .map(|delivery| serde_json::from_str::<Event>(&delivery.event))
+        .collect::<Result<Vec<_>, _>>();
+    let Some(events) = events.ok().filter(|events| events.len() > 1) else {
+        return Ok(deliveries);
+    };
+    let spans: Vec<Span> = events.iter().map(|event| span(consumer, event)).collect();
+    let Ok(new) = act(app.storage(), consumer, &events).await else {
+        return Ok(deliveries);
+    };
+    drop(spans);
+    for (delivery, is_new) in deliveries.into_iter().zip(new) {
+        finish(consumer, delivery, outcome(is_new)).await?;
+    }
+    Ok(Vec::new())
+}
+
+fn outcome(is_new: bool) -> &'static str {
+    if is_new { "done" } else { "repeated" }
+}
+
+async fn finish(
+    consumer: &Consumer,
+    delivery: Delivery,
+    outcome: &'static str,
+) -> Result<(), BusError> {
+    let labels = [("consumer", consumer.name), ("outcome", outcome)];
+    metrics::counter!("events_consumed_total", &labels).increment(1);
+    delivery.done().await
 }
 
 /// Acts on one event, however long that takes, or puts it aside.
@@ -87,14 +132,13 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 let id = id_of(&delivery.event);
                 (StorageError::Failed(error.to_string()), id)
             }
-            Ok(event) => match act(storage, consumer, &event)
-                .instrument(span(consumer, &event))
-                .await
-            {
-                Ok(true) => break "done",
-                Ok(false) => break "repeated",
-                Err(error) => (error, event.id),
-            },
+            Ok(event) => {
+                let (id, span) = (event.id, span(consumer, &event));
+                match act(storage, consumer, &[event]).instrument(span).await {
+                    Ok(new) => break outcome(new.contains(&true)),
+                    Err(error) => (error, id),
+                }
+            }
         };
         // One that comes again must not keep the others waiting again.
         let buried = storage.is_buried(consumer.name, id);
@@ -113,9 +157,7 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
         }
         pause.wait().await;
     };
-    let labels = [("consumer", consumer.name), ("outcome", outcome)];
-    metrics::counter!("events_consumed_total", &labels).increment(1);
-    delivery.done().await
+    finish(consumer, delivery, outcome).await
 }
 
 /// What a consumer does with an event, as a part of the trace that the event was caused in.
@@ -139,14 +181,17 @@ pub fn id_of(unreadable: &str) -> Uuid {
     Uuid::from_bytes(id)
 }
 
-/// Whether it was done now, not before.
+/// Whether each was done now, not before; all or none of them.
 async fn act(
     storage: &dyn Storage,
     consumer: &Consumer,
-    event: &Event,
-) -> Result<bool, StorageError> {
-    let change = (consumer.change)(event);
-    let done = storage.consume(consumer.name, event, &change);
+    events: &[Event],
+) -> Result<Vec<bool>, StorageError> {
+    let changes = events
+        .iter()
+        .map(|event| (event.id, (consumer.change)(event)));
+    let changes: Vec<(Uuid, Change)> = changes.collect();
+    let done = storage.consume(consumer.name, &changes);
     match tokio::time::timeout(LONGEST, done).await {
         Ok(done) => done,
         Err(_) => Err(StorageError::Busy(format!("no answer within {LONGEST:?}"))),
@@ -165,7 +210,7 @@ pub async fn replay(storage: &dyn Storage) -> Result<(usize, Vec<DeadLetter>), S
             left.push(letter);
             continue;
         };
-        match act(storage, consumer, &event).await {
+        match act(storage, consumer, &[event]).await {
             Ok(_) => {
                 storage.unbury(consumer.name, letter.id).await?;
                 done += 1;

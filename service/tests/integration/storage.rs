@@ -321,17 +321,16 @@ async fn an_event_is_acted_on_once_and_by_each_consumer() {
             total_cents: orders * 5,
         };
         let consume = async |consumer: &str, event: &Event, orders: i64| {
-            storage.consume(consumer, event, &change(orders)).await
+            let consumed = storage
+                .consume(consumer, &[(event.id, change(orders))])
+                .await;
+            consumed.map(|new| new == [true])
         };
         assert!(consume("totals", &event, 1).await.unwrap(), "{kind}");
         assert!(!consume("totals", &event, 1).await.unwrap(), "{kind}");
-        assert!(
-            storage
-                .consume("other", &event, &Change::Nothing)
-                .await
-                .unwrap(),
-            "{kind}"
-        );
+        let nothing = [(event.id, Change::Nothing)];
+        let other = storage.consume("other", &nothing).await.unwrap();
+        assert_eq!(other, [true], "{kind}");
         let totals = storage.totals("ada").await.unwrap();
         let total = (
             totals[0].currency.as_str(),
@@ -359,5 +358,64 @@ async fn an_event_is_acted_on_once_and_by_each_consumer() {
         storage.unbury("totals", another.id).await.unwrap();
         assert!(storage.buried(10).await.unwrap().is_empty(), "{kind}");
         assert_eq!(storage.totals("ada").await.unwrap()[0].orders, 0, "{kind}");
+    }
+}
+
+/// Many events at once come to what they come to one after another; one that is refused undoes all.
+#[tokio::test]
+async fn many_events_are_acted_on_together_or_none() {
+    for (kind, _database, storage) in each().await {
+        let orders: Vec<Order> = (0..5).map(|_| order(1)).collect();
+        let change = |order: &Order, customer: &str, orders: i64| Change::Totals {
+            order: order.id,
+            customer: customer.to_owned(),
+            currency: "EUR".to_owned(),
+            orders,
+            total_cents: orders * 5,
+        };
+        let placed = |order: &Order, customer: &str| {
+            let event = Event::new(Kind::Placed, order);
+            (event.id, change(order, customer, 1))
+        };
+        let cancelled = |order: &Order, customer: &str| {
+            let event = Event::new(Kind::Cancelled, order);
+            (event.id, change(order, customer, -1))
+        };
+        let before = placed(&orders[0], "ada");
+        let consume =
+            async |events: &[(uuid::Uuid, Change)]| storage.consume("totals", events).await;
+        assert_eq!(consume(&[before.clone()]).await.unwrap(), [true], "{kind}");
+        let twice = placed(&orders[1], "ada");
+        let batch = [
+            before,
+            twice.clone(),
+            placed(&orders[2], "bob"),
+            twice,
+            cancelled(&orders[1], "ada"),
+            placed(&orders[3], "ada"),
+            // Nobody was told of it.
+            cancelled(&orders[4], "bob"),
+        ];
+        let new = consume(&batch).await.unwrap();
+        assert_eq!(new, [false, true, true, false, true, true, true], "{kind}");
+        let total = async |customer: &str| {
+            let totals = storage.totals(customer).await.unwrap();
+            (totals[0].orders, totals[0].total_cents)
+        };
+        assert_eq!(total("ada").await, (2, 10), "{kind}");
+        assert_eq!(total("bob").await, (1, 5), "{kind}");
+        assert_eq!(consume(&batch).await.unwrap(), [false; 7], "{kind}");
+
+        // There is no fourth order of bob's to take away three times.
+        let event = Event::new(Kind::Cancelled, &orders[2]).id;
+        let refused = [
+            placed(&orders[4], "ada"),
+            (event, change(&orders[2], "bob", -3)),
+        ];
+        let error = consume(&refused).await.unwrap_err();
+        assert!(matches!(error, StorageError::Failed(_)), "{kind}: {error}");
+        assert_eq!(total("ada").await, (2, 10), "{kind}");
+        assert_eq!(consume(&refused[..1]).await.unwrap(), [true], "{kind}");
+        assert_eq!(total("ada").await, (3, 15), "{kind}");
     }
 }

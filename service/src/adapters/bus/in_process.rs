@@ -95,6 +95,12 @@ impl Subscription for Waiting {
         let next = self.0.recv().await;
         next.ok_or_else(|| BusError("another one consumes in this one's place".to_owned()))
     }
+
+    fn ready(&mut self, limit: usize) -> Vec<Delivery> {
+        std::iter::from_fn(|| self.0.try_recv().ok())
+            .take(limit)
+            .collect()
+    }
 }
 
 #[async_trait]
@@ -105,5 +111,9 @@ impl Subscription for Listening {
             event: event.map_err(|error| BusError(error.to_string()))?,
             receipt: Receipt::None,
         })
+    }
+
+    fn ready(&mut self, _: usize) -> Vec<Delivery> {
+        Vec::new()
     }
 }

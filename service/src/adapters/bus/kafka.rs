@@ -206,23 +206,29 @@ impl Bus for Kafka {
     }
 }
 
+impl Member {
+    fn fetched(&mut self) -> Option<Delivery> {
+        let record = self.fetched.pop_front()?;
+        let receipt = self.done.as_ref().map(|done| {
+            Receipt::Kafka(Place {
+                done: Arc::clone(done),
+                partition: record.partition,
+                offset: record.offset,
+            })
+        });
+        Some(Delivery {
+            event: String::from_utf8_lossy(&record.value.unwrap_or_default()).into_owned(),
+            receipt: receipt.unwrap_or(Receipt::None),
+        })
+    }
+}
+
 #[async_trait]
 impl Subscription for Member {
     async fn next(&mut self) -> Result<Delivery, BusError> {
         loop {
-            if let Some(record) = self.fetched.pop_front() {
-                let value = record.value.unwrap_or_default();
-                let receipt = self.done.as_ref().map(|done| {
-                    Receipt::Kafka(Place {
-                        done: Arc::clone(done),
-                        partition: record.partition,
-                        offset: record.offset,
-                    })
-                });
-                return Ok(Delivery {
-                    event: String::from_utf8_lossy(&value).into_owned(),
-                    receipt: receipt.unwrap_or(Receipt::None),
-                });
+            if let Some(delivery) = self.fetched() {
+                return Ok(delivery);
             }
             // Before it waits, perhaps for long.
             if let Some(done) = &self.done {
@@ -230,6 +236,10 @@ impl Subscription for Member {
             }
             self.fetched = self.consumer.poll(POLL).await?.into();
         }
+    }
+
+    fn ready(&mut self, limit: usize) -> Vec<Delivery> {
+        std::iter::from_fn(|| self.fetched()).take(limit).collect()
     }
 }
 

@@ -32,6 +32,9 @@ pub trait Bus: Send + Sync {
 pub trait Subscription: Send {
     /// The next event; it waits for one.
     async fn next(&mut self) -> Result<Delivery, BusError>;
+
+    /// The events after it that are here already, `limit` at most.
+    fn ready(&mut self, limit: usize) -> Vec<Delivery>;
 }
 
 /// An event that comes again unless it is said to be done.

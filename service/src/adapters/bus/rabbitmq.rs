@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
@@ -203,18 +203,35 @@ impl Bus for RabbitMq {
     }
 }
 
-#[async_trait]
-impl Subscription for Queue {
-    async fn next(&mut self) -> Result<Delivery, BusError> {
-        let closed = || BusError("the queue was closed".to_owned());
-        let delivery = self.consumer.next().await.ok_or_else(closed)??;
-        Ok(Delivery {
+impl Queue {
+    fn delivery(&self, delivery: lapin::message::Delivery) -> Delivery {
+        Delivery {
             event: String::from_utf8_lossy(&delivery.data).into_owned(),
             receipt: match self.kept {
                 true => Receipt::RabbitMq(Box::new(delivery)),
                 false => Receipt::None,
             },
-        })
+        }
+    }
+}
+
+#[async_trait]
+impl Subscription for Queue {
+    async fn next(&mut self) -> Result<Delivery, BusError> {
+        let closed = || BusError("the queue was closed".to_owned());
+        let delivery = self.consumer.next().await.ok_or_else(closed)??;
+        Ok(self.delivery(delivery))
+    }
+
+    fn ready(&mut self, limit: usize) -> Vec<Delivery> {
+        let mut ready = Vec::new();
+        while ready.len() < limit
+            // An error is found again when the next one is waited for.
+            && let Some(Some(Ok(delivery))) = self.consumer.next().now_or_never()
+        {
+            ready.push(self.delivery(delivery));
+        }
+        ready
     }
 }
 

@@ -64,13 +64,12 @@ pub trait Storage: Send + Sync {
     /// Forgets answers to writes, and what consumers have done, that are older than `days`.
     async fn forget(&self, days: i64) -> Result<(), StorageError>;
 
-    /// Does what a consumer does with an event, unless it has done so before: then `false`.
+    /// Does what a consumer does with events, all or none; `false` for those that it had done before.
     async fn consume(
         &self,
         consumer: &str,
-        event: &Event,
-        change: &Change,
-    ) -> Result<bool, StorageError>;
+        events: &[(Uuid, Change)],
+    ) -> Result<Vec<bool>, StorageError>;
     /// Chains what waits for it to the audit log, at most `limit` events; how many that were.
     async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError>;
     /// The oldest entries of the audit log behind number `after`, at most `limit`.
@@ -201,8 +200,11 @@ enum Meaning {
 fn meaning(code: &str) -> Meaning {
     match code {
         "25006" => Meaning::ReadOnly,
-        // Too many connections, serialization, deadlock, a lock not to be had; shutting down.
-        "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" => Meaning::Busy,
+        // Too many connections, serialization, deadlock, a lock not to be had; shutting down; a
+        // transaction that was silent for too long.
+        "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" | "25P03" => {
+            Meaning::Busy
+        }
         code if code.len() == 5 => Meaning::Other,
         code => match code.parse::<u32>().map(|code| code & 0xff) {
             Ok(5) => Meaning::Busy,

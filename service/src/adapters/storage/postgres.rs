@@ -1,5 +1,6 @@
 //! The adapter for PostgreSQL.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -171,6 +172,68 @@ impl Postgres {
     ) -> Result<(), StorageError> {
         let told = sqlx::query("DELETE FROM outbox WHERE seq = ANY($1)").bind(events);
         told.execute(&mut **tx).await?;
+        Ok(())
+    }
+
+    async fn note_done(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        consumer: &str,
+        events: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        let new = sqlx::query_scalar(
+            "INSERT INTO inbox (consumer, event_id, done_at) SELECT $1, unnest($2), $3
+             ON CONFLICT DO NOTHING RETURNING event_id",
+        );
+        let new = new.bind(consumer).bind(events);
+        let new = new.bind(Timestamp::now().as_millisecond());
+        Ok(new.fetch_all(&mut **tx).await?.into_iter().collect())
+    }
+
+    async fn count(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        orders: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        let new = sqlx::query_scalar(
+            "INSERT INTO counted_orders (order_id) SELECT unnest($1)
+             ON CONFLICT DO NOTHING RETURNING order_id",
+        );
+        let new = new.bind(orders).fetch_all(&mut **tx).await?;
+        Ok(new.into_iter().collect())
+    }
+
+    async fn count_no_more(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        orders: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        let gone = sqlx::query_scalar(
+            "DELETE FROM counted_orders WHERE order_id = ANY($1) RETURNING order_id",
+        );
+        let gone = gone.bind(orders).fetch_all(&mut **tx).await?;
+        Ok(gone.into_iter().collect())
+    }
+
+    /// How many were not there yet.
+    async fn append(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        entries: &[Entry],
+    ) -> Result<u64, StorageError> {
+        let append = sqlx::query(
+            "INSERT INTO audit_log (seq, event, hash) SELECT * FROM unnest($1, $2, $3)
+             ON CONFLICT DO NOTHING",
+        );
+        let seqs: Vec<i64> = entries.iter().map(|entry| entry.seq).collect();
+        let events: Vec<&str> = entries.iter().map(|entry| entry.event.as_str()).collect();
+        let hashes: Vec<&[u8]> = entries.iter().map(|entry| entry.hash.as_slice()).collect();
+        let append = append.bind(seqs).bind(events).bind(hashes);
+        Ok(append.execute(&mut **tx).await?.rows_affected())
+    }
+
+    async fn no_longer_wait(
+        tx: &mut Transaction<'_, sqlx::Postgres>,
+        places: &[i64],
+    ) -> Result<(), StorageError> {
+        let chained = sqlx::query("DELETE FROM audit_waiting WHERE seq = ANY($1)").bind(places);
+        chained.execute(&mut **tx).await?;
         Ok(())
     }
 }

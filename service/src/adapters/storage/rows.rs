@@ -1,10 +1,12 @@
 //! What both SQL adapters have in common: the query for orders, and orders from its rows.
 
+use std::collections::{BTreeMap, HashSet};
+
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
-use super::StorageError;
+use super::{Change, StorageError};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 
 /// Dead connections that are stepped over: more than a pool usually has.
@@ -31,7 +33,7 @@ where
 /// could not be made, for which the pool has waited already.
 fn is_dead(error: &sqlx::Error) -> bool {
     /// The server has ended it: on command, or with itself (PostgreSQL's appendix A).
-    const ENDED: [&str; 2] = ["57P01", "57P02"];
+    const ENDED: [&str; 3] = ["57P01", "57P02", "25P03"];
     match error {
         sqlx::Error::Io(_) => true,
         sqlx::Error::Database(error) => error.code().is_some_and(|code| ENDED.contains(&&*code)),
@@ -105,8 +107,47 @@ pub(super) const KEY: &str =
 pub(super) const TELL: &str = "INSERT INTO outbox (event, created_at) VALUES ($1, $2)";
 pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMIT $1";
 
-pub(super) const DONE: &str = "INSERT INTO inbox (consumer, event_id, done_at) VALUES ($1, $2, $3)
-     ON CONFLICT DO NOTHING";
+/// What changes come to for each customer and currency, of those orders that are newly counted, or are
+/// no longer. In one order, so that nobody waits for another who waits for them.
+pub(super) fn sums<'a>(
+    changes: impl Iterator<Item = &'a Change>,
+    [more, fewer]: &[HashSet<Uuid>; 2],
+) -> BTreeMap<(&'a str, &'a str), (i64, i64)> {
+    let mut sums = BTreeMap::new();
+    for change in changes {
+        let Change::Totals {
+            order,
+            customer,
+            currency,
+            orders,
+            total_cents,
+        } = change
+        else {
+            continue;
+        };
+        let counted = if *orders < 0 { fewer } else { more };
+        if counted.contains(&order.as_uuid()) {
+            let sum: &mut (i64, i64) = sums
+                .entry((customer.as_str(), currency.as_str()))
+                .or_default();
+            sum.0 += orders;
+            sum.1 += total_cents;
+        }
+    }
+    sums
+}
+
+/// The orders that changes are about: those that are more, and those that are fewer.
+pub(super) fn counted<'a>(changes: impl Iterator<Item = &'a Change>) -> [Vec<Uuid>; 2] {
+    let mut counted = [Vec::new(), Vec::new()];
+    for change in changes {
+        if let Change::Totals { order, orders, .. } = change {
+            counted[usize::from(*orders < 0)].push(order.as_uuid());
+        }
+    }
+    counted
+}
+
 /// First the one, and where there is nothing to add to, the other. (An upsert would hold a change of
 /// fewer against the rule that there are no fewer than none.)
 pub(super) const ADD_TO_TOTALS: [&str; 2] = [
@@ -115,20 +156,12 @@ pub(super) const ADD_TO_TOTALS: [&str; 2] = [
     "INSERT INTO customer_totals (customer, currency, orders, total_cents)
      VALUES ($1, $2, $3, $4)",
 ];
-pub(super) const AUDIT: &str =
-    "INSERT INTO audit_log (seq, event, hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
 pub(super) const WAITING_FOR_AUDIT: &str =
     "SELECT seq, event FROM audit_waiting ORDER BY seq LIMIT $1";
-pub(super) const AUDITED_NOW: &str = "DELETE FROM audit_waiting WHERE seq = $1";
 pub(super) const LAST_AUDITED: &str =
     "SELECT seq, event, hash FROM audit_log ORDER BY seq DESC LIMIT 1";
 pub(super) const AUDITED: &str =
     "SELECT seq, event, hash FROM audit_log WHERE seq > $1 ORDER BY seq LIMIT $2";
-/// With one more order, and with one fewer.
-pub(super) const COUNT: [&str; 2] = [
-    "INSERT INTO counted_orders (order_id) VALUES ($1) ON CONFLICT DO NOTHING",
-    "DELETE FROM counted_orders WHERE order_id = $1",
-];
 pub(super) const IS_BURIED: &str =
     "SELECT count(*) FROM dead_letters WHERE consumer = $1 AND event_id = $2";
 pub(super) const BURY: &str =

@@ -1,8 +1,11 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
 //! The module that calls the macro has the adapter with a field `pool`, its `begin` (a transaction
-//! that may write), its `insert` (an order and its lines), `remove` (events from the outbox)
-//! and `totals_among` (a list of customers), its `NOW` and `migrations`. A generic function would need every bound of every query instead.
+//! that may write), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
+//! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
+//! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
+//! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
+//! generic function would need every bound of every query instead.
 
 macro_rules! storage_in_sql {
     ($adapter:ty, $database:ty) => {
@@ -165,36 +168,32 @@ macro_rules! storage_in_sql {
             async fn consume(
                 &self,
                 consumer: &str,
-                event: &Event,
-                change: &Change,
-            ) -> Result<bool, StorageError> {
+                events: &[(Uuid, Change)],
+            ) -> Result<Vec<bool>, StorageError> {
                 let mut tx = self.begin().await?;
-                let done = sqlx::query(rows::DONE).bind(consumer).bind(event.id);
-                let done = done.bind(Timestamp::now().as_millisecond());
-                if done.execute(&mut *tx).await?.rows_affected() == 0 {
-                    return Ok(false);
-                }
-                if let Change::Totals {
-                    order,
-                    customer,
-                    currency,
-                    orders,
-                    total_cents,
-                } = change
-                {
-                    let count = rows::COUNT[usize::from(*orders < 0)];
-                    let count = sqlx::query(count).bind(order.as_uuid());
-                    let is_counted = count.execute(&mut *tx).await?.rows_affected() == 1;
-                    for add in rows::ADD_TO_TOTALS.iter().filter(|_| is_counted) {
+                let ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
+                let mut new: HashSet<Uuid> = Self::note_done(&mut tx, consumer, &ids).await?;
+                let is_new: Vec<bool> = ids.iter().map(|id| new.remove(id)).collect();
+                let changes = || {
+                    let events = events.iter().zip(&is_new);
+                    events.filter_map(|((_, change), is_new)| is_new.then_some(change))
+                };
+                let [more, fewer] = rows::counted(changes());
+                let counted = [
+                    Self::count(&mut tx, &more).await?,
+                    Self::count_no_more(&mut tx, &fewer).await?,
+                ];
+                for ((customer, currency), (orders, cents)) in rows::sums(changes(), &counted) {
+                    for add in rows::ADD_TO_TOTALS {
                         let add = sqlx::query(add).bind(customer).bind(currency);
-                        let add = add.bind(orders).bind(total_cents);
+                        let add = add.bind(orders).bind(cents);
                         if add.execute(&mut *tx).await?.rows_affected() == 1 {
                             break;
                         }
                     }
                 }
                 tx.commit().await?;
-                Ok(true)
+                Ok(is_new)
             }
 
             async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError> {
@@ -210,17 +209,22 @@ macro_rules! storage_in_sql {
                 let last = sqlx::query_as(rows::LAST_AUDITED);
                 let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
                 let (mut seq, mut before) = last.map_or((0, Vec::new()), |e| (e.seq, e.hash));
-                for Untold { seq: place, event } in &waiting {
+                let entries = waiting.iter().map(|Untold { event, .. }| {
                     seq += 1;
                     before = audit::hash(&before, seq, event);
-                    let append = sqlx::query(rows::AUDIT).bind(seq).bind(event).bind(&before);
-                    // Another process is at it, too: what it has done is not done again.
-                    if append.execute(&mut *tx).await?.rows_affected() == 0 {
-                        return Err(StorageError::Busy("the audit log has grown".to_owned()));
+                    Entry {
+                        seq,
+                        event: event.clone(),
+                        hash: before.clone(),
                     }
-                    let chained = sqlx::query(rows::AUDITED_NOW).bind(place);
-                    chained.execute(&mut *tx).await?;
+                });
+                let entries: Vec<Entry> = entries.collect();
+                // Another process is at it, too: what it has done is not done again.
+                if Self::append(&mut tx, &entries).await? < entries.len() as u64 {
+                    return Err(StorageError::Busy("the audit log has grown".to_owned()));
                 }
+                let places: Vec<i64> = waiting.iter().map(|waiting| waiting.seq).collect();
+                Self::no_longer_wait(&mut tx, &places).await?;
                 tx.commit().await?;
                 Ok(waiting.len())
             }

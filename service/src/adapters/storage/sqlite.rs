@@ -1,5 +1,6 @@
 //! The embedded adapter: one SQLite file, shared by all processes of an environment.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::Path;
 use std::str::FromStr;
@@ -24,6 +25,13 @@ use crate::domain::orders::{Order, OrderId, Total};
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
+
+const DONE: &str = "INSERT INTO inbox (consumer, event_id, done_at) VALUES ($1, $2, $3)
+     ON CONFLICT DO NOTHING";
+const COUNT: &str = "INSERT INTO counted_orders (order_id) VALUES ($1) ON CONFLICT DO NOTHING";
+const COUNT_NO_MORE: &str = "DELETE FROM counted_orders WHERE order_id = $1";
+const APPEND: &str =
+    "INSERT INTO audit_log (seq, event, hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
@@ -146,6 +154,76 @@ impl Sqlite {
         for seq in events {
             let told = sqlx::query("DELETE FROM outbox WHERE seq = $1").bind(seq);
             told.execute(&mut **tx).await?;
+        }
+        Ok(())
+    }
+
+    async fn note_done(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        consumer: &str,
+        events: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        let now = Timestamp::now().as_millisecond();
+        let mut new = HashSet::new();
+        for event in events {
+            let done = sqlx::query(DONE).bind(consumer).bind(event).bind(now);
+            if done.execute(&mut **tx).await?.rows_affected() == 1 {
+                new.insert(*event);
+            }
+        }
+        Ok(new)
+    }
+
+    async fn count(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        orders: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        Self::affected(tx, COUNT, orders).await
+    }
+
+    async fn count_no_more(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        orders: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        Self::affected(tx, COUNT_NO_MORE, orders).await
+    }
+
+    /// Those orders for which the statement changes anything.
+    async fn affected(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        statement: &'static str,
+        orders: &[Uuid],
+    ) -> Result<HashSet<Uuid>, StorageError> {
+        let mut affected = HashSet::new();
+        for order in orders {
+            let statement = sqlx::query(statement).bind(order);
+            if statement.execute(&mut **tx).await?.rows_affected() == 1 {
+                affected.insert(*order);
+            }
+        }
+        Ok(affected)
+    }
+
+    /// How many were not there yet.
+    async fn append(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        entries: &[Entry],
+    ) -> Result<u64, StorageError> {
+        let mut new = 0;
+        for Entry { seq, event, hash } in entries {
+            let append = sqlx::query(APPEND).bind(seq).bind(event).bind(hash);
+            new += append.execute(&mut **tx).await?.rows_affected();
+        }
+        Ok(new)
+    }
+
+    async fn no_longer_wait(
+        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        places: &[i64],
+    ) -> Result<(), StorageError> {
+        for place in places {
+            let chained = sqlx::query("DELETE FROM audit_waiting WHERE seq = $1").bind(place);
+            chained.execute(&mut **tx).await?;
         }
         Ok(())
     }
