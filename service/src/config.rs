@@ -21,6 +21,8 @@ use crate::hex::hex;
 
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
+/// What nobody may see.
+const SECRETS: [&str; 1] = ["auth.client_secret"];
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -359,7 +361,14 @@ impl Config {
         for file in files {
             figment = figment.merge(Toml::file_exact(file));
         }
-        Self::from_figment(&figment.merge(Env::prefixed("SERVICE__").split("__")))
+        figment = figment.merge(Env::prefixed("SERVICE__").split("__"));
+        for key in SECRETS {
+            // As it is: one of digits is no number.
+            if let Ok(secret) = std::env::var(variable(key)) {
+                figment = figment.merge((key, secret));
+            }
+        }
+        Self::from_figment(&figment)
     }
 
     fn from_figment(figment: &Figment) -> Result<Self, ConfigError> {
@@ -372,6 +381,19 @@ impl Config {
                 source(figment, "orders.page_size"),
                 config.orders.page_size,
                 config.orders.max_page_size,
+            );
+            return Err(ConfigError(vec![problem]));
+        }
+        let Server {
+            linger,
+            drain_timeout,
+            ..
+        } = &config.server;
+        if linger.is_some_and(|linger| linger.0 > drain_timeout.0 / 2) {
+            let problem = format!(
+                "{}: server.linger is more than half of server.drain_timeout = {:?}",
+                source(figment, "server.linger"),
+                drain_timeout.0,
             );
             return Err(ConfigError(vec![problem]));
         }
@@ -401,8 +423,10 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
         Some(metadata) => describe(metadata, &key),
         None => source(figment, &key),
     };
-    let is_secret = key.ends_with("secret");
-    let value = figment.find_value(&key).ok().filter(|_| !is_secret);
+    if SECRETS.contains(&key.as_str()) {
+        return format!("{place}: {key}: expected text");
+    }
+    let value = figment.find_value(&key).ok();
     let value = value.and_then(|value| {
         serde_json::to_string(&value)
             .ok()
@@ -424,11 +448,12 @@ fn source(figment: &Figment, key: &str) -> String {
 fn describe(metadata: &figment::Metadata, key: &str) -> String {
     match &metadata.source {
         Some(figment::Source::File(path)) => path.display().to_string(),
-        _ => format!(
-            "variable SERVICE__{}",
-            key.to_uppercase().replace('.', "__")
-        ),
+        _ => format!("variable {}", variable(key)),
     }
+}
+
+fn variable(key: &str) -> String {
+    format!("SERVICE__{}", key.to_uppercase().replace('.', "__"))
 }
 
 impl fmt::Display for ConfigError {

@@ -12,6 +12,8 @@ use crate::pause::Pause;
 /// The first pause after a failure.
 const PAUSE: Duration = Duration::from_millis(100);
 
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Why a step came to nothing; it is tried again.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -52,6 +54,10 @@ where
             }
             Ok(_) => pause.reset(),
             Err(error) => {
+                // Its token is too old, and would stay so: whoever is next gets a newer one.
+                if let Failure::Storage(StorageError::Fenced(_)) = error {
+                    give_up(&app, name).await;
+                }
                 tracing::warn!(%error, duty = name, "it is tried again");
                 metrics::counter!("duty_failures_total", "duty" => name).increment(1);
                 pause.wait().await;
@@ -62,7 +68,15 @@ where
 
 /// Lets another process do it from now on.
 pub async fn give_up(app: &App, name: &'static str) {
-    if let Err(error) = app.lock().give_up(name, &app.name).await {
-        tracing::warn!(%error, duty = name, "another process does it only when the lease has ended");
-    }
+    let given_up = app.lock().give_up(name, &app.name);
+    let error = match tokio::time::timeout(GIVE_UP_TIMEOUT, given_up).await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(late) => late.to_string(),
+    };
+    tracing::warn!(
+        error,
+        duty = name,
+        "another process does it only when the lease has ended"
+    );
 }

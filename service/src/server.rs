@@ -17,6 +17,7 @@ use crate::{audit, duty, feed, relay, router};
 
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The listening sockets of the service and of its operators, and what clients know the service by.
 pub struct Sockets {
@@ -127,10 +128,11 @@ pub async fn serve(
     let drained = tokio::time::timeout(deadline, drained).await;
     workers.shutdown().await;
     if !app.config.database.read_only {
-        duty::give_up(&app, relay::RELAY).await;
-        duty::give_up(&app, audit::AUDIT).await;
+        let relay = duty::give_up(&app, relay::RELAY);
+        tokio::join!(relay, duty::give_up(&app, audit::AUDIT));
     }
-    app.close().await;
+    // A database that is silent is not waited for.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, app.close()).await;
     upkeep.abort();
     drained.context("requests were still running at server.drain_timeout")?;
     tracing::info!("stopped");
@@ -168,7 +170,8 @@ async fn housekeeping(app: Arc<App>) {
     loop {
         interval.tick().await;
         let days = i64::from(app.config.events.keep_days.get());
-        if let Err(error) = app.storage().forget(days).await {
+        let forgotten = tokio::time::timeout(HOUSEKEEPING, app.storage().forget(days)).await;
+        if let Ok(Err(error)) = forgotten {
             tracing::warn!(%error, "forgetting what is old failed");
         }
     }

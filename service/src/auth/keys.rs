@@ -13,6 +13,7 @@ use tokio::sync::Mutex;
 use super::Distrust;
 use super::provider::{self, Provider};
 
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever invents names of keys must not make us fetch more often.
 const AT_MOST_EVERY: Duration = Duration::from_secs(5);
 
@@ -57,7 +58,7 @@ impl Keys {
     }
 
     pub fn fetched(place: Place, refresh: Duration) -> anyhow::Result<Self> {
-        let http = provider::client()?;
+        let http = provider::client(TIMEOUT)?;
         Ok(Self(Arc::new(Inner {
             known: RwLock::default(),
             source: Some(Source {

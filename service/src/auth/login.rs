@@ -1,12 +1,13 @@
 //! Tokens from an OpenID provider, for whoever calls the service: OAuth's authorization code with PKCE
 //! for people (RFC 6749, RFC 7636, RFC 8252), client credentials for programs.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use axum::Router;
 use axum::extract::{Query, State};
+use axum::http::StatusCode;
 use axum::routing::get;
 use oauth2::basic::{BasicClient, BasicTokenType};
 use oauth2::{
@@ -14,14 +15,16 @@ use oauth2::{
     EndpointNotSet, EndpointSet, HttpRequest, HttpResponse, PkceCodeChallenge, RedirectUrl, Scope,
     StandardTokenResponse, TokenResponse, TokenUrl,
 };
+use reqwest::Url;
 use serde::Deserialize;
-use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use super::provider::{self, Provider};
 use crate::config::Auth;
 
+/// How long the provider may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a person may take.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -59,16 +62,14 @@ pub async fn person(config: &Auth, tell: impl FnOnce(&str)) -> anyhow::Result<St
     }
     let (url, state) = request.url();
     tell(url.as_str());
-    let back = tokio::time::timeout(PATIENCE, callback(listener)).await;
+    let back = tokio::time::timeout(PATIENCE, callback(listener, state)).await;
     let back = back.context("nobody came back from the provider")??;
     if let Some(error) = back.error {
         let why = back.error_description.unwrap_or_default();
+        // It may hold anything, and is shown on a terminal.
+        let (error, why) = (error.escape_debug(), why.escape_debug());
         bail!("the provider says {error}: {why}");
     }
-    ensure!(
-        back.state.as_deref() == Some(state.secret().as_str()),
-        "somebody else has come back from the provider"
-    );
     ensure!(
         back.iss.is_none_or(|issuer| issuer == config.issuer),
         "another provider has answered"
@@ -108,10 +109,16 @@ pub async fn program(config: &Auth) -> anyhow::Result<String> {
 async fn prepare(config: &Auth) -> anyhow::Result<(reqwest::Client, Provider, Client)> {
     let id = config.client_id.clone();
     let id = id.context("auth.client_id is not set: what the provider knows this program by")?;
-    let http = provider::client()?;
+    let http = provider::client(TIMEOUT)?;
     let provider = Provider::discover(&http, &config.issuer).await?;
     let endpoint = provider.token_endpoint.clone();
     let endpoint = endpoint.context("the provider gives out no tokens")?;
+    let url = Url::parse(&endpoint).with_context(|| endpoint.clone())?;
+    let is_here = ["localhost", "127.0.0.1", "[::1]"].contains(&url.host_str().unwrap_or_default());
+    ensure!(
+        url.scheme() == "https" || is_here,
+        "secrets would go to {endpoint} for all to read; it must begin with https:"
+    );
     let mut client = BasicClient::new(ClientId::new(id)).set_token_uri(TokenUrl::new(endpoint)?);
     if let Some(secret) = &config.client_secret {
         client = client.set_client_secret(ClientSecret::new(secret.expose().to_owned()));
@@ -138,23 +145,28 @@ where
     Ok(answer.access_token().secret().clone())
 }
 
-/// Waits until a browser is sent back here.
-async fn callback(listener: TcpListener) -> anyhow::Result<Callback> {
-    type Waiting = Arc<Mutex<Option<oneshot::Sender<Callback>>>>;
+/// Waits until the browser that `state` was given to comes back. Whoever else comes has not.
+async fn callback(listener: TcpListener, state: CsrfToken) -> anyhow::Result<Callback> {
+    type Waiting = Arc<(CsrfToken, Mutex<Option<oneshot::Sender<Callback>>>)>;
     async fn come_back(
         State(waiting): State<Waiting>,
         Query(callback): Query<Callback>,
-    ) -> &'static str {
-        let waiting = waiting.lock().ok().and_then(|mut waiting| waiting.take());
-        if let Some(waiting) = waiting {
-            let _ = waiting.send(callback);
+    ) -> (StatusCode, &'static str) {
+        let (state, sender) = &*waiting;
+        if callback.state.as_ref() != Some(state.secret()) {
+            let stranger = "Nobody was waiting for this page.\n";
+            return (StatusCode::BAD_REQUEST, stranger);
         }
-        "You can close this page and go back to where you came from.\n"
+        if let Some(sender) = sender.lock().ok().and_then(|mut sender| sender.take()) {
+            let _ = sender.send(callback);
+        }
+        let close = "You can close this page and go back to where you came from.\n";
+        (StatusCode::OK, close)
     }
     let (sender, came) = oneshot::channel();
     let routes = Router::new()
         .route("/callback", get(come_back))
-        .with_state(Arc::new(Mutex::new(Some(sender))));
+        .with_state(Arc::new((state, Mutex::new(Some(sender)))));
     // The browser's answer is sent before this ends.
     let (end, ended) = oneshot::channel::<()>();
     let server = axum::serve(listener, routes).with_graceful_shutdown(async {

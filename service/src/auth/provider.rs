@@ -6,7 +6,6 @@ use anyhow::{Context, ensure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-const TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_ANSWER: usize = 1 << 20;
 
 #[derive(Debug, Deserialize)]
@@ -33,9 +32,9 @@ impl Provider {
 }
 
 /// A client that goes only where it is sent.
-pub fn client() -> anyhow::Result<reqwest::Client> {
+pub fn client(timeout: Duration) -> anyhow::Result<reqwest::Client> {
     reqwest::Client::builder()
-        .timeout(TIMEOUT)
+        .timeout(timeout)
         .redirect(reqwest::redirect::Policy::none())
         .build()
         .context("making a client for the provider of tokens")

@@ -21,7 +21,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 8] = [
+    let cases: [(&str, &[&str]); 10] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -51,6 +51,14 @@ fn problems_name_file_key_and_value() {
             &["orders.page_size", "500", "max_page_size"],
         ),
         (
+            "[server]\nlinger = \"6s\"",
+            &["server.linger", "half of server.drain_timeout"],
+        ),
+        (
+            "[auth]\nclient_secret = 8675309",
+            &["auth.client_secret", "expected text"],
+        ),
+        (
             "[logging]\nformat = \"xml\"",
             &["logging.format", "xml", "json"],
         ),
@@ -65,6 +73,7 @@ fn problems_name_file_key_and_value() {
                 "{text:?}: no {part:?} in {message:?}"
             );
         }
+        assert!(!message.contains("8675309"), "{message:?}");
     }
 }
 

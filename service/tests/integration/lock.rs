@@ -179,3 +179,27 @@ async fn whoever_was_the_holder_writes_nothing_more() {
         assert_eq!(storage.untold(10).await.unwrap().len(), 1);
     }
 }
+
+/// A lock of another kind had larger tokens, as where its settings are changed back. Whoever has this one
+/// gets a newer token, and nothing stands still.
+#[tokio::test]
+async fn a_holder_whose_token_is_too_old_gets_another() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database.clone(), |_| {}).await;
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        let storage = app.app.storage();
+        let all_told = async || storage.untold(1).await.unwrap().is_empty();
+        eventually("it is told", all_told).await;
+        for name in ["relay", "audit"] {
+            let token = jiff::Timestamp::now().as_millisecond() + 1_000_000;
+            let other = Fence { name, token };
+            storage.told(&[], other).await.unwrap();
+        }
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        eventually("it is told again", all_told).await;
+        eventually("it is in the audit log", async || {
+            storage.audited(0, 10).await.unwrap().len() == 2
+        })
+        .await;
+    }
+}

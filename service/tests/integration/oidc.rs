@@ -11,7 +11,7 @@ use service::config::AuthMode;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-use crate::test_app::{TestApp, config_dir, order};
+use crate::test_app::{TestApp, config_dir, eventually, order};
 
 const AUDIENCE: &str = "https://orders.example";
 
@@ -168,29 +168,32 @@ async fn people_log_in_with_a_browser() {
     assert_eq!(place(&app, "x").await, 401);
 }
 
-/// Whoever makes a browser come back with a code of theirs has not logged anybody in.
+/// Whoever makes a browser come back with a code of theirs has not logged anybody in, nor ended it. The
+/// provider's own words are shown, without what terminals take for commands.
 #[tokio::test]
 async fn nobody_is_logged_in_by_another() {
     let provider = Provider::start().await;
-    for (query, why) in [
-        ("code=x&state=guessed", "somebody else"),
-        (
-            "error=access_denied&error_description=no",
-            "access_denied: no",
-        ),
-    ] {
-        let mut login = provider.login("people").spawn().unwrap();
-        let mut said = BufReader::new(login.stderr.take().unwrap()).lines();
-        let address = Url::parse(&address(&mut said).await).unwrap();
-        let (_, back) = address
+    let mut login = provider.login("people").spawn().unwrap();
+    let mut said = BufReader::new(login.stderr.take().unwrap()).lines();
+    let address = Url::parse(&address(&mut said).await).unwrap();
+    let parameter = |wanted: &str| {
+        let (_, value) = address
             .query_pairs()
-            .find(|(name, _)| name == "redirect_uri")
+            .find(|(name, _)| name == wanted)
             .unwrap();
-        reqwest::get(format!("{back}?{query}")).await.unwrap();
-        let last = said.next_line().await.unwrap().unwrap();
-        assert!(last.contains(why), "{last}");
-        assert_eq!(login.wait().await.unwrap().code(), Some(1));
+        value.into_owned()
+    };
+    let (back, state) = (parameter("redirect_uri"), parameter("state"));
+    for query in ["code=x&state=guessed", "code=x", "error=access_denied"] {
+        let answer = reqwest::get(format!("{back}?{query}")).await.unwrap();
+        assert_eq!(answer.status(), 400, "{query}");
     }
+    let query = format!("state={state}&error=access_denied&error_description=no%1b%5B2J");
+    let answer = reqwest::get(format!("{back}?{query}")).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let last = said.next_line().await.unwrap().unwrap();
+    assert!(last.contains(r"access_denied: no\u{1b}[2J"), "{last}");
+    assert_eq!(login.wait().await.unwrap().code(), Some(1));
 }
 
 #[tokio::test]
@@ -226,6 +229,9 @@ async fn the_provider_must_be_who_was_asked() {
         config.auth.issuer = other_name;
     })
     .await;
-    let ready = app.admin_text("/health/ready").await;
-    assert!(ready.contains("speaks for"), "{ready}");
+    eventually("it says why", async || {
+        let ready = app.admin_text("/health/ready").await;
+        ready.contains("speaks for")
+    })
+    .await;
 }

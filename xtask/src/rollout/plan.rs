@@ -193,7 +193,8 @@ impl MetricForecast {
             .iter()
             .zip(self.earned)
             .map(|(needed, earned)| {
-                if earned < 1.0 {
+                // What is missing by rounding is there.
+                if earned < 1.0 - 1e-9 {
                     (1.0 - earned) * needed
                 } else {
                     0.0
@@ -425,6 +426,10 @@ mod tests {
             .unwrap();
         assert!(forecast.stages[0].to_pass > 2.0, "{forecast:?}");
         assert_eq!(forecast.stages[2].to_pass, 2.0);
+        for weight in 1..100 {
+            let forecast = slow(&[weight, 100]);
+            assert_eq!(forecast.stages[1].to_pass, 2.0, "{weight} %");
+        }
         let refused = slow(&[100]).check(60.0, "production", "http://localhost");
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("4.00 % slower than 500 ms"), "{refused}");

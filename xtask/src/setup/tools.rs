@@ -166,7 +166,7 @@ impl Tools {
         let shell = cargo::shell()?;
         let version = pin.version.to_string();
         if let Some(ours) = &pin.directory {
-            return self.npm(&shell, ours, dir, output);
+            return self.npm(&shell, (name, ours), dir, output);
         }
         let mut reason = anyhow!("no package carries it");
         if let Some(package) = &pin.pip {
@@ -194,10 +194,16 @@ impl Tools {
         Ok(())
     }
 
-    fn npm(&self, shell: &Shell, ours: &Path, dir: &Path, output: &Output) -> Result<()> {
+    fn npm(
+        &self,
+        shell: &Shell,
+        (name, ours): (&str, &Path),
+        dir: &Path,
+        output: &Output,
+    ) -> Result<()> {
         self.install("node", output)?;
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-        for (file, content) in contents(ours)? {
+        for (file, content) in contents(name, ours)? {
             let path = dir.join(file);
             fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         }
@@ -223,7 +229,8 @@ impl Tools {
         if let Some(ours) = &pin.directory {
             // What is ours in it may change without a new version. Where it cannot be read,
             // installing says why.
-            let ours: Vec<Vec<u8>> = contents(ours).unwrap_or_default().into_values().collect();
+            let ours = contents(name, ours).unwrap_or_default().into_values();
+            let ours: Vec<Vec<u8>> = ours.collect();
             let hash = &files::sha256(&ours.concat())[..8];
             return self.dir.join(format!("{name}-{version}-{hash}"));
         }
@@ -275,16 +282,15 @@ impl Pin {
 }
 
 /// The files that `npm ci` needs, and the program beside them, by name.
-fn contents(directory: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+fn contents(name: &str, directory: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let directory = cargo::root()?.join(directory);
-    let entries =
-        fs::read_dir(&directory).with_context(|| format!("in {}", directory.display()))?;
-    entries
-        .map(|entry| {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default();
+    let program = format!("{name}.mjs");
+    ["package.json", "package-lock.json", &program]
+        .into_iter()
+        .map(|file| {
+            let path = directory.join(file);
             let content = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-            Ok((name.into(), content))
+            Ok((file.to_owned(), content))
         })
         .collect()
 }
@@ -340,11 +346,10 @@ mod tests {
         let mut looked_at = 0;
         for (name, pin) in &tools.pins.tools {
             let Some(package) = &pin.npm else { continue };
-            let files = contents(pin.directory.as_deref().unwrap()).unwrap();
-            assert!(files.contains_key(Path::new(&pin.inside(name))), "{name}");
+            let files = contents(name, pin.directory.as_deref().unwrap()).unwrap();
+            assert!(files.contains_key(&pin.inside(name)), "{name}");
             for (file, root) in [("package.json", ""), ("package-lock.json", "/packages/")] {
-                let json: serde_json::Value =
-                    serde_json::from_slice(&files[Path::new(file)]).unwrap();
+                let json: serde_json::Value = serde_json::from_slice(&files[file]).unwrap();
                 let root = json.pointer(root).unwrap();
                 let pinned = &root["dependencies"][package];
                 assert_eq!(pinned, pin.version.to_string().as_str(), "{name}: {file}");

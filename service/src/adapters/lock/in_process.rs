@@ -48,6 +48,7 @@ impl Lock for InProcess {
     async fn give_up(&self, name: &'static str, owner: &str) -> Result<(), LockError> {
         let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(holder) = holders.get_mut(name).filter(|holder| holder.owner == owner) {
+            holder.owner.clear();
             holder.until = Instant::now();
         }
         Ok(())

@@ -14,15 +14,16 @@ use crate::config::Redis as Config;
 /// The token, or nil: KEYS holder, last token; ARGV owner, milliseconds. Both keys have one hash slot.
 const HOLD: &str = r"
 local holder = redis.call('GET', KEYS[1])
-if holder == ARGV[1] then
+local kept = redis.call('GET', KEYS[2])
+if holder == ARGV[1] and kept then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
-    return redis.call('GET', KEYS[2])
-elseif holder then
+    return kept
+elseif holder and holder ~= ARGV[1] then
     return false
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+local last = tonumber(kept or '0')
 local token = string.format('%.0f', math.max(last + 1, now))
 redis.call('SET', KEYS[2], token)
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])

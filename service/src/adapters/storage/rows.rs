@@ -1,6 +1,8 @@
 //! What both SQL adapters have in common: the query for orders, and orders from its rows.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io::ErrorKind;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
@@ -10,7 +12,7 @@ use super::{Change, StorageError};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 
 /// Dead connections that are stepped over: more than a pool usually has.
-const MOST_DEAD: usize = 32;
+const MOST_DEAD: u64 = 32;
 
 /// Tries once more what changes nothing, and each time that the connection it got turns out to be dead,
 /// as those are that the pool kept while the database was away.
@@ -18,10 +20,12 @@ pub(super) async fn retried<T, F>(attempt: impl Fn() -> F) -> sqlx::Result<T>
 where
     F: Future<Output = sqlx::Result<T>>,
 {
-    for _ in 0..MOST_DEAD {
+    for number in 0..MOST_DEAD {
         match attempt().await {
             Err(error) if is_dead(&error) => {
                 metrics::counter!("database_dead_connections_total").increment(1);
+                // The first few cost nothing; behind many there may be a server that takes none.
+                tokio::time::sleep(Duration::from_millis(number)).await;
             }
             done => return done,
         }
@@ -29,13 +33,19 @@ where
     attempt().await
 }
 
-/// Whether an error says that the connection is no more, and nothing else: it is not a new one that
-/// could not be made, for which the pool has waited already.
+/// Whether an error says that the connection is no more.
 fn is_dead(error: &sqlx::Error) -> bool {
     /// The server has ended it: on command, or with itself (PostgreSQL's appendix A).
     const ENDED: [&str; 3] = ["57P01", "57P02", "25P03"];
     match error {
-        sqlx::Error::Io(_) => true,
+        sqlx::Error::Io(error) => matches!(
+            error.kind(),
+            ErrorKind::BrokenPipe
+                | ErrorKind::ConnectionAborted
+                | ErrorKind::ConnectionReset
+                | ErrorKind::TimedOut
+                | ErrorKind::UnexpectedEof
+        ),
         sqlx::Error::Database(error) => error.code().is_some_and(|code| ENDED.contains(&&*code)),
         _ => false,
     }
@@ -111,7 +121,7 @@ pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMI
 /// no longer. In one order, so that nobody waits for another who waits for them.
 pub(super) fn sums<'a>(
     changes: impl Iterator<Item = &'a Change>,
-    [more, fewer]: &[HashSet<Uuid>; 2],
+    counted: &mut [HashSet<Uuid>; 2],
 ) -> BTreeMap<(&'a str, &'a str), (i64, i64)> {
     let mut sums = BTreeMap::new();
     for change in changes {
@@ -125,8 +135,7 @@ pub(super) fn sums<'a>(
         else {
             continue;
         };
-        let counted = if *orders < 0 { fewer } else { more };
-        if counted.contains(&order.as_uuid()) {
+        if counted[usize::from(*orders < 0)].remove(&order.as_uuid()) {
             let sum: &mut (i64, i64) = sums
                 .entry((customer.as_str(), currency.as_str()))
                 .or_default();
@@ -183,8 +192,11 @@ pub(super) fn lease(now: &str) -> String {
          ON CONFLICT (name) DO UPDATE
          SET owner = excluded.owner, expires_at = excluded.expires_at,
              token = CASE WHEN leases.owner = excluded.owner THEN leases.token
-                          WHEN leases.token < excluded.token THEN excluded.token
-                          ELSE leases.token + 1 END
+                          ELSE (SELECT max(token) FROM (
+                              SELECT excluded.token AS token
+                              UNION ALL SELECT leases.token + 1
+                              UNION ALL SELECT fences.token + 1 FROM fences
+                                        WHERE fences.name = leases.name) newer) END
          WHERE leases.owner = excluded.owner OR leases.expires_at < {now}
          RETURNING token"
     )
@@ -194,7 +206,8 @@ pub(super) fn lease(now: &str) -> String {
 pub(super) const FENCE: &str = "INSERT INTO fences (name, token) VALUES ($1, $2)
      ON CONFLICT (name) DO UPDATE SET token = excluded.token WHERE fences.token <= excluded.token";
 
-pub(super) const GIVE_UP: &str = "UPDATE leases SET expires_at = 0 WHERE name = $1 AND owner = $2";
+pub(super) const GIVE_UP: &str =
+    "UPDATE leases SET owner = '', expires_at = 0 WHERE name = $1 AND owner = $2";
 
 /// Milliseconds of so many days ago.
 pub(super) fn days_ago(days: i64) -> i64 {

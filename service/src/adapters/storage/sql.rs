@@ -179,11 +179,11 @@ macro_rules! storage_in_sql {
                     events.filter_map(|((_, change), is_new)| is_new.then_some(change))
                 };
                 let [more, fewer] = rows::counted(changes());
-                let counted = [
+                let mut counted = [
                     Self::count(&mut tx, &more).await?,
                     Self::count_no_more(&mut tx, &fewer).await?,
                 ];
-                for ((customer, currency), (orders, cents)) in rows::sums(changes(), &counted) {
+                for ((customer, currency), (orders, cents)) in rows::sums(changes(), &mut counted) {
                     for add in rows::ADD_TO_TOTALS {
                         let add = sqlx::query(add).bind(customer).bind(currency);
                         let add = add.bind(orders).bind(cents);
