@@ -24,7 +24,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 
 use super::bodies::{BrokenOff, End, Link, RequestBody, ResponseBody};
-use super::routing::{Flight, Router};
+use super::routing::{Flight, Pool, Router};
 
 const X_RELEASE: HeaderName = HeaderName::from_static("x-release");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -305,25 +305,8 @@ async fn send_http2(
             *request.uri_mut() = uri;
         }
     }
-    let wanted = 1 + flight.backend.in_flight() / STREAMS_PER_CONNECTION;
-    let shared = {
-        let mut idle = pool.http2();
-        idle.retain(|sender| !sender.is_closed());
-        let turn = idle.len() as u64 >= wanted;
-        turn.then(|| {
-            idle.rotate_left(1);
-            idle[0].clone()
-        })
-    };
-    let mut sender = match shared {
-        Some(sender) => sender,
-        None => match connect_http2(flight.backend.address).await {
-            Ok(sender) => {
-                pool.http2().push(sender.clone());
-                sender
-            }
-            Err(_) => return Err(Failure::NotSent(Box::new(request))),
-        },
+    let Ok(mut sender) = http2_sender(flight, pool).await else {
+        return Err(Failure::NotSent(Box::new(request)));
     };
     match sender.try_send_request(request).await {
         Ok(response) => Ok((response, Link::Http2)),
@@ -331,6 +314,39 @@ async fn send_http2(
             .take_message()
             .map_or(Failure::Lost, |unsent| Failure::NotSent(Box::new(unsent)))),
     }
+}
+
+/// A connection that is there, or a new one where there are too few. One is made at a time: of a
+/// crowd that comes at once each would make one, more than the process can take.
+async fn http2_sender(flight: &Flight, pool: &Pool) -> Result<http2::SendRequest<RequestBody>> {
+    let shared = |least: u64| {
+        let mut idle = pool.http2();
+        idle.retain(|sender| !sender.is_closed());
+        (idle.len() as u64 >= least).then(|| {
+            idle.rotate_left(1);
+            idle[0].clone()
+        })
+    };
+    let wanted = 1 + flight.backend.in_flight() / STREAMS_PER_CONNECTION;
+    if let Some(sender) = shared(wanted) {
+        return Ok(sender);
+    }
+    let _making = match pool.making.try_lock() {
+        Ok(making) => making,
+        Err(_) => {
+            if let Some(sender) = shared(1) {
+                return Ok(sender);
+            }
+            let making = pool.making.lock().await;
+            if let Some(sender) = shared(1) {
+                return Ok(sender);
+            }
+            making
+        }
+    };
+    let sender = connect_http2(flight.backend.address).await?;
+    pool.http2().push(sender.clone());
+    Ok(sender)
 }
 
 async fn connect(address: SocketAddr) -> Result<TokioIo<TcpStream>> {

@@ -52,6 +52,8 @@ pub struct Backend {
 pub struct Pool {
     http1: Mutex<Vec<http1::SendRequest<RequestBody>>>,
     http2: Mutex<Vec<http2::SendRequest<RequestBody>>>,
+    /// Held by whoever makes a connection for HTTP/2.
+    pub making: tokio::sync::Mutex<()>,
 }
 
 /// A request on its way; the backend is busy until this is dropped.
