@@ -2,6 +2,7 @@
 //! events until they are done. One process consumes a queue at a time, so that the order stays.
 //! <https://www.rabbitmq.com/docs/confirms>, <https://www.rabbitmq.com/docs/consumers#single-active-consumer>
 
+use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -11,6 +12,7 @@ use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
+use lapin::uri::AMQPUri;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
     ExchangeKind,
@@ -22,6 +24,9 @@ use crate::config::RabbitMq as Config;
 use crate::domain::events::Event;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Seconds, unless the address says otherwise (`?heartbeat=`). A lost consumer is replaced after two or
+/// three; the broker would propose 60.
+const HEARTBEAT: u16 = 5;
 /// AMQP's delivery mode for messages that outlive a restart of the broker.
 const PERSISTENT: u8 = 2;
 /// Of all orders.
@@ -55,9 +60,12 @@ impl RabbitMq {
     }
 
     async fn connect(&self) -> Result<Line, BusError> {
+        let mut uri = AMQPUri::from_str(&self.config.url.0)
+            .map_err(|error| BusError(format!("rabbitmq.url = {}: {error}", self.config.url)))?;
+        uri.query.heartbeat.get_or_insert(HEARTBEAT);
         let connect = async {
             let options = ConnectionProperties::default();
-            let connection = Connection::connect(&self.config.url.0, options).await?;
+            let connection = Connection::connect_uri(uri, options).await?;
             let channel = connection.create_channel().await?;
             let options = ExchangeDeclareOptions {
                 durable: true,
