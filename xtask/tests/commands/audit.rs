@@ -21,7 +21,13 @@ fn clean() -> Workspace {
         "deny.toml",
         "[advisories]\nmaximum-db-staleness = \"P180D\"\n[licenses]\nallow = [\"MIT\", \"Apache-2.0\"]\n",
     );
-    for file in ["config/tools.toml", "config/policy.toml"] {
+    for file in [
+        "config/tools.toml",
+        "config/policy.toml",
+        "xtask/src/audit/workflow-parser/package.json",
+        "xtask/src/audit/workflow-parser/package-lock.json",
+        "xtask/src/audit/workflow-parser/workflow-parser.mjs",
+    ] {
         let text = std::fs::read_to_string(root().join(file)).unwrap();
         workspace.write(file, &text);
     }
