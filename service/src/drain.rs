@@ -14,30 +14,20 @@ use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use crate::app::App;
 use crate::limits;
 
+#[derive(Default)]
 pub struct Drain {
     began: AtomicBool,
-    /// When the last request came since.
-    last: watch::Sender<Instant>,
-}
-
-impl Default for Drain {
-    fn default() -> Self {
-        Self {
-            began: AtomicBool::new(false),
-            last: watch::Sender::new(Instant::now()),
-        }
-    }
+    /// Changes with each request that comes since.
+    requests: watch::Sender<()>,
 }
 
 impl Drain {
     /// From now on the process says that it is going.
     pub fn begin(&self) {
-        self.last.send_replace(Instant::now());
         self.began.store(true, Ordering::SeqCst);
     }
 
@@ -47,13 +37,8 @@ impl Drain {
 
     /// Returns once no request has come for `time`.
     pub async fn quiet(&self, time: Duration) {
-        loop {
-            let last = *self.last.borrow();
-            tokio::time::sleep_until(last + time).await;
-            if *self.last.borrow() == last {
-                return;
-            }
-        }
+        let mut requests = self.requests.subscribe();
+        while tokio::time::timeout(time, requests.changed()).await.is_ok() {}
     }
 }
 
@@ -62,7 +47,7 @@ pub async fn turn_away(State(app): State<Arc<App>>, request: Request, next: Next
     if !app.drain.has_begun() || limits::is_exempt(&request) {
         return next.run(request).await;
     }
-    app.drain.last.send_replace(Instant::now());
+    app.drain.requests.send_replace(());
     // Later versions have no such header, and a WebSocket needs this one for itself.
     let has_header = request.version() <= Version::HTTP_11;
     let mut response = next.run(request).await;
@@ -75,6 +60,8 @@ pub async fn turn_away(State(app): State<Arc<App>>, request: Request, next: Next
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -85,7 +72,7 @@ mod tests {
         let requests = async {
             for _ in 0..5 {
                 tokio::time::sleep(Duration::from_millis(900)).await;
-                drain.last.send_replace(Instant::now());
+                drain.requests.send_replace(());
             }
         };
         tokio::join!(drain.quiet(Duration::from_secs(1)), requests);
