@@ -128,6 +128,19 @@ impl TestApp {
             .unwrap()
     }
 
+    /// Of all that there are.
+    pub async fn number_of_orders(&self) -> usize {
+        let (mut orders, mut after) = (0, None);
+        loop {
+            let page = self.app.storage().list(after, 500).await.unwrap();
+            let Some(oldest) = page.last() else {
+                return orders;
+            };
+            after = Some(oldest.id);
+            orders += page.len();
+        }
+    }
+
     /// Changes the database behind the service's back.
     pub async fn execute(&self, sql: &str) {
         self.database.execute(sql).await;
