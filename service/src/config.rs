@@ -309,7 +309,7 @@ pub struct Orders {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeout(pub Duration);
 
-/// A log filter in the syntax of `tracing_subscriber::EnvFilter`.
+/// A log filter in the syntax of `tracing_subscriber::filter::Targets`.
 #[derive(Debug, Clone, Serialize)]
 pub struct LogFilter(pub String);
 
@@ -518,7 +518,7 @@ impl FromStr for LogFilter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match tracing_subscriber::EnvFilter::builder().parse(text) {
+        match text.parse::<tracing_subscriber::filter::Targets>() {
             Ok(_) => Ok(Self(text.to_owned())),
             Err(error) => Err(format!("not a log filter: {error}")),
         }

@@ -5,17 +5,14 @@
 //! they stop is the sign that everybody knows. Its answers close their connections meanwhile
 //! (RFC 9112, section 9.6), so that clients open the next one elsewhere.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderValue, StatusCode, Version, header};
-use axum::middleware::Next;
 use axum::response::Response;
 use tokio::sync::watch;
 
-use crate::app::App;
 use crate::limits;
 
 #[derive(Default)]
@@ -35,6 +32,16 @@ impl Drain {
         self.began.load(Ordering::SeqCst)
     }
 
+    /// Notes a request that somebody still sends; whether they must be told to go elsewhere.
+    pub fn notes(&self, request: &Request) -> bool {
+        if !self.has_begun() || limits::is_exempt(request) {
+            return false;
+        }
+        self.requests.send_replace(());
+        // Later versions have no such header.
+        request.version() <= Version::HTTP_11
+    }
+
     /// Returns once no request has come for `time`.
     pub async fn quiet(&self, time: Duration) {
         let mut requests = self.requests.subscribe();
@@ -42,20 +49,13 @@ impl Drain {
     }
 }
 
-/// Notes that somebody still sends requests, and tells them to go elsewhere.
-pub async fn turn_away(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    if !app.drain.has_begun() || limits::is_exempt(&request) {
-        return next.run(request).await;
-    }
-    app.drain.requests.send_replace(());
-    // Later versions have no such header, and a WebSocket needs this one for itself.
-    let has_header = request.version() <= Version::HTTP_11;
-    let mut response = next.run(request).await;
-    if has_header && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+/// Tells a client to open its next connection elsewhere.
+pub fn turn_away(response: &mut Response) {
+    // A WebSocket needs this header for itself.
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(header::CONNECTION, close);
     }
-    response
 }
 
 #[cfg(test)]

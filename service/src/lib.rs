@@ -19,6 +19,7 @@ pub mod duty;
 pub mod feed;
 pub mod hex;
 pub mod limits;
+mod log_lines;
 pub mod middleware;
 mod pause;
 pub mod relay;

@@ -2,23 +2,20 @@
 //! before it costs anything.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{ConnectInfo, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
 use ipnet::IpNet;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::api::fault::Fault;
 use crate::api::problem::Problem;
-use crate::app::App;
 use crate::auth::Caller;
 use crate::config::{Config, RateLimit};
 
@@ -96,6 +93,44 @@ impl Limits {
         }
     }
 
+    /// Lets a request through, or refuses it: 429 where its client asks for too much, 503 where this
+    /// process has its hands full.
+    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
+    pub fn admit(&self, request: &Request) -> Result<Admitted<'_>, Response> {
+        if is_exempt(request) {
+            return Ok(Admitted {
+                limits: self,
+                left: None,
+                _place: None,
+            });
+        }
+        let caller = request.extensions().get::<Caller>();
+        let counted = match caller {
+            Some(caller) => self.count(&caller.client),
+            None => self.count(&Client::default()),
+        };
+        let left = counted.map_err(|wait| {
+            refused("rate-limited");
+            let seconds = wait.as_secs() + 1;
+            let mut response = Problem::new(Fault::RateLimited).into_response();
+            let headers = response.headers_mut();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            self.tell(headers, 0, seconds);
+            response
+        })?;
+        let place = self.places.try_acquire().map_err(|_| {
+            refused("overloaded");
+            let mut response = Problem::new(Fault::Overloaded).into_response();
+            self.tell(response.headers_mut(), left, 1);
+            response
+        })?;
+        Ok(Admitted {
+            limits: self,
+            left: Some(left),
+            _place: Some(place),
+        })
+    }
+
     /// The fields that tell a client what it may do.
     /// <https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/>
     fn tell(&self, headers: &mut HeaderMap, left: u32, seconds: u64) {
@@ -145,38 +180,22 @@ fn parsed(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(with_port)
 }
 
-/// Lets a request through, or refuses it: 429 where its client asks for too much, 503 where this
-/// process has its hands full.
-pub async fn admit(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let limits = &app.limits;
-    if is_exempt(&request) {
-        return next.run(request).await;
+/// A request that was let through; its place in the process is its own until this goes.
+#[must_use]
+pub struct Admitted<'limits> {
+    limits: &'limits Limits,
+    /// Requests that its client has left; `None` for one that was not counted.
+    left: Option<u32>,
+    _place: Option<SemaphorePermit<'limits>>,
+}
+
+impl Admitted<'_> {
+    /// Tells the client what it has left.
+    pub fn tell(self, response: &mut Response) {
+        if let Some(left) = self.left {
+            self.limits.tell(response.headers_mut(), left, 1);
+        }
     }
-    let caller = request.extensions().get::<Caller>();
-    let client = caller
-        .map(|caller| caller.client.clone())
-        .unwrap_or_default();
-    let left = match limits.count(&client) {
-        Ok(left) => left,
-        Err(wait) => {
-            refused("rate-limited");
-            let seconds = wait.as_secs() + 1;
-            let mut response = Problem::new(Fault::RateLimited).into_response();
-            let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-            limits.tell(headers, 0, seconds);
-            return response;
-        }
-    };
-    let mut response = match limits.places.try_acquire() {
-        Ok(_place) => next.run(request).await,
-        Err(_) => {
-            refused("overloaded");
-            Problem::new(Fault::Overloaded).into_response()
-        }
-    };
-    limits.tell(response.headers_mut(), left, 1);
-    response
 }
 
 fn refused(why: &'static str) {

@@ -1,6 +1,9 @@
 //! Every layer around every request, outermost first: request id, log, metrics and trace, the
-//! end of the process, what browsers are told, gRPC's own words for what the others refuse, panics, who calls, limits of clients
-//! and of the process, time-out, body limit.
+//! end of the process, what browsers are told, gRPC's own words for what the others refuse, CORS,
+//! panics, who calls, limits of clients and of the process, time-out, body limit.
+//!
+//! Each of axum's middleware functions copies everything inside it for every request, so there are
+//! two of them, with the panics between them.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -9,13 +12,13 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
-use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
-use tracing::Instrument;
 use tracing::field::Empty;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::api::fault::Fault;
@@ -23,7 +26,7 @@ use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
 use crate::config::Origin;
-use crate::{auth, drain, limits, traces};
+use crate::{auth, drain, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
@@ -36,78 +39,126 @@ pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
     let config = &app.config.server;
     routes.layer(
         ServiceBuilder::new()
-            .layer(from_fn(observe))
-            .layer(from_fn_with_state(Arc::clone(app), drain::turn_away))
-            .layer(from_fn_with_state(app.config.tls.is_some(), protect))
+            .layer(from_fn_with_state(Arc::clone(app), surround))
             .layer(cors(&config.allowed_origins))
-            .layer(from_fn(grpc::translate))
             .layer(CatchPanicLayer::custom(panicked))
-            .layer(from_fn_with_state(Arc::clone(app), auth::authenticate))
-            .layer(from_fn_with_state(Arc::clone(app), limits::admit))
-            .layer(from_fn(auth::refuse))
-            .layer(from_fn_with_state(config.request_timeout.0, time_limit))
+            .layer(from_fn_with_state(Arc::clone(app), admit))
             .layer(DefaultBodyLimit::max(config.body_limit.get())),
     )
 }
 
-/// Gives the request an id (the client's own, where it sent a usable one), a log line and
-/// its metrics. Routes, not paths, are the label: a scan of random paths makes no new series.
-async fn observe(request: Request, next: Next) -> Response {
-    let started = Instant::now();
-    let id = request
-        .headers()
-        .get(&REQUEST_ID)
-        .filter(|id| id.len() <= MAX_REQUEST_ID && id.to_str().is_ok())
-        .cloned()
-        .or_else(|| HeaderValue::from_str(&Uuid::now_v7().to_string()).ok())
-        .unwrap_or_else(|| HeaderValue::from_static("none"));
-    let method = method_label(request.method().as_str());
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
-    let span = tracing::info_span!(
-        "request",
-        otel.name = format!("{method} {route}"),
-        otel.kind = "server",
-        otel.status_code = Empty,
-        http.response.status_code = Empty,
-        http.route = route,
-        request_id = id.to_str().unwrap_or_default(),
-        trace_id = Empty,
-        method,
-        path = request.uri().path(),
-    );
-    traces::adopt_request(&span, request.headers());
-    let in_flight = InFlight::begin();
-    let mut response = next.run(request).instrument(span.clone()).await;
-    drop(in_flight);
-
-    let seconds = started.elapsed().as_secs_f64();
-    let status = response.status();
-    let labels = [
-        ("method", method.to_owned()),
-        ("route", route),
-        ("status", status.as_u16().to_string()),
-    ];
-    metrics::counter!("http_requests_total", &labels).increment(1);
-    metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
-    span.record("http.response.status_code", status.as_u16());
-    if status.is_server_error() {
-        span.record("otel.status_code", "ERROR");
+/// What every answer gets, whoever gives it.
+async fn surround(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let observed = Observed::begin(&request);
+    let is_going = app.drain.notes(&request);
+    let is_grpc = grpc::is_call(&request);
+    // The pages of the API's description bring scripts and styles of their own.
+    let is_page = request.uri().path().starts_with("/docs");
+    let mut response = next.run(request).instrument(observed.span.clone()).await;
+    if is_grpc {
+        response = grpc::translated(response);
     }
-    span.in_scope(|| {
-        tracing::info!(target: "access", status = status.as_u16(), seconds, "answered");
-    });
-    response.headers_mut().insert(REQUEST_ID.clone(), id);
+    protect(&mut response, is_page, app.config.tls.is_some());
+    if is_going {
+        drain::turn_away(&mut response);
+    }
+    observed.end(&mut response);
     response
 }
 
-/// What browsers must not do with answers (OWASP's list of secure headers). The pages of the API's
-/// description bring scripts and styles of their own.
-async fn protect(State(has_tls): State<bool>, request: Request, next: Next) -> Response {
-    let is_page = request.uri().path().starts_with("/docs");
-    let mut response = next.run(request).await;
+/// Lets a request through, or says why not.
+async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let recognised = auth::recognise(&app, &mut request).await;
+    // Whoever tries tokens is a client like any other.
+    let admitted = match app.limits.admit(&request) {
+        Ok(admitted) => admitted,
+        Err(refusal) => return refusal,
+    };
+    let mut response = match recognised {
+        Ok(()) => {
+            let answer = next.run(request);
+            let answer = tokio::time::timeout(app.config.server.request_timeout.0, answer).await;
+            answer.unwrap_or_else(|_| Problem::new(Fault::Timeout).into_response())
+        }
+        Err(distrust) => distrust.into_response(),
+    };
+    admitted.tell(&mut response);
+    response
+}
+
+/// A request's id (the client's own, where it sent a usable one), its span, its log line and its
+/// metrics. Routes, not paths, are the label: a scan of random paths makes no new series.
+struct Observed {
+    span: Span,
+    id: HeaderValue,
+    method: &'static str,
+    route: String,
+    started: Instant,
+    _in_flight: InFlight,
+}
+
+impl Observed {
+    fn begin(request: &Request) -> Self {
+        let started = Instant::now();
+        let id = request
+            .headers()
+            .get(&REQUEST_ID)
+            .filter(|id| id.len() <= MAX_REQUEST_ID && id.to_str().is_ok())
+            .cloned()
+            .or_else(|| HeaderValue::from_str(&Uuid::now_v7().to_string()).ok())
+            .unwrap_or_else(|| HeaderValue::from_static("none"));
+        let method = method_label(request.method().as_str());
+        let route = request
+            .extensions()
+            .get::<MatchedPath>()
+            .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+        let span = tracing::info_span!(
+            "request",
+            otel.name = format!("{method} {route}"),
+            otel.kind = "server",
+            otel.status_code = Empty,
+            http.response.status_code = Empty,
+            http.route = route,
+            request_id = id.to_str().unwrap_or_default(),
+            trace_id = Empty,
+            method,
+            path = request.uri().path(),
+        );
+        traces::adopt_request(&span, request.headers());
+        Self {
+            span,
+            id,
+            method,
+            route,
+            started,
+            _in_flight: InFlight::begin(),
+        }
+    }
+
+    fn end(self, response: &mut Response) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        let status = response.status();
+        let labels = [
+            ("method", self.method.to_owned()),
+            ("route", self.route),
+            ("status", status.as_str().to_owned()),
+        ];
+        metrics::counter!("http_requests_total", &labels).increment(1);
+        metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
+        self.span
+            .record("http.response.status_code", status.as_u16());
+        if status.is_server_error() {
+            self.span.record("otel.status_code", "ERROR");
+        }
+        self.span.in_scope(|| {
+            tracing::info!(target: "access", status = status.as_u16(), seconds, "answered");
+        });
+        response.headers_mut().insert(REQUEST_ID.clone(), self.id);
+    }
+}
+
+/// What browsers must not do with answers (OWASP's list of secure headers).
+fn protect(response: &mut Response, is_page: bool, has_tls: bool) {
     let policy = match is_page {
         true => {
             "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; \
@@ -132,7 +183,6 @@ async fn protect(State(has_tls): State<bool>, request: Request, next: Next) -> R
         let no_store = HeaderValue::from_static("no-store");
         headers.entry(header::CACHE_CONTROL).or_insert(no_store);
     }
-    response
 }
 
 /// Lets pages of these origins call; of no others, as long as browsers are asked.
@@ -177,13 +227,6 @@ fn method_label(method: &str) -> &'static str {
         .into_iter()
         .find(|known| *known == method)
         .unwrap_or("other")
-}
-
-async fn time_limit(State(limit): State<Duration>, request: Request, next: Next) -> Response {
-    match tokio::time::timeout(limit, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => Problem::new(Fault::Timeout).into_response(),
-    }
 }
 
 fn panicked(cause: Box<dyn Any + Send + 'static>) -> Response {

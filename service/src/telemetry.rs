@@ -13,10 +13,10 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, fmt, reload};
+use tracing_subscriber::{Layer, fmt, reload};
 
 use crate::config::{Config, LogFilter, LogFormat};
-use crate::traces;
+use crate::{log_lines, traces};
 
 /// Upper bounds of the latency buckets, in seconds.
 const LATENCY_BUCKETS: [f64; 14] = [
@@ -28,7 +28,7 @@ static LOG: OnceLock<Log> = OnceLock::new();
 
 struct Log {
     level: Mutex<LogFilter>,
-    change: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
+    change: Box<dyn Fn(Targets) -> Result<(), reload::Error> + Send + Sync>,
 }
 
 /// Sends the process's log to standard error, and to files where the configuration names some, in the
@@ -36,7 +36,12 @@ struct Log {
 /// shut down.
 pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
     let provider = traces::provider(&config.tracing)?;
-    let spans = tracing_opentelemetry::layer().with_tracer(provider.tracer(env!("CARGO_PKG_NAME")));
+    // Where in the code and on which thread says little of a request, and is sent with each.
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer(env!("CARGO_PKG_NAME")))
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false);
     // What the service does itself; libraries' own spans are many, and nobody asked for them.
     let own = Targets::new().with_target(env!("CARGO_CRATE_NAME"), LevelFilter::INFO);
     let logging = &config.logging;
@@ -52,9 +57,8 @@ pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
     let lines = match logging.format {
         LogFormat::Text => fmt::layer().with_ansi(false).with_writer(writer).boxed(),
         LogFormat::Json => fmt::layer()
-            .json()
-            .flatten_event(true)
-            .with_current_span(true)
+            .fmt_fields(log_lines::Fields)
+            .event_format(log_lines::Lines)
             .with_writer(writer)
             .boxed(),
     };
@@ -83,9 +87,8 @@ fn files(path: &Path, keep: usize) -> anyhow::Result<RollingFileAppender> {
         .with_context(|| format!("opening logging.file = {}", path.display()))
 }
 
-fn filter(level: &LogFilter) -> anyhow::Result<EnvFilter> {
-    let filter = EnvFilter::builder().parse(&level.0);
-    filter.context("reading the log filter")
+fn filter(level: &LogFilter) -> anyhow::Result<Targets> {
+    level.0.parse().context("reading the log filter")
 }
 
 /// What the process logs now, where its log runs.

@@ -3,6 +3,7 @@
 //! <https://www.w3.org/TR/trace-context/>, <https://opentelemetry.io/docs/specs/otlp/>
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
 use anyhow::Context as _;
 use axum::http::HeaderMap;
@@ -20,6 +21,8 @@ use crate::config::Tracing;
 
 /// The field of a request, and the attribute of an event.
 const TRACEPARENT: &str = "traceparent";
+
+static PROPAGATOR: LazyLock<TraceContextPropagator> = LazyLock::new(TraceContextPropagator::new);
 
 /// Where spans go. Without a collector they go nowhere, but have ids for the log all the same.
 pub fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
@@ -61,9 +64,11 @@ pub fn adopt_event(span: &Span, traceparent: Option<&str>) {
 }
 
 fn adopt(span: &Span, carrier: &dyn Extractor) {
-    let parent = TraceContextPropagator::new().extract_with_context(&Context::new(), carrier);
-    // A span that nobody looks at has no place in a trace.
-    let _ = span.set_parent(parent);
+    if carrier.get(TRACEPARENT).is_some() {
+        let parent = PROPAGATOR.extract_with_context(&Context::new(), carrier);
+        // A span that nobody looks at has no place in a trace.
+        let _ = span.set_parent(parent);
+    }
     let context = span.context();
     let id = context.span().span_context().trace_id();
     span.record("trace_id", tracing::field::display(id));
@@ -73,7 +78,7 @@ fn adopt(span: &Span, carrier: &dyn Extractor) {
 pub fn traceparent() -> Option<String> {
     let mut carried = HashMap::new();
     let context = Span::current().context();
-    TraceContextPropagator::new().inject_context(&context, &mut carried);
+    PROPAGATOR.inject_context(&context, &mut carried);
     carried.remove(TRACEPARENT)
 }
 

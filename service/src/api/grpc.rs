@@ -8,7 +8,6 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::Request as HttpRequest;
 use axum::http::header;
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response as HttpResponse};
 use futures_util::{Stream, StreamExt};
 use jiff::Timestamp;
@@ -74,28 +73,28 @@ where
     router.route_service(&format!("/{}/{{method}}", S::NAME), service)
 }
 
+pub fn is_call(request: &HttpRequest) -> bool {
+    let content = request.headers().get(header::CONTENT_TYPE);
+    content.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
 /// gRPC's clients read no problem details: what the layers around the interfaces refuse is said to
 /// them in a status.
-pub async fn translate(request: HttpRequest, next: Next) -> HttpResponse {
-    let content = request.headers().get(header::CONTENT_TYPE);
-    let is_grpc = content.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-    let response = next.run(request).await;
+pub fn translated(response: HttpResponse) -> HttpResponse {
     let (mut parts, body) = response.into_parts();
-    match parts.extensions.remove::<Problem>() {
-        Some(problem) if is_grpc => {
-            // Orders that are not there have their own answer; this is a service that is not there.
-            let status = match problem.fault {
-                Fault::NotFound => Status::unimplemented("there is no such service"),
-                _ => Status::from(problem),
-            };
-            let mut answer = status.into_http::<Body>();
-            parts.headers.remove(header::CONTENT_LENGTH);
-            parts.headers.remove(header::CONTENT_TYPE);
-            answer.headers_mut().extend(parts.headers);
-            answer
-        }
-        _ => HttpResponse::from_parts(parts, body),
-    }
+    let Some(problem) = parts.extensions.remove::<Problem>() else {
+        return HttpResponse::from_parts(parts, body);
+    };
+    // Orders that are not there have their own answer; this is a service that is not there.
+    let status = match problem.fault {
+        Fault::NotFound => Status::unimplemented("there is no such service"),
+        _ => Status::from(problem),
+    };
+    let mut answer = status.into_http::<Body>();
+    parts.headers.remove(header::CONTENT_LENGTH);
+    parts.headers.remove(header::CONTENT_TYPE);
+    answer.headers_mut().extend(parts.headers);
+    answer
 }
 
 struct Interface(Arc<App>);

@@ -7,12 +7,10 @@ pub mod login;
 mod provider;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jsonwebtoken::{Algorithm, Validation};
 use moka::sync::Cache;
@@ -270,34 +268,26 @@ impl Auth {
     }
 }
 
-/// Finds out who calls, for everything behind it.
-pub async fn authenticate(
-    State(app): State<Arc<App>>,
-    mut request: Request,
-    next: Next,
-) -> Response {
+/// Finds out who calls, for everything behind it. A token that is not believed makes the caller nobody.
+pub async fn recognise(app: &App, request: &mut Request) -> Result<(), Distrust> {
     let found = app.auth.caller(request.headers()).await;
-    let mut caller = found.unwrap_or_else(|distrust| {
-        request.extensions_mut().insert(distrust);
-        Caller::default()
-    });
+    let (mut caller, recognised) = match found {
+        Ok(caller) => (caller, Ok(())),
+        Err(distrust) => (Caller::default(), Err(distrust)),
+    };
     if caller.subject.is_none() {
-        caller.client = app.limits.network_of(&request);
+        caller.client = app.limits.network_of(request);
     }
     request.extensions_mut().insert(caller);
-    next.run(request).await
+    recognised
 }
 
-/// Refuses a token that is not believed, once it has been counted against where it came from.
-pub async fn refuse(request: Request, next: Next) -> Response {
-    match request.extensions().get::<Distrust>() {
-        None => next.run(request).await,
-        Some(distrust) => {
-            metrics::counter!("tokens_refused_total").increment(1);
-            Problem::new(Fault::Unauthenticated)
-                .detail(distrust.to_string())
-                .into_response()
-        }
+impl IntoResponse for Distrust {
+    fn into_response(self) -> Response {
+        metrics::counter!("tokens_refused_total").increment(1);
+        Problem::new(Fault::Unauthenticated)
+            .detail(self.to_string())
+            .into_response()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where orders are kept: one trait, chosen by the scheme of `database.url`.
 
+mod abandoned;
 mod postgres;
 mod rows;
 mod sql;

@@ -12,9 +12,10 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, Executor, PgConnection, PgPool, Transaction};
 use uuid::Uuid;
 
+use super::abandoned::watched;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
-use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
+use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, rows};
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
@@ -93,11 +94,11 @@ impl Postgres {
             .after_connect(|connection, _| {
                 Box::pin(async move { connection.execute(END_ABANDONED).await.map(drop) })
             })
-            // Whoever has given up waiting for an answer leaves a connection that may never say
-            // anything again; the pool would wait for it without end.
             .after_release(|connection, _| {
                 Box::pin(async move {
-                    is_alive(connection).await?;
+                    if abandoned::lately() {
+                        is_alive(connection).await?;
+                    }
                     Ok(true)
                 })
             })

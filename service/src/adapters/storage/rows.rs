@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
+use super::abandoned::watched;
 use super::{Change, StorageError};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 
@@ -21,7 +22,7 @@ where
     F: Future<Output = sqlx::Result<T>>,
 {
     for number in 0..MOST_DEAD {
-        match attempt().await {
+        match watched(attempt()).await {
             Err(error) if is_dead(&error) => {
                 metrics::counter!("database_dead_connections_total").increment(1);
                 // The first few cost nothing; behind many there may be a server that takes none.
@@ -30,7 +31,7 @@ where
             done => return done,
         }
     }
-    attempt().await
+    watched(attempt()).await
 }
 
 /// Whether an error says that the connection is no more.

@@ -31,32 +31,37 @@ macro_rules! storage_in_sql {
                 event: &Event,
                 once: Option<&Once>,
             ) -> Result<Placed, StorageError> {
-                let mut tx = self.begin().await?;
-                if let Some(once) = once {
-                    let claim = sqlx::query(rows::CLAIM_KEY)
-                        .bind(&once.client)
-                        .bind(&once.key);
-                    let claim = claim.bind(&once.fingerprint[..]).bind(order.id.as_uuid());
-                    let claim = claim.bind(order.created_at.as_millisecond());
-                    if claim.execute(&mut *tx).await?.rows_affected() == 0 {
-                        let taken = sqlx::query_as(rows::KEY).bind(&once.client).bind(&once.key);
-                        let (fingerprint, id): (Vec<u8>, Uuid) = taken.fetch_one(&mut *tx).await?;
-                        drop(tx);
-                        if fingerprint != once.fingerprint {
-                            return Ok(Placed::KeyTaken);
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    if let Some(once) = once {
+                        let claim = sqlx::query(rows::CLAIM_KEY)
+                            .bind(&once.client)
+                            .bind(&once.key);
+                        let claim = claim.bind(&once.fingerprint[..]).bind(order.id.as_uuid());
+                        let claim = claim.bind(order.created_at.as_millisecond());
+                        if claim.execute(&mut *tx).await?.rows_affected() == 0 {
+                            let taken =
+                                sqlx::query_as(rows::KEY).bind(&once.client).bind(&once.key);
+                            let (fingerprint, id): (Vec<u8>, Uuid) =
+                                taken.fetch_one(&mut *tx).await?;
+                            drop(tx);
+                            if fingerprint != once.fingerprint {
+                                return Ok(Placed::KeyTaken);
+                            }
+                            let before = self.find(OrderId::from(id)).await?;
+                            let lost = || StorageError::Failed("a key's order is gone".to_owned());
+                            return before.map(Placed::Before).ok_or_else(lost);
                         }
-                        let before = self.find(OrderId::from(id)).await?;
-                        let lost = || StorageError::Failed("a key's order is gone".to_owned());
-                        return before.map(Placed::Before).ok_or_else(lost);
                     }
-                }
-                Self::insert(&mut tx, order).await?;
-                let tell = sqlx::query(rows::TELL).bind(rows::to_text(event)?);
-                tell.bind(Timestamp::now().as_millisecond())
-                    .execute(&mut *tx)
-                    .await?;
-                tx.commit().await?;
-                Ok(Placed::New)
+                    Self::insert(&mut tx, order).await?;
+                    let tell = sqlx::query(rows::TELL).bind(rows::to_text(event)?);
+                    tell.bind(Timestamp::now().as_millisecond())
+                        .execute(&mut *tx)
+                        .await?;
+                    tx.commit().await?;
+                    Ok(Placed::New)
+                })
+                .await
             }
 
             async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
@@ -96,24 +101,27 @@ macro_rules! storage_in_sql {
                 now: Timestamp,
                 cause: Cause,
             ) -> Result<Option<Order>, StorageError> {
-                let mut tx = self.begin().await?;
-                let cancel = sqlx::query(rows::CANCEL)
-                    .bind(now.as_millisecond())
-                    .bind(id.as_uuid());
-                let is_changed = cancel.execute(&mut *tx).await?.rows_affected() == 1;
-                let select = rows::select("WHERE id = $1");
-                let lines = sqlx::query_as(&select).bind(id.as_uuid());
-                let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
-                if let Some(order) = order.as_ref().filter(|_| is_changed) {
-                    let event = Event::new(Kind::Cancelled, order);
-                    let event = event.caused_by(cause);
-                    let tell = sqlx::query(rows::TELL).bind(rows::to_text(&event)?);
-                    tell.bind(Timestamp::now().as_millisecond())
-                        .execute(&mut *tx)
-                        .await?;
-                }
-                tx.commit().await?;
-                Ok(order)
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    let cancel = sqlx::query(rows::CANCEL)
+                        .bind(now.as_millisecond())
+                        .bind(id.as_uuid());
+                    let is_changed = cancel.execute(&mut *tx).await?.rows_affected() == 1;
+                    let select = rows::select("WHERE id = $1");
+                    let lines = sqlx::query_as(&select).bind(id.as_uuid());
+                    let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
+                    if let Some(order) = order.as_ref().filter(|_| is_changed) {
+                        let event = Event::new(Kind::Cancelled, order);
+                        let event = event.caused_by(cause);
+                        let tell = sqlx::query(rows::TELL).bind(rows::to_text(&event)?);
+                        tell.bind(Timestamp::now().as_millisecond())
+                            .execute(&mut *tx)
+                            .await?;
+                    }
+                    tx.commit().await?;
+                    Ok(order)
+                })
+                .await
             }
 
             async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
@@ -143,24 +151,24 @@ macro_rules! storage_in_sql {
                 let lease = rows::lease(NOW);
                 let lease = sqlx::query_scalar(&lease).bind(name).bind(owner);
                 let lease = lease.bind(milliseconds);
-                Ok(lease.fetch_optional(&self.pool).await?)
+                Ok(watched(lease.fetch_optional(&self.pool)).await?)
             }
 
             async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
                 let give_up = sqlx::query(rows::GIVE_UP).bind(name).bind(owner);
-                give_up.execute(&self.pool).await?;
+                watched(give_up.execute(&self.pool)).await?;
                 Ok(())
             }
 
             async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
                 let untold = sqlx::query_as(rows::UNTOLD).bind(i64::from(limit));
-                Ok(untold.fetch_all(&self.pool).await?)
+                Ok(watched(untold.fetch_all(&self.pool)).await?)
             }
 
             async fn forget(&self, days: i64) -> Result<(), StorageError> {
                 for old in rows::FORGET {
                     let old = sqlx::query(old).bind(rows::days_ago(days));
-                    old.execute(&self.pool).await?;
+                    watched(old.execute(&self.pool)).await?;
                 }
                 Ok(())
             }
@@ -170,69 +178,77 @@ macro_rules! storage_in_sql {
                 consumer: &str,
                 events: &[(Uuid, Change)],
             ) -> Result<Vec<bool>, StorageError> {
-                let mut tx = self.begin().await?;
-                let ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
-                let mut new: HashSet<Uuid> = Self::note_done(&mut tx, consumer, &ids).await?;
-                let is_new: Vec<bool> = ids.iter().map(|id| new.remove(id)).collect();
-                let changes = || {
-                    let events = events.iter().zip(&is_new);
-                    events.filter_map(|((_, change), is_new)| is_new.then_some(change))
-                };
-                let [more, fewer] = rows::counted(changes());
-                let mut counted = [
-                    Self::count(&mut tx, &more).await?,
-                    Self::count_no_more(&mut tx, &fewer).await?,
-                ];
-                for ((customer, currency), (orders, cents)) in rows::sums(changes(), &mut counted) {
-                    for add in rows::ADD_TO_TOTALS {
-                        let add = sqlx::query(add).bind(customer).bind(currency);
-                        let add = add.bind(orders).bind(cents);
-                        if add.execute(&mut *tx).await?.rows_affected() == 1 {
-                            break;
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    let ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
+                    let mut new: HashSet<Uuid> = Self::note_done(&mut tx, consumer, &ids).await?;
+                    let is_new: Vec<bool> = ids.iter().map(|id| new.remove(id)).collect();
+                    let changes = || {
+                        let events = events.iter().zip(&is_new);
+                        events.filter_map(|((_, change), is_new)| is_new.then_some(change))
+                    };
+                    let [more, fewer] = rows::counted(changes());
+                    let mut counted = [
+                        Self::count(&mut tx, &more).await?,
+                        Self::count_no_more(&mut tx, &fewer).await?,
+                    ];
+                    for ((customer, currency), (orders, cents)) in
+                        rows::sums(changes(), &mut counted)
+                    {
+                        for add in rows::ADD_TO_TOTALS {
+                            let add = sqlx::query(add).bind(customer).bind(currency);
+                            let add = add.bind(orders).bind(cents);
+                            if add.execute(&mut *tx).await?.rows_affected() == 1 {
+                                break;
+                            }
                         }
                     }
-                }
-                tx.commit().await?;
-                Ok(is_new)
+                    tx.commit().await?;
+                    Ok(is_new)
+                })
+                .await
             }
 
             async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError> {
-                let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1i64);
-                let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
-                if first.is_none() {
-                    return Ok(0);
-                }
-                let mut tx = self.begin().await?;
-                Self::pass(&mut tx, fence).await?;
-                let waiting = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(i64::from(limit));
-                let waiting: Vec<Untold> = waiting.fetch_all(&mut *tx).await?;
-                let last = sqlx::query_as(rows::LAST_AUDITED);
-                let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
-                let (mut seq, mut before) = last.map_or((0, Vec::new()), |e| (e.seq, e.hash));
-                let entries = waiting.iter().map(|Untold { event, .. }| {
-                    seq += 1;
-                    before = audit::hash(&before, seq, event);
-                    Entry {
-                        seq,
-                        event: event.clone(),
-                        hash: before.clone(),
+                watched(async {
+                    let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1i64);
+                    let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
+                    if first.is_none() {
+                        return Ok(0);
                     }
-                });
-                let entries: Vec<Entry> = entries.collect();
-                // Another process is at it, too: what it has done is not done again.
-                if Self::append(&mut tx, &entries).await? < entries.len() as u64 {
-                    return Err(StorageError::Busy("the audit log has grown".to_owned()));
-                }
-                let places: Vec<i64> = waiting.iter().map(|waiting| waiting.seq).collect();
-                Self::no_longer_wait(&mut tx, &places).await?;
-                tx.commit().await?;
-                Ok(waiting.len())
+                    let mut tx = self.begin().await?;
+                    Self::pass(&mut tx, fence).await?;
+                    let waiting = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(i64::from(limit));
+                    let waiting: Vec<Untold> = waiting.fetch_all(&mut *tx).await?;
+                    let last = sqlx::query_as(rows::LAST_AUDITED);
+                    let last: Option<Entry> = last.fetch_optional(&mut *tx).await?;
+                    let (mut seq, mut before) = last.map_or((0, Vec::new()), |e| (e.seq, e.hash));
+                    let entries = waiting.iter().map(|Untold { event, .. }| {
+                        seq += 1;
+                        before = audit::hash(&before, seq, event);
+                        Entry {
+                            seq,
+                            event: event.clone(),
+                            hash: before.clone(),
+                        }
+                    });
+                    let entries: Vec<Entry> = entries.collect();
+                    // Another process is at it, too: what it has done is not done again.
+                    if Self::append(&mut tx, &entries).await? < entries.len() as u64 {
+                        return Err(StorageError::Busy("the audit log has grown".to_owned()));
+                    }
+                    let places: Vec<i64> = waiting.iter().map(|waiting| waiting.seq).collect();
+                    Self::no_longer_wait(&mut tx, &places).await?;
+                    tx.commit().await?;
+                    Ok(waiting.len())
+                })
+                .await
             }
 
             async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError> {
                 let entries = sqlx::query_as(rows::AUDITED).bind(after);
                 let entries = entries.bind(i64::from(limit));
-                Ok(entries.fetch_all(&self.pool).await?)
+                Ok(watched(entries.fetch_all(&self.pool)).await?)
             }
 
             async fn bury(
@@ -245,33 +261,36 @@ macro_rules! storage_in_sql {
                 let bury = sqlx::query(rows::BURY).bind(consumer).bind(id);
                 let bury = bury.bind(event).bind(error);
                 let bury = bury.bind(Timestamp::now().as_millisecond());
-                bury.execute(&self.pool).await?;
+                watched(bury.execute(&self.pool)).await?;
                 Ok(())
             }
 
             async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError> {
                 let buried = sqlx::query_scalar::<_, i64>(rows::IS_BURIED);
                 let buried = buried.bind(consumer).bind(event);
-                Ok(buried.fetch_one(&self.pool).await? > 0)
+                Ok(watched(buried.fetch_one(&self.pool)).await? > 0)
             }
 
             async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError> {
                 let buried = sqlx::query_as(rows::BURIED).bind(i64::from(limit));
-                Ok(buried.fetch_all(&self.pool).await?)
+                Ok(watched(buried.fetch_all(&self.pool)).await?)
             }
 
             async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError> {
                 let unbury = sqlx::query(rows::UNBURY).bind(consumer).bind(event);
-                unbury.execute(&self.pool).await?;
+                watched(unbury.execute(&self.pool)).await?;
                 Ok(())
             }
 
             async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError> {
-                let mut tx = self.begin().await?;
-                Self::pass(&mut tx, fence).await?;
-                Self::remove(&mut tx, events).await?;
-                tx.commit().await?;
-                Ok(())
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    Self::pass(&mut tx, fence).await?;
+                    Self::remove(&mut tx, events).await?;
+                    tx.commit().await?;
+                    Ok(())
+                })
+                .await
             }
 
             async fn check(&self) -> Result<(), StorageError> {
@@ -279,9 +298,8 @@ macro_rules! storage_in_sql {
             }
 
             async fn schema_version(&self) -> Result<i64, StorageError> {
-                Ok(sqlx::query_scalar(rows::SCHEMA_VERSION)
-                    .fetch_one(&self.pool)
-                    .await?)
+                let version = sqlx::query_scalar(rows::SCHEMA_VERSION);
+                Ok(watched(version.fetch_one(&self.pool)).await?)
             }
 
             async fn close(&self) {

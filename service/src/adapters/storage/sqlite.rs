@@ -14,6 +14,7 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use uuid::Uuid;
 
+use super::abandoned::watched;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
