@@ -122,10 +122,17 @@ impl Namespace {
             }
             _ => json!(["../../components/postgres"]),
         };
-        let environment = json!([
-            { "op": "add", "path": "/spec/template/spec/containers/0/env/-",
-              "value": { "name": "SERVICE_ENVIRONMENT", "value": "production" } },
-        ]);
+        // As with latencies: that the machine was busy for seconds is no failure of a rollout.
+        let environment = [
+            ("SERVICE_ENVIRONMENT", "production"),
+            ("SERVICE__DATABASE__ACQUIRE_TIMEOUT", "8s"),
+            ("SERVICE__SERVER__REQUEST_TIMEOUT", "9s"),
+        ];
+        let environment = environment.map(|(name, value)| {
+            json!({ "op": "add", "path": "/spec/template/spec/containers/0/env/-",
+                "value": { "name": name, "value": value } })
+        });
+        let environment = json!(environment);
         let deployment = json!([
             { "op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu",
               "value": "10m" },

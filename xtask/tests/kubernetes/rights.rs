@@ -151,7 +151,7 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
         .run_by(&by, &["canary", "start", "--release", &last])
         .expect(0, "healthy");
     namespace.add_objects(&more());
-    let broken = namespace.release_with("1.8.0", &["acquire_timeout = \"soon\""]);
+    let broken = namespace.release_with("1.8.0", &["busy_timeout = \"soon\""]);
     namespace
         .run_by(&by, &["canary", "start", "--release", &broken])
         .expect(2, "failed");

@@ -50,7 +50,7 @@ fn a_migration_that_fails_ends_the_rollout() {
     let namespace = Namespace::new("migration");
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
-    let broken = namespace.release_with("1.1.0", &["acquire_timeout = \"soon\""]);
+    let broken = namespace.release_with("1.1.0", &["busy_timeout = \"soon\""]);
     let start = ["canary", "start", "--release", &broken];
     for _ in 0..2 {
         let failed = namespace.run(&start).expect(2, "failed");
