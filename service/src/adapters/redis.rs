@@ -1,22 +1,87 @@
 //! What the adapters for Redis have in common.
 
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{Client, RedisResult};
 
-use crate::config::Redis;
+use crate::config::Redis as Config;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever calls decides about trying again.
 const TRIES: usize = 1;
+/// Who waits no more after less has another reason.
+const SILENT_AFTER: Duration = Duration::from_millis(20);
 
-/// A connection that is made when it is used first, and again when it has broken.
-pub fn connect(config: &Redis) -> anyhow::Result<ConnectionManager> {
-    let url = || format!("redis.url = {}", config.url);
-    let client = redis::Client::open(config.url.0.as_str()).with_context(url)?;
+/// A connection that is made when it is used first, and again when it has broken or says nothing any
+/// more.
+pub struct Redis {
+    client: Client,
+    /// And when it was made.
+    current: Mutex<(ConnectionManager, Instant)>,
+}
+
+impl Redis {
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let url = || format!("redis.url = {}", config.url);
+        let client = Client::open(config.url.0.as_str()).with_context(url)?;
+        let current = connect(&client).with_context(url)?;
+        Ok(Self {
+            client,
+            current: Mutex::new((current, Instant::now())),
+        })
+    }
+
+    /// What the server says to a call.
+    pub async fn call<T, F>(&self, call: impl FnOnce(ConnectionManager) -> F) -> RedisResult<T>
+    where
+        F: Future<Output = RedisResult<T>>,
+    {
+        let mut asked = Asked {
+            redis: self,
+            at: Instant::now(),
+            is_answered: false,
+        };
+        let answer = call(self.current()).await;
+        asked.is_answered = !matches!(&answer, Err(error) if error.is_timeout());
+        answer
+    }
+
+    fn current(&self) -> ConnectionManager {
+        let current = self.current.lock();
+        current.unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+}
+
+/// A call, until it is answered, or whoever calls waits no more. A manager connects again where a
+/// connection is broken, and waits on one that is only silent: then the next call gets another one.
+struct Asked<'redis> {
+    redis: &'redis Redis,
+    at: Instant,
+    is_answered: bool,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if self.is_answered || self.at.elapsed() < SILENT_AFTER {
+            return;
+        }
+        let current = self.redis.current.lock();
+        let mut current = current.unwrap_or_else(PoisonError::into_inner);
+        // A younger one may still be connecting.
+        if current.1.elapsed() > CONNECT_TIMEOUT
+            && let Ok(new) = connect(&self.redis.client)
+        {
+            *current = (new, Instant::now());
+        }
+    }
+}
+
+fn connect(client: &Client) -> RedisResult<ConnectionManager> {
     let settings = ConnectionManagerConfig::new()
         .set_connection_timeout(Some(CONNECT_TIMEOUT))
         .set_number_of_retries(TRIES);
-    ConnectionManager::new_lazy_with_config(client, settings).with_context(url)
+    ConnectionManager::new_lazy_with_config(client.clone(), settings)
 }

@@ -7,11 +7,11 @@ use redis::aio::ConnectionManager;
 use redis::{AsyncCommands, ExistenceCheck, SetExpiry, SetOptions};
 
 use super::{Cache, CacheError};
-use crate::adapters::redis::connect;
+use crate::adapters::redis::Redis as Connection;
 use crate::config::Redis as Config;
 
 pub struct Redis {
-    connection: ConnectionManager,
+    connection: Connection,
     prefix: String,
     ttl: SetExpiry,
 }
@@ -20,7 +20,7 @@ impl Redis {
     pub fn new(config: &Config, ttl: Duration) -> anyhow::Result<Self> {
         let milliseconds = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
         Ok(Self {
-            connection: connect(config)?,
+            connection: Connection::new(config)?,
             prefix: config.prefix.clone(),
             ttl: SetExpiry::PX(milliseconds),
         })
@@ -28,11 +28,12 @@ impl Redis {
 
     async fn set(&self, key: &str, value: Vec<u8>, options: SetOptions) -> Result<(), CacheError> {
         let options = options.with_expiration(self.ttl);
-        let mut connection = self.connection.clone();
+        let name = self.name(key);
+        let set = async |mut connection: ConnectionManager| {
+            connection.set_options(name, value, options).await
+        };
         // With NX the answer is nil where there is a value already.
-        let _: Option<String> = connection
-            .set_options(self.name(key), value, options)
-            .await?;
+        let _: Option<String> = self.connection.call(set).await?;
         Ok(())
     }
 
@@ -44,7 +45,9 @@ impl Redis {
 #[async_trait]
 impl Cache for Redis {
     async fn get(&self, key: &str) -> Result<Option<Vec<u8>>, CacheError> {
-        Ok(self.connection.clone().get(self.name(key)).await?)
+        let name = self.name(key);
+        let get = async |mut connection: ConnectionManager| connection.get(name).await;
+        Ok(self.connection.call(get).await?)
     }
 
     async fn fill(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError> {

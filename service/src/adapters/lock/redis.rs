@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use redis::Script;
-use redis::aio::ConnectionManager;
 
 use super::{Fence, Lock, LockError};
-use crate::adapters::redis::connect;
+use crate::adapters::redis::Redis as Connection;
 use crate::config::Redis as Config;
 
 /// The token, or nil: KEYS holder, last token; ARGV owner, milliseconds. Both keys have one hash slot.
@@ -38,14 +37,14 @@ end
 ";
 
 pub struct Redis {
-    connection: ConnectionManager,
+    connection: Connection,
     prefix: String,
 }
 
 impl Redis {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         Ok(Self {
-            connection: connect(config)?,
+            connection: Connection::new(config)?,
             prefix: config.prefix.clone(),
         })
     }
@@ -64,13 +63,14 @@ impl Lock for Redis {
         time: Duration,
     ) -> Result<Option<Fence>, LockError> {
         let milliseconds = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let token: Option<i64> = Script::new(HOLD)
-            .key(self.key(name, "holder"))
+        let script = Script::new(HOLD);
+        let mut hold = script.key(self.key(name, "holder"));
+        let hold = hold
             .key(self.key(name, "token"))
             .arg(owner)
-            .arg(milliseconds)
-            .invoke_async(&mut self.connection.clone())
-            .await?;
+            .arg(milliseconds);
+        let hold = async |mut connection| hold.invoke_async(&mut connection).await;
+        let token: Option<i64> = self.connection.call(hold).await?;
         Ok(token.map(|token| Fence { name, token }))
     }
 
@@ -78,6 +78,7 @@ impl Lock for Redis {
         let script = Script::new(GIVE_UP);
         let mut call = script.key(self.key(name, "holder"));
         let call = call.arg(owner);
-        Ok(call.invoke_async(&mut self.connection.clone()).await?)
+        let call = async |mut connection| call.invoke_async(&mut connection).await;
+        Ok(self.connection.call(call).await?)
     }
 }
