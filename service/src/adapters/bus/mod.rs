@@ -75,12 +75,7 @@ impl Delivery {
             Receipt::InProcess(receipt) => receipt
                 .send(())
                 .map_err(|()| BusError("nobody waits for it any more".to_owned())),
-            Receipt::RabbitMq(delivery) => {
-                delivery
-                    .ack(lapin::options::BasicAckOptions::default())
-                    .await?;
-                Ok(())
-            }
+            Receipt::RabbitMq(delivery) => rabbitmq::done(*delivery).await,
         }
     }
 }

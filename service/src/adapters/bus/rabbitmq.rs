@@ -23,7 +23,9 @@ use super::{Bus, BusError, Delivery, Receipt, Subscription};
 use crate::config::RabbitMq as Config;
 use crate::domain::events::Event;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For the broker's answers. A connection that breaks in the middle of a call may leave the call without
+/// an end.
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Seconds, unless the address says otherwise (`?heartbeat=`). A lost consumer is replaced after two or
 /// three; the broker would propose 60.
 const HEARTBEAT: u16 = 5;
@@ -81,11 +83,8 @@ impl RabbitMq {
                 _connection: connection,
             })
         };
-        let late = |_| BusError(format!("{} does not answer", self.config.url));
-        let connected = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
-        connected
-            .map_err(late)?
-            .map_err(|error| BusError(format!("connecting to {}: {error}", self.config.url)))
+        let connecting = |error| BusError(format!("connecting to {}: {error}", self.config.url));
+        within_time(async { connect.await.map_err(connecting) }).await
     }
 
     fn exchange(&self) -> lapin::types::ShortString {
@@ -146,6 +145,16 @@ impl Bus for RabbitMq {
     }
 
     async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError> {
+        within_time(self.open_queue(consumer)).await
+    }
+
+    async fn listen(&self) -> Result<Box<dyn Subscription>, BusError> {
+        within_time(self.open_own_queue()).await
+    }
+}
+
+impl RabbitMq {
+    async fn open_queue(&self, consumer: &str) -> Result<Box<dyn Subscription>, BusError> {
         let line = self.connect().await?;
         let channel = &line.channel;
         let name = format!("{}.{consumer}", self.config.exchange);
@@ -177,7 +186,7 @@ impl Bus for RabbitMq {
         }))
     }
 
-    async fn listen(&self) -> Result<Box<dyn Subscription>, BusError> {
+    async fn open_own_queue(&self) -> Result<Box<dyn Subscription>, BusError> {
         let line = self.connect().await?;
         let channel = &line.channel;
         // Nobody else's, and gone with the connection.
@@ -209,6 +218,21 @@ impl Bus for RabbitMq {
             _line: line,
         }))
     }
+}
+
+/// The consumer is done with what was delivered.
+pub(super) async fn done(delivery: lapin::message::Delivery) -> Result<(), BusError> {
+    let ack = delivery.ack(lapin::options::BasicAckOptions::default());
+    within_time(async { Ok(ack.await.map(drop)?) }).await
+}
+
+async fn within_time<T>(call: impl Future<Output = Result<T, BusError>>) -> Result<T, BusError> {
+    let answer = tokio::time::timeout(TIMEOUT, call).await;
+    answer.unwrap_or_else(|_| {
+        Err(BusError(format!(
+            "RabbitMQ did not answer within {TIMEOUT:?}"
+        )))
+    })
 }
 
 impl Queue {
