@@ -61,6 +61,13 @@ impl Load {
         }
     }
 
+    /// Sends one of the requests, and looks at the answer.
+    pub async fn ask(&self, connection: &mut Connection, number: usize) {
+        let request = &self.requests[number % self.requests.len()];
+        let answer = connection.ask(request).await;
+        assert_eq!(&answer[9..12], self.status, "{answer}");
+    }
+
     /// Asks on so many connections for so long; one answer that is not as it must be ends it all.
     pub async fn run(self, connections: usize, time: Duration) -> Measured {
         let load = Arc::new(self);
@@ -76,10 +83,8 @@ impl Load {
                     if sent - began >= time {
                         break;
                     }
-                    let request = &load.requests[number % load.requests.len()];
-                    let answer = socket.ask(request).await;
+                    load.ask(&mut socket, number).await;
                     latencies.push(sent.elapsed());
-                    assert_eq!(&answer[9..12], load.status, "{answer}");
                 }
                 latencies
             });
@@ -100,13 +105,13 @@ fn authorization(token: Option<&str>) -> String {
     })
 }
 
-struct Connection {
+pub struct Connection {
     socket: TcpStream,
     read: Vec<u8>,
 }
 
 impl Connection {
-    async fn open(address: SocketAddr) -> Self {
+    pub async fn open(address: SocketAddr) -> Self {
         let socket = TcpStream::connect(address).await.unwrap();
         socket.set_nodelay(true).unwrap();
         let read = Vec::with_capacity(4096);

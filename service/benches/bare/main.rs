@@ -1,7 +1,7 @@
 //! The service with everything on, against a bare handler that does the same on the same kind of
 //! database, in alternating rounds of one run.
 //!
-//! `cargo xtask servers run -- cargo bench --package service` prints requests a second, the 99th
+//! `cargo xtask servers run -- cargo bench --package service --bench bare` prints requests a second, the 99th
 //! percentile, and the ratios. Both run as processes of their own beside PostgreSQL and the load, on
 //! loopback only, and it ends by itself.
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on fails")]
