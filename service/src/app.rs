@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use futures_util::{Stream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
@@ -18,7 +19,9 @@ use crate::auth::{Auth, Caller, Operation};
 use crate::config::{self, Config, Database};
 use crate::consumers;
 use crate::domain::events::{Cause, Event, Kind};
-use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total};
+use crate::domain::orders::{
+    FieldError, Order, OrderId, OrderRequest, Page, PageRequest, Rejected, Total,
+};
 use crate::drain::Drain;
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
@@ -28,6 +31,10 @@ use crate::traces;
 /// How long a readiness probe waits for each part.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Contacts that are encrypted anew in one transaction.
+const ROTATED_AT_A_TIME: u32 = 500;
+/// Of each such transaction beside the first, where the service is at the database meanwhile.
+const ROTATION_TRIES: u32 = 9;
 const UNKNOWN: &str = "unknown";
 
 /// What is noted with an event.
@@ -167,6 +174,30 @@ impl App {
         Ok(replayed?)
     }
 
+    /// Encrypts by the first key what the others have encrypted; how many contacts that were. While
+    /// processes with other first keys run, there may be more of them.
+    pub async fn rotate_keys(config: Config) -> anyhow::Result<usize> {
+        let keys = config.database.encryption_keys.as_ref();
+        keys.context("database.encryption_keys is not set")?;
+        let storage = storage::open(&config.database).await?;
+        let mut after = OrderId::from(uuid::Uuid::nil());
+        let mut all = 0;
+        let mut tries = 0;
+        loop {
+            match storage.encrypt_anew(after, ROTATED_AT_A_TIME).await {
+                Ok(None) => break,
+                Ok(Some((last, changed))) => {
+                    (after, tries) = (last, 0);
+                    all += changed;
+                }
+                Err(StorageError::Busy(_)) if tries < ROTATION_TRIES => tries += 1,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        storage.close().await;
+        Ok(all)
+    }
+
     /// Whether the audit log is what was written, and holds the entry of the hash `anchor`. It only
     /// looks.
     pub async fn verify_audit(config: Config, anchor: Option<&str>) -> anyhow::Result<Verdict> {
@@ -197,11 +228,20 @@ impl App {
     pub async fn create_order(
         &self,
         caller: &Caller,
-        request: OrderRequest,
+        mut request: OrderRequest,
         key: Option<String>,
     ) -> Result<Created, Error> {
         caller.check(Operation::PlaceOrder)?;
+        // Whoever reads a fingerprint could guess contacts by it.
+        let contact = request.contact.take();
         let fingerprint = Sha256::digest(serde_json::to_vec(&request).unwrap_or_default());
+        if contact.is_some() && self.config.database.encryption_keys.is_none() {
+            return Err(Error::Invalid(Rejected(vec![FieldError {
+                field: "/contact".to_owned(),
+                reason: "must be left out: this service has no keys to encrypt it by".to_owned(),
+            }])));
+        }
+        request.contact.clone_from(&contact);
         let once = key.map(|key| Once {
             // Where nobody says who they are, all are one.
             client: caller.subject.clone().unwrap_or_default(),
@@ -217,6 +257,7 @@ impl App {
                 let repeated = false;
                 Ok(Created { order, repeated })
             }
+            Placed::Before(order) if order.contact != contact => Err(Error::KeyTaken),
             Placed::Before(order) => {
                 let (order, repeated) = (order.as_placed(), true);
                 Ok(Created { order, repeated })

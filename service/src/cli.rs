@@ -19,6 +19,9 @@ pub enum Command {
     Migrate,
     /// Try again what consumers have put aside, and end.
     Replay,
+    /// Encrypt anew, by the first of database.encryption_keys, what the others have encrypted, and end.
+    /// Then nothing needs the others any more.
+    RotateKeys,
     /// The log of what was done to orders, and by whom.
     #[command(subcommand)]
     Audit(Audit),

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use figment::Figment;
+use figment::error::Kind;
 use figment::providers::{Env, Format, Toml};
 use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
@@ -18,11 +19,12 @@ use sha2::{Digest, Sha256};
 
 use crate::auth::Operation;
 use crate::hex::hex;
+use crate::keyring::Keyring;
 
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
 /// What nobody may see.
-const SECRETS: [&str; 1] = ["auth.client_secret"];
+const SECRETS: [&str; 2] = ["auth.client_secret", "database.encryption_keys"];
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -166,6 +168,8 @@ pub enum LogFormat {
 pub struct Database {
     pub url: DatabaseUrl,
     pub max_connections: NonZeroU32,
+    /// For what only the service may read. Without them it keeps nothing of the kind.
+    pub encryption_keys: Option<Keyring>,
     pub acquire_timeout: Timeout,
     pub busy_timeout: Timeout,
     pub read_only: bool,
@@ -410,7 +414,7 @@ impl Config {
 /// One problem as `FILE: KEY = VALUE: what is wrong`.
 fn explain(figment: &Figment, error: &figment::Error) -> String {
     let mut key = error.path.join(".");
-    if let figment::error::Kind::UnknownField(field, _) = &error.kind
+    if let Kind::UnknownField(field, _) = &error.kind
         && error.path.last() != Some(field)
     {
         key = if key.is_empty() {
@@ -424,7 +428,11 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
         None => source(figment, &key),
     };
     if SECRETS.contains(&key.as_str()) {
-        return format!("{place}: {key}: expected text");
+        // What this program says itself shows nothing of it.
+        return match &error.kind {
+            Kind::Message(why) => format!("{place}: {key}: {why}"),
+            _ => format!("{place}: {key}: expected text"),
+        };
     }
     let value = figment.find_value(&key).ok();
     let value = value.and_then(|value| {

@@ -18,6 +18,7 @@ pub mod drain;
 pub mod duty;
 pub mod feed;
 pub mod hex;
+pub mod keyring;
 pub mod limits;
 mod log_lines;
 pub mod middleware;

@@ -90,6 +90,11 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
             anyhow::ensure!(left.is_empty(), "some events are left");
             Ok(())
         }
+        Command::RotateKeys => {
+            let changed = runtime.block_on(App::rotate_keys(config))?;
+            telemetry::tell(&format!("{changed} contacts were encrypted anew"));
+            Ok(())
+        }
         Command::Token {
             subject,
             roles,

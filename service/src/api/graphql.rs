@@ -257,6 +257,8 @@ pub struct Order {
     #[graphql(complexity = "50 * child_complexity")]
     items: Vec<Item>,
     total_cents: Long,
+    /// How to reach whoever has placed it. Events have none.
+    contact: Option<String>,
     /// RFC 3339.
     created_at: String,
     updated_at: String,
@@ -316,6 +318,7 @@ pub struct NewOrder {
     customer: String,
     currency: String,
     items: Vec<NewItem>,
+    contact: Option<String>,
 }
 
 #[derive(Debug, InputObject)]
@@ -483,6 +486,7 @@ impl From<NewOrder> for OrderRequest {
             customer: order.customer,
             currency: order.currency,
             items: items.collect(),
+            contact: order.contact.map(orders::Contact),
         }
     }
 }
@@ -504,6 +508,7 @@ impl From<orders::Order> for Order {
             },
             items: items.collect(),
             total_cents: Long(order.total_cents),
+            contact: order.contact.map(|contact| contact.0),
             created_at: order.created_at.to_string(),
             updated_at: order.updated_at.to_string(),
         }

@@ -295,6 +295,7 @@ impl From<pb::PlaceOrderRequest> for OrderRequest {
             customer: request.customer,
             currency: request.currency,
             items: items.collect(),
+            contact: request.contact.map(orders::Contact),
         }
     }
 }
@@ -319,6 +320,7 @@ impl From<orders::Order> for pb::Order {
             total_cents: order.total_cents,
             created_at: Some(timestamp(order.created_at)),
             updated_at: Some(timestamp(order.updated_at)),
+            contact: order.contact.map(|contact| contact.0),
         }
     }
 }

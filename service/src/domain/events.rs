@@ -28,7 +28,7 @@ pub struct Event {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub authid: Option<String>,
     datacontenttype: String,
-    /// The order as it was right after.
+    /// The order as it was right after. Events are kept by many and for long: they have no contacts.
     pub data: Order,
 }
 
@@ -59,7 +59,10 @@ impl Event {
             traceparent: None,
             authid: None,
             datacontenttype: "application/json".to_owned(),
-            data: order.clone(),
+            data: Order {
+                contact: None,
+                ..order.clone()
+            },
         }
     }
 }

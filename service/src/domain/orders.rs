@@ -9,6 +9,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 const MAX_CUSTOMER: usize = 64;
+/// As long as an e-mail address can be (RFC 5321, section 4.5.3.1).
+const MAX_CONTACT: usize = 254;
 const MAX_SKU: usize = 32;
 const MAX_QUANTITY: u32 = 10_000;
 /// A million in the currency's main unit.
@@ -35,10 +37,24 @@ pub struct Order {
     pub status: Status,
     pub items: Vec<Item>,
     pub total_cents: i64,
+    /// How to reach whoever has placed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub contact: Option<Contact>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
     #[schema(value_type = String, format = DateTime)]
     pub updated_at: Timestamp,
+}
+
+/// An e-mail address, a telephone number, whatever reaches somebody. No log shows it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contact(pub String);
+
+impl fmt::Debug for Contact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(contact)")
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -63,6 +79,15 @@ pub struct OrderRequest {
     pub currency: String,
     #[schema(min_items = 1, max_items = 50)]
     pub items: Vec<ItemRequest>,
+    /// How to reach whoever places it; kept encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(
+        value_type = Option<String>,
+        min_length = 1,
+        max_length = 254,
+        pattern = r"^[^\u0000-\u001f\u007f-\u009f]*[^\u0000-\u001f\u007f-\u009f\s][^\u0000-\u001f\u007f-\u009f]*$"
+    )]
+    pub contact: Option<Contact>,
 }
 
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -135,6 +160,12 @@ impl Order {
             "/currency".into(),
             "must be three capital letters (ISO 4217)".into(),
         );
+        let contact = request.contact.as_ref();
+        check(
+            contact.is_none_or(|contact| is_printable(&contact.0, MAX_CONTACT)),
+            "/contact".into(),
+            format!("must have 1 to {MAX_CONTACT} printable characters"),
+        );
         check(
             (1..=max_items).contains(&request.items.len()),
             "/items".into(),
@@ -170,14 +201,18 @@ impl Order {
                 unit_price_cents: item.unit_price_cents,
             })
             .collect();
-        Ok(Self::assemble(
+        let order = Self::assemble(
             OrderId(Uuid::now_v7()),
             request.customer,
             request.currency,
             Status::Open,
             items,
             (now, now),
-        ))
+        );
+        Ok(Self {
+            contact: request.contact,
+            ..order
+        })
     }
 
     /// The order as it was when it was placed.
@@ -190,7 +225,8 @@ impl Order {
         }
     }
 
-    /// An order from its parts, as storage keeps them; `times` are creation and last change.
+    /// An order without a contact from its parts, as storage keeps them; `times` are creation and last
+    /// change.
     pub fn assemble(
         id: OrderId,
         customer: String,
@@ -212,6 +248,7 @@ impl Order {
             status,
             items,
             total_cents,
+            contact: None,
             created_at,
             updated_at,
         }
@@ -325,7 +362,8 @@ mod tests {
             let items = lines.iter().map(|(sku, quantity, unit_price_cents)| ItemRequest {
                 sku: sku.clone(), quantity: *quantity, unit_price_cents: *unit_price_cents,
             }).collect();
-            match Order::place(OrderRequest { customer, currency, items }, 5) {
+            let contact = None;
+            match Order::place(OrderRequest { customer, currency, items, contact }, 5) {
                 Ok(order) => {
                     prop_assert!((1..=5).contains(&order.items.len()));
                     prop_assert!(order.items.iter().all(|i| i.quantity >= 1 && i.unit_price_cents >= 0));

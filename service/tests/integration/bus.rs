@@ -20,6 +20,7 @@ fn event() -> Event {
         customer: "ada".to_owned(),
         currency: "EUR".to_owned(),
         items: vec![item],
+        contact: None,
     };
     Event::new(Kind::Placed, &Order::place(request, 50).unwrap())
 }

@@ -39,6 +39,7 @@ fn order(lines: u32) -> Order {
         customer: "ada".to_owned(),
         currency: "EUR".to_owned(),
         items: (0..lines).map(item).collect(),
+        contact: None,
     };
     Order::place(request, 50).unwrap()
 }

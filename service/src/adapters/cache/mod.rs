@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use crate::breaker::Breaker;
 use crate::config::{CacheKind, Config};
 use crate::domain::orders::{Order, OrderId};
+use crate::keyring::Keyring;
 
 /// Failures in a row after which the cache is left alone, and for how long.
 const FAILURES: u32 = 5;
@@ -49,6 +50,8 @@ pub struct Orders {
     cache: Option<Arc<dyn Cache>>,
     breaker: Breaker,
     limit: Duration,
+    /// For copies that leave the process.
+    keyring: Option<Keyring>,
 }
 
 impl Orders {
@@ -57,6 +60,10 @@ impl Orders {
             cache: open(config)?,
             breaker: Breaker::new("cache", FAILURES, REST),
             limit: config.cache.timeout.0,
+            keyring: match config.cache.kind {
+                CacheKind::Redis => config.database.encryption_keys.clone(),
+                CacheKind::InProcess | CacheKind::Off => None,
+            },
         })
     }
 
@@ -65,23 +72,41 @@ impl Orders {
         let key = key(id);
         let found = self.ask(cache.get(&key)).await?;
         // What another version has written may have another shape.
-        let order = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let order = found.and_then(|bytes| self.order(&key, bytes));
         count(if order.is_some() { "hit" } else { "miss" });
         order
     }
 
     /// An order as storage had it; perhaps somebody has changed it since.
     pub async fn fill(&self, order: &Order) {
-        if let (Some(cache), Ok(bytes)) = (&self.cache, serde_json::to_vec(order)) {
-            self.ask(cache.fill(&key(order.id), bytes)).await;
+        let key = key(order.id);
+        if let (Some(cache), Some(bytes)) = (&self.cache, self.bytes(&key, order)) {
+            self.ask(cache.fill(&key, bytes)).await;
         }
     }
 
     /// An order as it is now that it was changed.
     pub async fn put(&self, order: &Order) {
-        if let (Some(cache), Ok(bytes)) = (&self.cache, serde_json::to_vec(order)) {
-            self.ask(cache.put(&key(order.id), bytes)).await;
+        let key = key(order.id);
+        if let (Some(cache), Some(bytes)) = (&self.cache, self.bytes(&key, order)) {
+            self.ask(cache.put(&key, bytes)).await;
         }
+    }
+
+    fn bytes(&self, key: &str, order: &Order) -> Option<Vec<u8>> {
+        let bytes = serde_json::to_vec(order).ok()?;
+        match &self.keyring {
+            None => Some(bytes),
+            Some(keyring) => keyring.encrypt(key, &bytes).ok(),
+        }
+    }
+
+    fn order(&self, key: &str, bytes: Vec<u8>) -> Option<Order> {
+        let bytes = match &self.keyring {
+            None => bytes,
+            Some(keyring) => keyring.decrypt(key, &bytes).ok()?,
+        };
+        serde_json::from_slice(&bytes).ok()
     }
 
     async fn ask<T>(&self, work: impl Future<Output = Result<T, CacheError>>) -> Option<T> {

@@ -1,6 +1,7 @@
 //! Where orders are kept: one trait, chosen by the scheme of `database.url`.
 
 mod abandoned;
+mod contacts;
 mod postgres;
 mod rows;
 mod sql;
@@ -43,6 +44,13 @@ pub trait Storage: Send + Sync {
         now: Timestamp,
         cause: Cause,
     ) -> Result<Option<Order>, StorageError>;
+    /// Encrypts contacts by the first key, where another has: of the next `limit` orders with an id
+    /// above `after`. The last of them and how many were encrypted anew; `None` behind the last.
+    async fn encrypt_anew(
+        &self,
+        after: OrderId,
+        limit: u32,
+    ) -> Result<Option<(OrderId, usize)>, StorageError>;
     /// What a customer has ordered, by currency.
     async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError>;
     /// The same of many customers, in one query, each with its customer.
@@ -151,7 +159,7 @@ pub struct DeadLetter {
 pub enum StorageError {
     #[error("the database refuses writes: it was opened read-only")]
     ReadOnly,
-    #[error("the database is busy: {0}")]
+    #[error("the database cannot do it now: {0}")]
     Busy(String),
     #[error("the database's schema is version {found}, this program needs {needed}")]
     Schema { found: i64, needed: i64 },
@@ -201,14 +209,15 @@ enum Meaning {
 fn meaning(code: &str) -> Meaning {
     match code {
         "25006" => Meaning::ReadOnly,
-        // Too many connections, serialization, deadlock, a lock not to be had; shutting down; a
-        // transaction that was silent for too long.
-        "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" | "25P03" => {
+        // No room on the disk, too many connections, serialization, deadlock, a lock not to be had;
+        // shutting down; a transaction that was silent for too long.
+        "53100" | "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" | "25P03" => {
             Meaning::Busy
         }
         code if code.len() == 5 => Meaning::Other,
         code => match code.parse::<u32>().map(|code| code & 0xff) {
-            Ok(5) => Meaning::Busy,
+            // A lock not to be had, a file that cannot be written, no room on the disk.
+            Ok(5 | 10 | 13) => Meaning::Busy,
             Ok(8) => Meaning::ReadOnly,
             _ => Meaning::Other,
         },

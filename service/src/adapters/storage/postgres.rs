@@ -15,12 +15,15 @@ use uuid::Uuid;
 use super::abandoned::watched;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
-use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, rows};
+use super::{
+    Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, contacts, rows,
+};
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
+use crate::keyring::Keyring;
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
@@ -52,6 +55,7 @@ fn migrations() -> Migrator {
 
 pub(super) struct Postgres {
     pool: PgPool,
+    keyring: Option<Keyring>,
 }
 
 impl Postgres {
@@ -112,7 +116,10 @@ impl Postgres {
                 .await
                 .context("migrating the database")?;
         }
-        Ok(Self { pool })
+        Ok(Self {
+            pool,
+            keyring: config.encryption_keys.clone(),
+        })
     }
 }
 
@@ -124,10 +131,11 @@ impl Postgres {
     async fn insert(
         tx: &mut Transaction<'_, sqlx::Postgres>,
         order: &Order,
+        contact: Option<Vec<u8>>,
     ) -> Result<(), StorageError> {
         sqlx::query(
-            "INSERT INTO orders (id, customer, currency, status, created_at, updated_at)
-             VALUES ($1, $2, $3, $4, $5, $6)",
+            "INSERT INTO orders (id, customer, currency, status, created_at, updated_at, contact)
+             VALUES ($1, $2, $3, $4, $5, $6, $7)",
         )
         .bind(order.id.as_uuid())
         .bind(&order.customer)
@@ -135,6 +143,7 @@ impl Postgres {
         .bind(order.status.as_str())
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
+        .bind(contact)
         .execute(&mut **tx)
         .await?;
         // All lines in one statement, and so in one round trip.

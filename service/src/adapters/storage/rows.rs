@@ -9,8 +9,9 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use super::abandoned::watched;
-use super::{Change, StorageError};
+use super::{Change, StorageError, contacts};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
+use crate::keyring::Keyring;
 
 /// Dead connections that are stepped over: more than a pool usually has.
 const MOST_DEAD: u64 = 32;
@@ -64,13 +65,14 @@ pub(super) struct Line {
     sku: String,
     quantity: i64,
     unit_price_cents: i64,
+    contact: Option<Vec<u8>>,
 }
 
 /// One row for each line of the orders that `page` selects, newest orders first.
 pub(super) fn select(page: &str) -> String {
     format!(
         "SELECT o.id, customer, currency, status, created_at, updated_at,
-                sku, quantity, unit_price_cents
+                sku, quantity, unit_price_cents, contact
          FROM (SELECT * FROM orders {page}) o JOIN order_items i ON i.order_id = o.id
          ORDER BY o.id DESC, i.line"
     )
@@ -220,12 +222,15 @@ pub(super) fn to_text(value: &impl serde::Serialize) -> Result<String, StorageEr
 }
 
 /// The orders that the lines make up; lines of one order stand together.
-pub(super) fn orders(lines: Vec<Line>) -> Result<Vec<Order>, StorageError> {
+pub(super) fn orders(
+    lines: Vec<Line>,
+    keyring: Option<&Keyring>,
+) -> Result<Vec<Order>, StorageError> {
     let chunks = lines.chunk_by(|a, b| a.id == b.id);
-    chunks.map(order).collect()
+    chunks.map(|lines| order(lines, keyring)).collect()
 }
 
-fn order(lines: &[Line]) -> Result<Order, StorageError> {
+fn order(lines: &[Line], keyring: Option<&Keyring>) -> Result<Order, StorageError> {
     let corrupt = |column: &str| StorageError::Failed(format!("{column} is corrupt"));
     let time = |millis: i64, column: &str| {
         Timestamp::from_millisecond(millis).map_err(|_| corrupt(column))
@@ -238,7 +243,10 @@ fn order(lines: &[Line]) -> Result<Order, StorageError> {
             unit_price_cents: line.unit_price_cents,
         })
     });
-    Ok(Order::assemble(
+    let contact = first.contact.as_ref();
+    let contact = contact.map(|encrypted| contacts::decrypted(keyring, first.id, encrypted));
+    let contact = contact.transpose()?;
+    let order = Order::assemble(
         OrderId::from(first.id),
         first.customer.clone(),
         first.currency.clone(),
@@ -251,7 +259,8 @@ fn order(lines: &[Line]) -> Result<Order, StorageError> {
             time(first.created_at, "orders.created_at")?,
             time(first.updated_at, "orders.updated_at")?,
         ),
-    ))
+    );
+    Ok(Order { contact, ..order })
 }
 
 /// Whether the schema is new enough for this program.

@@ -1,6 +1,6 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
-//! The module that calls the macro has the adapter with a field `pool`, its `begin` (a transaction
+//! The module that calls the macro has the adapter with the fields `pool` and `keyring`, its `begin` (a transaction
 //! that may write), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
 //! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
@@ -53,7 +53,8 @@ macro_rules! storage_in_sql {
                             return before.map(Placed::Before).ok_or_else(lost);
                         }
                     }
-                    Self::insert(&mut tx, order).await?;
+                    let contact = contacts::encrypted(self.keyring.as_ref(), order)?;
+                    Self::insert(&mut tx, order, contact).await?;
                     let tell = sqlx::query(rows::TELL).bind(rows::to_text(event)?);
                     tell.bind(Timestamp::now().as_millisecond())
                         .execute(&mut *tx)
@@ -71,7 +72,8 @@ macro_rules! storage_in_sql {
                         .bind(id.as_uuid())
                         .fetch_all(&self.pool)
                 };
-                Ok(rows::orders(rows::retried(lines).await?)?.pop())
+                let lines = rows::retried(lines).await?;
+                Ok(rows::orders(lines, self.keyring.as_ref())?.pop())
             }
 
             async fn list(
@@ -92,7 +94,7 @@ macro_rules! storage_in_sql {
                     };
                     query.fetch_all(&self.pool)
                 };
-                rows::orders(rows::retried(lines).await?)
+                rows::orders(rows::retried(lines).await?, self.keyring.as_ref())
             }
 
             async fn cancel(
@@ -109,7 +111,8 @@ macro_rules! storage_in_sql {
                     let is_changed = cancel.execute(&mut *tx).await?.rows_affected() == 1;
                     let select = rows::select("WHERE id = $1");
                     let lines = sqlx::query_as(&select).bind(id.as_uuid());
-                    let order = rows::orders(lines.fetch_all(&mut *tx).await?)?.pop();
+                    let lines = lines.fetch_all(&mut *tx).await?;
+                    let order = rows::orders(lines, self.keyring.as_ref())?.pop();
                     if let Some(order) = order.as_ref().filter(|_| is_changed) {
                         let event = Event::new(Kind::Cancelled, order);
                         let event = event.caused_by(cause);
@@ -120,6 +123,32 @@ macro_rules! storage_in_sql {
                     }
                     tx.commit().await?;
                     Ok(order)
+                })
+                .await
+            }
+
+            async fn encrypt_anew(
+                &self,
+                after: OrderId,
+                limit: u32,
+            ) -> Result<Option<(OrderId, usize)>, StorageError> {
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    let contacts = sqlx::query_as(contacts::AFTER).bind(after.as_uuid());
+                    let contacts = contacts.bind(i64::from(limit));
+                    let contacts: Vec<(Uuid, Vec<u8>)> = contacts.fetch_all(&mut *tx).await?;
+                    let mut changed = 0;
+                    for (id, before) in &contacts {
+                        let anew = contacts::anew(self.keyring.as_ref(), *id, before)?;
+                        if let Some(anew) = anew {
+                            let change = sqlx::query(contacts::CHANGE).bind(anew).bind(id);
+                            change.bind(before).execute(&mut *tx).await?;
+                            changed += 1;
+                        }
+                    }
+                    tx.commit().await?;
+                    let last = contacts.last().map(|(id, _)| OrderId::from(*id));
+                    Ok(last.map(|last| (last, changed)))
                 })
                 .await
             }

@@ -9,20 +9,21 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::Transaction;
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Connection, Transaction};
 use uuid::Uuid;
 
 use super::abandoned::watched;
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
-use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, rows};
+use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows};
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
+use crate::keyring::Keyring;
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
@@ -44,6 +45,7 @@ fn migrations() -> Migrator {
 
 pub(super) struct Sqlite {
     pool: sqlx::SqlitePool,
+    keyring: Option<Keyring>,
 }
 
 impl Sqlite {
@@ -68,7 +70,12 @@ impl Sqlite {
             .max_connections(config.max_connections.get())
             .acquire_timeout(config.acquire_timeout.0)
             // A file does not hang up; asking before each use would only cost time.
-            .test_before_acquire(false);
+            .test_before_acquire(false)
+            // Where a file cannot be written SQLite rolls back by itself, and the driver believes for ever
+            // that it has yet to.
+            .before_acquire(|connection, _| {
+                Box::pin(async move { Ok(!connection.is_in_transaction()) })
+            });
         let pool = if config.read_only {
             connect.connect_with(options).await
         } else {
@@ -85,7 +92,10 @@ impl Sqlite {
             pool
         };
         let pool = pool.with_context(|| format!("connecting to {}", file.display()))?;
-        Ok(Self { pool })
+        Ok(Self {
+            pool,
+            keyring: config.encryption_keys.clone(),
+        })
     }
 }
 
@@ -111,10 +121,11 @@ impl Sqlite {
     async fn insert(
         tx: &mut Transaction<'_, sqlx::Sqlite>,
         order: &Order,
+        contact: Option<Vec<u8>>,
     ) -> Result<(), StorageError> {
         sqlx::query(
-            "INSERT INTO orders (id, customer, currency, status, created_at, updated_at)
-             VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO orders (id, customer, currency, status, created_at, updated_at, contact)
+             VALUES (?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(order.id.as_uuid())
         .bind(&order.customer)
@@ -122,6 +133,7 @@ impl Sqlite {
         .bind(order.status.as_str())
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
+        .bind(contact)
         .execute(&mut **tx)
         .await?;
         for (line, item) in (0i64..).zip(&order.items) {
