@@ -25,16 +25,18 @@ use crate::domain::orders::{
 use crate::drain::Drain;
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
+use crate::pause::Pause;
 use crate::sessions::Sessions;
 use crate::traces;
 
-/// How long a readiness probe waits for each part.
+/// How long a readiness probe waits for each part, and whoever renews copies for storage.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Contacts that are encrypted anew in one transaction.
 const ROTATED_AT_A_TIME: u32 = 500;
 /// Of each such transaction beside the first, where the service is at the database meanwhile.
 const ROTATION_TRIES: u32 = 9;
+const ROTATION_PAUSE: Duration = Duration::from_millis(100);
 const UNKNOWN: &str = "unknown";
 
 /// What is noted with an event.
@@ -182,15 +184,19 @@ impl App {
         let storage = storage::open(&config.database).await?;
         let mut after = OrderId::from(uuid::Uuid::nil());
         let mut all = 0;
-        let mut tries = 0;
+        let (mut tries, mut pause) = (0, Pause::new(ROTATION_PAUSE));
         loop {
             match storage.encrypt_anew(after, ROTATED_AT_A_TIME).await {
                 Ok(None) => break,
                 Ok(Some((last, changed))) => {
                     (after, tries) = (last, 0);
+                    pause.reset();
                     all += changed;
                 }
-                Err(StorageError::Busy(_)) if tries < ROTATION_TRIES => tries += 1,
+                Err(StorageError::Busy(_)) if tries < ROTATION_TRIES => {
+                    tries += 1;
+                    pause.wait().await;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -337,8 +343,12 @@ impl App {
     }
 
     /// An order has changed, here or in another process: copies of it are old.
-    pub async fn changed(&self, order: &Order) {
-        self.cache.put(order).await;
+    pub async fn changed(&self, id: OrderId) {
+        // What was told of it has no contact.
+        let order = tokio::time::timeout(PROBE_TIMEOUT, self.storage.find(id)).await;
+        if let Ok(Ok(Some(order))) = order {
+            self.cache.put(&order).await;
+        }
     }
 
     /// The state of each part that the service cannot work without.

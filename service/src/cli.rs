@@ -20,7 +20,7 @@ pub enum Command {
     /// Try again what consumers have put aside, and end.
     Replay,
     /// Encrypt anew, by the first of database.encryption_keys, what the others have encrypted, and end.
-    /// Then nothing needs the others any more.
+    /// Once every process has the same first key, nothing needs the others any more.
     RotateKeys,
     /// The log of what was done to orders, and by whom.
     #[command(subcommand)]

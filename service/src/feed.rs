@@ -65,7 +65,7 @@ pub async fn run(app: Arc<App>) {
                         // Nobody may be connected.
                         let _ = app.feed.0.send(Some(Arc::clone(&event)));
                         if event.kind == Kind::Cancelled {
-                            app.changed(&event.data).await;
+                            app.changed(event.subject).await;
                         }
                     }
                     Err(error) => tracing::warn!(%error, "an event cannot be read"),

@@ -230,11 +230,11 @@ fn method_label(method: &str) -> &'static str {
 }
 
 fn panicked(cause: Box<dyn Any + Send + 'static>) -> Response {
-    let message = cause
+    let cause = cause
         .downcast_ref::<&str>()
         .map(|text| (*text).to_owned())
         .or_else(|| cause.downcast_ref::<String>().cloned())
         .unwrap_or_default();
-    tracing::error!(message, "a request handler panicked");
+    tracing::error!(cause, "a request handler panicked");
     Problem::new(Fault::Internal).into_response()
 }

@@ -13,7 +13,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever calls decides about trying again.
 const TRIES: usize = 1;
 /// Who waits no more after less has another reason.
-const SILENT_AFTER: Duration = Duration::from_millis(20);
+const SILENT_AFTER: Duration = Duration::from_millis(10);
 
 /// A connection that is made when it is used first, and again when it has broken or says nothing any
 /// more.
@@ -74,7 +74,14 @@ impl Drop for Asked<'_> {
         if current.1.elapsed() > CONNECT_TIMEOUT
             && let Ok(new) = connect(&self.redis.client)
         {
-            *current = (new, Instant::now());
+            *current = (new.clone(), Instant::now());
+            // It only connects while somebody waits for it, and calls may be short and rare.
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move {
+                    let mut new = new;
+                    redis::cmd("PING").exec_async(&mut new).await
+                });
+            }
         }
     }
 }

@@ -57,7 +57,7 @@ pub async fn set_log_level(Body(wanted): Body<LogLevel>) -> Result<Json<LogLevel
         tracing::error!(%error, "the log's level could not be changed");
         Problem::new(Fault::Internal)
     })?;
-    tracing::info!(level = wanted.level, "the log's level was changed");
+    tracing::info!(filter = wanted.level, "the log's level was changed");
     Ok(Json(wanted))
 }
 

@@ -1,8 +1,12 @@
 //! What only the service may read: it is answered to whoever may see the order, and readable nowhere
 //! else.
 
+use std::time::Duration;
+
+use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
+use service::auth::Caller;
 use service::config::{CacheKind, Config};
 use sqlx::{Connection, PgConnection, Row};
 use test_servers::Server;
@@ -26,10 +30,10 @@ fn with_contact() -> Value {
     order
 }
 
-/// Whether somebody who has all bytes of the database finds the contact in them.
-async fn is_readable(database: &Database) -> bool {
-    let hex: String = CONTACT.bytes().map(|byte| format!("{byte:02x}")).collect();
-    let finds = |text: &str| text.contains(CONTACT) || text.contains(&hex);
+/// Whether somebody who has all bytes of the database finds a text in them.
+async fn is_readable(database: &Database, text: &str) -> bool {
+    let hex: String = text.bytes().map(|byte| format!("{byte:02x}")).collect();
+    let finds = |bytes: &str| bytes.contains(text) || bytes.contains(&hex);
     if let Some(path) = database.url().strip_prefix("sqlite://") {
         let files = std::fs::read_dir(std::path::Path::new(path).parent().unwrap()).unwrap();
         let mut files = files.map(|file| std::fs::read(file.unwrap().path()).unwrap());
@@ -95,15 +99,6 @@ async fn a_contact_is_answered_and_readable_nowhere_else() {
             assert_eq!((status, &problem["type"]), (422, &reused), "{kind}");
         }
 
-        let (status, _) = app.post(&format!("{path}/cancel"), json!({})).await;
-        assert_eq!(status, 200);
-        eventually("all is told and in the audit log", async || {
-            let storage = app.app.storage();
-            storage.untold(1).await.unwrap().is_empty()
-                && storage.audited(0, 9).await.unwrap().len() == 2
-        })
-        .await;
-        assert!(!is_readable(&database).await, "{kind}");
         let client = redis::Client::open(server.address.as_str()).unwrap();
         let mut cache = client.get_multiplexed_async_connection().await.unwrap();
         let name = format!("{prefix}order:{}", placed["id"].as_str().unwrap());
@@ -114,6 +109,46 @@ async fn a_contact_is_answered_and_readable_nowhere_else() {
             .unwrap();
         assert!(!copy.is_empty(), "{kind}: there is no copy in the cache");
         assert!(!String::from_utf8_lossy(&copy).contains(CONTACT), "{kind}");
+
+        let (status, cancelled) = app.post(&format!("{path}/cancel"), json!({})).await;
+        assert_eq!((status, &cancelled["contact"]), (200, &json!(CONTACT)));
+        eventually("all is told and in the audit log", async || {
+            let storage = app.app.storage();
+            storage.untold(1).await.unwrap().is_empty()
+                && storage.audited(0, 9).await.unwrap().len() == 2
+        })
+        .await;
+        assert!(!is_readable(&database, CONTACT).await, "{kind}");
+        assert!(is_readable(&database, "tea").await, "{kind}");
+    }
+}
+
+/// What is told of a change has no contact; what is answered after it has.
+#[tokio::test]
+async fn an_order_keeps_its_contact_when_it_changes() {
+    let app = TestApp::start_with(|config| {
+        keys(&[OLD])(config);
+        config.cache.ttl = service::config::Timeout(Duration::from_secs(600));
+    })
+    .await;
+    let events = app.app.watch(&Caller::anybody(), None).unwrap();
+    let mut events = std::pin::pin!(events);
+    let (_, placed) = app.post("/v1/orders", with_contact()).await;
+    let path = format!("/v1/orders/{}", placed["id"].as_str().unwrap());
+    assert_eq!(app.get(&path).await.0, 200);
+    app.post(&format!("{path}/cancel"), json!({})).await;
+    for _ in ["placed", "cancelled"] {
+        let event = events.next().await.unwrap().unwrap();
+        assert_eq!(event.data.contact, None, "{event:?}");
+    }
+    // The copy is renewed a moment after the event was passed on.
+    for _ in 0..20 {
+        let (status, order) = app.get(&path).await;
+        assert_eq!(
+            (status, &order["status"], &order["contact"]),
+            (200, &json!("cancelled"), &json!(CONTACT))
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -130,6 +165,7 @@ async fn keys_are_replaced_while_the_service_runs() {
         }
         old.post("/v1/orders", order()).await;
 
+        let first = TestApp::start_on(database.clone(), keys(&[OLD, NEW])).await;
         let both = TestApp::start_on(database.clone(), keys(&[NEW, OLD])).await;
         let (_, placed) = both.post("/v1/orders", with_contact()).await;
         paths.push(format!("/v1/orders/{}", placed["id"].as_str().unwrap()));
@@ -139,6 +175,7 @@ async fn keys_are_replaced_while_the_service_runs() {
             }
         };
         all_read(&both).await;
+        all_read(&first).await;
 
         let both_keys = format!("{NEW},{OLD}");
         let variables = [

@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use service::app::App;
 use service::audit::Verdict;
 
@@ -22,9 +22,10 @@ impl Drop for Process {
 impl Process {
     /// No file of the process may grow behind so many bytes; `None` for as large as they like.
     fn limit_files(&self, bytes: Option<u64>) {
+        let maximum = getrlimit(Resource::Fsize).maximum;
         let limit = Rlimit {
-            current: bytes,
-            maximum: None,
+            current: bytes.or(maximum),
+            maximum,
         };
         prlimit(Some(Pid::from_child(&self.0)), Resource::Fsize, limit).unwrap();
     }
@@ -47,6 +48,10 @@ async fn a_full_disk_loses_no_order() {
         .env("SERVICE__DATABASE__URL", database.url())
         .env("SERVICE__SERVER__LISTEN", format!("127.0.0.1:{port}"))
         .env("SERVICE__SERVER__ADMIN_LISTEN", "127.0.0.1:0")
+        // A busy machine is no full disk.
+        .env("SERVICE__SERVER__REQUEST_TIMEOUT", "30s")
+        .env("SERVICE__DATABASE__ACQUIRE_TIMEOUT", "20s")
+        .env("SERVICE__DATABASE__BUSY_TIMEOUT", "20s")
         .env("SERVICE__LOGGING__LEVEL", "off")
         .stdin(Stdio::null())
         .spawn()
@@ -54,7 +59,7 @@ async fn a_full_disk_loses_no_order() {
     let process = Process(child);
     let url = format!("http://127.0.0.1:{port}/v1/orders");
     let client = reqwest::Client::builder()
-        .timeout(Duration::from_secs(20))
+        .timeout(Duration::from_secs(40))
         .build()
         .unwrap();
     let place = async || {

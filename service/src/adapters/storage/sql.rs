@@ -142,8 +142,8 @@ macro_rules! storage_in_sql {
                         let anew = contacts::anew(self.keyring.as_ref(), *id, before)?;
                         if let Some(anew) = anew {
                             let change = sqlx::query(contacts::CHANGE).bind(anew).bind(id);
-                            change.bind(before).execute(&mut *tx).await?;
-                            changed += 1;
+                            let done = change.bind(before).execute(&mut *tx).await?;
+                            changed += usize::try_from(done.rows_affected()).unwrap_or(0);
                         }
                     }
                     tx.commit().await?;
