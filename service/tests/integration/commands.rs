@@ -1,6 +1,7 @@
 //! The program's commands, each as its own process.
 
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
 
@@ -70,7 +71,9 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     let mut until = async |wanted: &str| {
         let mut lines = Vec::new();
         loop {
-            let line = log.next_line().await.unwrap().expect("the log goes on");
+            let line = tokio::time::timeout(Duration::from_secs(60), log.next_line());
+            let line = line.await.expect("the log says more").unwrap();
+            let line = line.expect("the log goes on");
             lines.push(line);
             if lines.last().unwrap().contains(wanted) {
                 return lines.join("\n");
@@ -112,7 +115,7 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     assert_eq!(put("info,access=error").await.status(), 200);
     ask("/v1/orders").await;
     assert_eq!(put("info").await.status(), 200);
-    let said = until("level=\"info\"").await;
+    let said = until("filter=\"info\"").await;
     assert!(!said.contains("answered"), "{said}");
 }
 
