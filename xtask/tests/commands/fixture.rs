@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -304,10 +304,22 @@ pub fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
+/// Ports that no other test of this process gets, below those that systems give to whoever asks for
+/// any: nobody takes them before their environment does.
 fn free_ports<const N: usize>() -> [u16; N] {
-    let sockets: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
-    sockets.map(|socket| socket.local_addr().unwrap().port())
+    const PORTS: std::ops::Range<u32> = 10_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id() * 100;
+    std::array::from_fn(|_| {
+        loop {
+            let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::SeqCst));
+            let port = PORTS.start + next % (PORTS.end - PORTS.start);
+            let port = u16::try_from(port).unwrap();
+            if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                break port;
+            }
+        }
+    })
 }
 
 /// Waits until `condition` holds.
