@@ -12,8 +12,8 @@ use service::config::{self, AuthMode, Config};
 use service::tls::Certificates;
 use service::{server, telemetry};
 
-/// Requests make and free many small things on many threads, for which the C library's takes twice as
-/// long.
+/// Requests make and free many small things on many threads; the C library's allocator took a seventh
+/// of the service's time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -1,34 +1,21 @@
 //! A disk that has no room left.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
-use service::app::App;
-use service::audit::Verdict;
 
 use crate::database::Database;
-use crate::test_app::{TestApp, config_dir, eventually, free_port, order, shipped_config};
+use crate::test_app::{Process, TestApp, audited, config_dir, eventually, free_port, order};
 
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Process {
-    /// No file of the process may grow behind so many bytes; `None` for as large as they like.
-    fn limit_files(&self, bytes: Option<u64>) {
-        let maximum = getrlimit(Resource::Fsize).maximum;
-        let limit = Rlimit {
-            current: bytes.or(maximum),
-            maximum,
-        };
-        prlimit(Some(Pid::from_child(&self.0)), Resource::Fsize, limit).unwrap();
-    }
+/// No file of the process may grow behind so many bytes; `None` for as large as they like.
+fn limit_files(process: &Process, bytes: Option<u64>) {
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    let limit = Rlimit {
+        current: bytes.or(maximum),
+        maximum,
+    };
+    prlimit(Some(Pid::from_child(&process.0)), Resource::Fsize, limit).unwrap();
 }
 
 /// What was answered as placed is there, what could not be written was not answered so, and it goes on
@@ -70,13 +57,13 @@ async fn a_full_disk_loses_no_order() {
     eventually("an order", async || place().await == 201).await;
     placed += 1;
     for _ in 0..3 {
-        process.limit_files(Some(1));
+        limit_files(&process, Some(1));
         for _ in 0..5 {
             assert_eq!(place().await, 503);
             let read = client.get(&url).send().await.unwrap();
             assert_eq!(read.status(), 200);
         }
-        process.limit_files(None);
+        limit_files(&process, None);
         eventually("orders again", async || place().await == 201).await;
         placed += 1;
     }
@@ -84,14 +71,5 @@ async fn a_full_disk_loses_no_order() {
 
     let app = TestApp::start_on(database.clone(), |_| {}).await;
     assert_eq!(app.number_of_orders().await, placed);
-    let mut config = shipped_config();
-    database.use_in(&mut config);
-    eventually(
-        "all is in the audit log",
-        async || match App::verify_audit(config.clone(), None).await.unwrap() {
-            Verdict::Whole { entries, .. } => entries == i64::try_from(placed).unwrap(),
-            broken @ Verdict::Broken { .. } => panic!("{broken:?}"),
-        },
-    )
-    .await;
+    audited(&database, placed).await;
 }

@@ -1,6 +1,6 @@
 //! Nothing that happened is lost, and nothing is done twice, whoever is killed and whenever.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use service::config::Timeout;
 
 use crate::broker::Broker;
 use crate::database::Database;
-use crate::test_app::{TestApp, config_dir, eventually, free_port, order};
+use crate::test_app::{Process, TestApp, config_dir, eventually, free_port, order};
 use crate::wire::{State, Wire};
 
 async fn totals(app: &TestApp, customer: &str) -> Value {
@@ -199,34 +199,22 @@ async fn totals_begin_with_what_is_there() {
 }
 
 /// A service as a process of its own, which can be killed.
-struct Process(Child);
-
-impl Process {
-    fn start(database: &Database, broker: &Broker, port: u16, admin: u16) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_service"))
-            .env("SERVICE_CONFIG_DIR", config_dir())
-            .env("SERVICE__DATABASE__URL", database.url())
-            .envs(broker.variables())
-            .env("SERVICE__SERVER__LISTEN", format!("127.0.0.1:{port}"))
-            .env(
-                "SERVICE__SERVER__ADMIN_LISTEN",
-                format!("127.0.0.1:{admin}"),
-            )
-            .env("SERVICE__EVENTS__LEASE", "1s")
-            .env("SERVICE__LOGGING__LEVEL", "error")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self(child)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // SIGKILL, wherever it is.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn service(database: &Database, broker: &Broker, port: u16, admin: u16) -> Process {
+    let child = Command::new(env!("CARGO_BIN_EXE_service"))
+        .env("SERVICE_CONFIG_DIR", config_dir())
+        .env("SERVICE__DATABASE__URL", database.url())
+        .envs(broker.variables())
+        .env("SERVICE__SERVER__LISTEN", format!("127.0.0.1:{port}"))
+        .env(
+            "SERVICE__SERVER__ADMIN_LISTEN",
+            format!("127.0.0.1:{admin}"),
+        )
+        .env("SERVICE__EVENTS__LEASE", "1s")
+        .env("SERVICE__LOGGING__LEVEL", "error")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    Process(child)
 }
 
 /// Two processes on one database tell events and act on them, and are killed again and again while
@@ -243,7 +231,7 @@ async fn nothing_is_lost_or_doubled_when_processes_are_killed() {
 async fn killed_again_and_again(database: Database, broker: Broker) {
     let kind = database.kind;
     let ports = [free_port(), free_port(), free_port(), free_port()];
-    let start = |i: usize| Process::start(&database, &broker, ports[2 * i], ports[2 * i + 1]);
+    let start = |i: usize| service(&database, &broker, ports[2 * i], ports[2 * i + 1]);
     let mut processes = [Some(start(0)), Some(start(1))];
     let client = reqwest::Client::new();
     let mut acknowledged = 0;

@@ -6,14 +6,12 @@ use std::time::Duration;
 
 use reqwest::Url;
 use serde_json::json;
-use service::app::App;
-use service::audit::Verdict;
 use service::config::{CacheKind, LockKind, ServerUrl};
 use test_servers::Server;
 
 use crate::broker::Broker;
 use crate::database::Database;
-use crate::test_app::{TestApp, eventually, order};
+use crate::test_app::{TestApp, audited, eventually, order};
 use crate::wire::{State, Wire};
 
 /// How long each fault lasts: longer than any time-out but the request's.
@@ -138,14 +136,5 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
         app.get("/v1/customers/ada/totals").await.1 == wanted
     })
     .await;
-    let mut config = app.app.config.clone();
-    database.use_in(&mut config);
-    eventually(
-        "all is in the audit log",
-        async || match App::verify_audit(config.clone(), None).await.unwrap() {
-            Verdict::Whole { entries, .. } => entries == i64::try_from(orders).unwrap(),
-            broken @ Verdict::Broken { .. } => panic!("{broken:?}"),
-        },
-    )
-    .await;
+    audited(&database, orders).await;
 }

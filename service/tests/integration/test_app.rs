@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use reqwest::Method;
 use serde_json::{Value, json};
 use service::app::App;
+use service::audit::Verdict;
 use service::config::Config;
 use service::server::{self, Sockets};
 use service::telemetry;
@@ -153,6 +155,30 @@ impl TestApp {
     pub async fn stopped(self) -> anyhow::Result<()> {
         self.server.await.unwrap()
     }
+}
+
+/// A process that is killed with SIGKILL when this goes, wherever it is then.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until the audit log has so many entries; it must be whole.
+pub async fn audited(database: &Database, wanted: usize) {
+    let mut config = shipped_config();
+    database.use_in(&mut config);
+    eventually(
+        "all is in the audit log",
+        async || match App::verify_audit(config.clone(), None).await.unwrap() {
+            Verdict::Whole { entries, .. } => entries == i64::try_from(wanted).unwrap(),
+            broken @ Verdict::Broken { .. } => panic!("{broken:?}"),
+        },
+    )
+    .await;
 }
 
 /// Waits until `condition` holds.

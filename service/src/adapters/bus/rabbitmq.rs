@@ -2,6 +2,7 @@
 //! events until they are done. One process consumes a queue at a time, so that the order stays.
 //! <https://www.rabbitmq.com/docs/confirms>, <https://www.rabbitmq.com/docs/consumers#single-active-consumer>
 
+use std::fmt::Display;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -84,7 +85,10 @@ impl RabbitMq {
             })
         };
         let connecting = |error| BusError(format!("connecting to {}: {error}", self.config.url));
-        within_time(async { connect.await.map_err(connecting) }).await
+        within_time(&self.config.url, async {
+            connect.await.map_err(connecting)
+        })
+        .await
     }
 
     fn exchange(&self) -> lapin::types::ShortString {
@@ -145,11 +149,11 @@ impl Bus for RabbitMq {
     }
 
     async fn subscribe(&self, consumer: &'static str) -> Result<Box<dyn Subscription>, BusError> {
-        within_time(self.open_queue(consumer)).await
+        within_time(&self.config.url, self.open_queue(consumer)).await
     }
 
     async fn listen(&self) -> Result<Box<dyn Subscription>, BusError> {
-        within_time(self.open_own_queue()).await
+        within_time(&self.config.url, self.open_own_queue()).await
     }
 }
 
@@ -223,14 +227,17 @@ impl RabbitMq {
 /// The consumer is done with what was delivered.
 pub(super) async fn done(delivery: lapin::message::Delivery) -> Result<(), BusError> {
     let ack = delivery.ack(lapin::options::BasicAckOptions::default());
-    within_time(async { Ok(ack.await.map(drop)?) }).await
+    within_time("RabbitMQ", async { Ok(ack.await.map(drop)?) }).await
 }
 
-async fn within_time<T>(call: impl Future<Output = Result<T, BusError>>) -> Result<T, BusError> {
+async fn within_time<T>(
+    broker: impl Display,
+    call: impl Future<Output = Result<T, BusError>>,
+) -> Result<T, BusError> {
     let answer = tokio::time::timeout(TIMEOUT, call).await;
     answer.unwrap_or_else(|_| {
         Err(BusError(format!(
-            "RabbitMQ did not answer within {TIMEOUT:?}"
+            "{broker} did not answer within {TIMEOUT:?}"
         )))
     })
 }
