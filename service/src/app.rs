@@ -351,7 +351,8 @@ impl App {
         }
     }
 
-    /// The state of each part that the service cannot work without.
+    /// The state of each part that the service cannot work without. One that is busy is there: where
+    /// all processes wait for it, to take them out of service would make delays into errors.
     pub async fn readiness(&self) -> Vec<PartStatus> {
         let draining = self.drain.has_begun();
         let late = || Some("no answer within 1 s".to_owned());

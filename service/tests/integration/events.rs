@@ -221,15 +221,14 @@ fn service(database: &Database, broker: &Broker, port: u16, admin: u16) -> Proce
 /// orders come in: afterwards the totals are those of the orders that are there, each counted once.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_doubled_when_processes_are_killed() {
-    let [sqlite, postgres] = Database::each().await;
     let [in_process, rabbitmq, kafka] = Broker::each().await;
-    killed_again_and_again(sqlite, in_process).await;
-    killed_again_and_again(postgres, rabbitmq).await;
+    killed_again_and_again(Database::sqlite(), in_process).await;
+    killed_again_and_again(Database::postgres().await, rabbitmq).await;
     killed_again_and_again(Database::postgres().await, kafka).await;
 }
 
 async fn killed_again_and_again(database: Database, broker: Broker) {
-    let kind = database.kind;
+    let kind = broker.kind;
     let ports = [free_port(), free_port(), free_port(), free_port()];
     let start = |i: usize| service(&database, &broker, ports[2 * i], ports[2 * i + 1]);
     let mut processes = [Some(start(0)), Some(start(1))];
@@ -268,7 +267,7 @@ async fn killed_again_and_again(database: Database, broker: Broker) {
     }
     drop(processes);
     let last = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
-    eventually("all is told", async || {
+    eventually(&format!("{kind}: all is told"), async || {
         last.app.storage().untold(1).await.unwrap().is_empty()
     })
     .await;
@@ -276,7 +275,7 @@ async fn killed_again_and_again(database: Database, broker: Broker) {
     // An order whose answer was lost may be there too.
     assert!(orders >= acknowledged, "{kind}: {orders} of {acknowledged}");
     let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
-    eventually("all is counted", async || {
+    eventually(&format!("{kind}: all is counted"), async || {
         totals(&last, "ada").await == wanted
     })
     .await;

@@ -7,6 +7,7 @@ use service::config::Timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::database::Database;
 use crate::test_app::{TestApp, eventually, order};
 
 #[tokio::test]
@@ -53,6 +54,41 @@ async fn readiness_names_the_part_that_is_not_ready() {
         database["reason"].as_str().unwrap().contains("closed"),
         "{body}"
     );
+}
+
+/// Where every connection waits for the database, so does whoever asks, and nobody is turned away.
+#[tokio::test]
+async fn a_process_that_waits_for_its_database_is_ready() {
+    for database in Database::each().await {
+        let patience = Timeout(Duration::from_secs(40));
+        let app = TestApp::start_on(database.clone(), |config| {
+            config.database.max_connections = 2.try_into().unwrap();
+            config.database.acquire_timeout = patience;
+            config.database.busy_timeout = patience;
+            config.server.request_timeout = patience;
+        })
+        .await;
+        let held = database.hold().await;
+        let orders =
+            futures_util::future::join_all((0..4).map(|_| app.post("/v1/orders", order())));
+        let asked = async {
+            eventually("every connection waits", async || {
+                let read = app.app.storage().buried(1);
+                let read = tokio::time::timeout(Duration::from_millis(200), read);
+                read.await.is_err()
+            })
+            .await;
+            for _ in 0..3 {
+                assert_eq!(app.get("/health/ready").await.0, 200, "{}", database.kind);
+            }
+            drop(held);
+        };
+        let (orders, ()) = tokio::join!(orders, asked);
+        assert!(
+            orders.iter().all(|(status, _)| *status == 201),
+            "{orders:?}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -55,6 +55,7 @@ fn migrations() -> Migrator {
 
 pub(super) struct Postgres {
     pool: PgPool,
+    probe: PgPool,
     keyring: Option<Keyring>,
 }
 
@@ -83,7 +84,6 @@ impl Postgres {
         // It has served its purpose, however its end goes.
         let _ = first.close().await;
         let pool = PgPoolOptions::new()
-            .max_connections(config.max_connections.get())
             .acquire_timeout(config.acquire_timeout.0)
             // A busy pool's connections show by themselves whether they are alive: `retried`.
             .test_before_acquire(false)
@@ -105,7 +105,11 @@ impl Postgres {
                     }
                     Ok(true)
                 })
-            })
+            });
+        let probe = pool.clone().max_connections(1);
+        let probe = probe.connect_lazy_with(options.clone());
+        let pool = pool
+            .max_connections(config.max_connections.get())
             .connect_with(options)
             .await
             .with_context(|| format!("connecting to {}", config.url))?;
@@ -118,6 +122,7 @@ impl Postgres {
         }
         Ok(Self {
             pool,
+            probe,
             keyring: config.encryption_keys.clone(),
         })
     }

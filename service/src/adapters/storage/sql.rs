@@ -1,6 +1,7 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
-//! The module that calls the macro has the adapter with the fields `pool` and `keyring`, its `begin` (a transaction
+//! The module that calls the macro has the adapter with the fields `pool`, `probe` (one connection apart,
+//! for a database that is busy is there all the same) and `keyring`, its `begin` (a transaction
 //! that may write), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
 //! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
@@ -328,10 +329,11 @@ macro_rules! storage_in_sql {
 
             async fn schema_version(&self) -> Result<i64, StorageError> {
                 let version = sqlx::query_scalar(rows::SCHEMA_VERSION);
-                Ok(watched(version.fetch_one(&self.pool)).await?)
+                Ok(watched(version.fetch_one(&self.probe)).await?)
             }
 
             async fn close(&self) {
+                self.probe.close().await;
                 self.pool.close().await;
             }
         }

@@ -45,6 +45,7 @@ fn migrations() -> Migrator {
 
 pub(super) struct Sqlite {
     pool: sqlx::SqlitePool,
+    probe: sqlx::SqlitePool,
     keyring: Option<Keyring>,
 }
 
@@ -67,7 +68,6 @@ impl Sqlite {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
         let connect = SqlitePoolOptions::new()
-            .max_connections(config.max_connections.get())
             .acquire_timeout(config.acquire_timeout.0)
             // A file does not hang up; asking before each use would only cost time.
             .test_before_acquire(false)
@@ -76,6 +76,9 @@ impl Sqlite {
             .before_acquire(|connection, _| {
                 Box::pin(async move { Ok(!connection.is_in_transaction()) })
             });
+        let probe = connect.clone().max_connections(1);
+        let probe = probe.connect_lazy_with(options.clone());
+        let connect = connect.max_connections(config.max_connections.get());
         let pool = if config.read_only {
             connect.connect_with(options).await
         } else {
@@ -94,6 +97,7 @@ impl Sqlite {
         let pool = pool.with_context(|| format!("connecting to {}", file.display()))?;
         Ok(Self {
             pool,
+            probe,
             keyring: config.encryption_keys.clone(),
         })
     }
