@@ -1,4 +1,5 @@
-//! Waiting between tries: longer each time, up to a limit.
+//! Waiting between tries: longer each time, up to a limit, and never as long as others wait who began
+//! together.
 
 use std::time::Duration;
 
@@ -10,13 +11,19 @@ pub struct Pause {
     next: Duration,
 }
 
+/// Between half and all of it.
+/// <https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/>
+pub fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(0.5 + fastrand::f64() / 2.0)
+}
+
 impl Pause {
     pub fn new(first: Duration) -> Self {
         Self { first, next: first }
     }
 
     pub async fn wait(&mut self) {
-        tokio::time::sleep(self.next).await;
+        tokio::time::sleep(jittered(self.next)).await;
         self.next = (self.next * 2).min(LONGEST);
     }
 

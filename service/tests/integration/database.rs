@@ -1,5 +1,6 @@
 //! A database of a test's own, in each of the kinds that there is an adapter for.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use service::config::Config;
@@ -18,6 +19,7 @@ pub struct Database {
 
 enum Home {
     Directory(#[expect(dead_code, reason = "dropped at the end")] TempDir),
+    Elsewhere,
     Server(#[expect(dead_code, reason = "dropped at the end")] Lease),
 }
 
@@ -48,6 +50,15 @@ impl Database {
         }
     }
 
+    /// One in PostgreSQL that somebody else keeps.
+    pub fn at(url: String) -> Self {
+        Self {
+            kind: "PostgreSQL",
+            url,
+            _home: Arc::new(Home::Elsewhere),
+        }
+    }
+
     /// One of each kind.
     pub async fn each() -> [Self; 2] {
         [Self::sqlite(), Self::postgres().await]
@@ -59,6 +70,23 @@ impl Database {
 
     pub fn use_in(&self, config: &mut Config) {
         config.database.url.0.clone_from(&self.url);
+    }
+
+    /// Keeps everybody from writing, until what is returned goes.
+    pub async fn hold(&self) -> Box<dyn Any> {
+        match self.kind {
+            "SQLite" => {
+                let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+                connection.execute("BEGIN IMMEDIATE").await.unwrap();
+                Box::new(connection)
+            }
+            _ => {
+                let mut connection = PgConnection::connect(&self.url).await.unwrap();
+                let lock = "BEGIN; LOCK TABLE orders";
+                connection.execute(lock).await.unwrap();
+                Box::new(connection)
+            }
+        }
     }
 
     /// Changes the database behind the service's back.

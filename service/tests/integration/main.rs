@@ -13,6 +13,7 @@ mod contacts;
 mod database;
 mod disk;
 mod events;
+mod failover;
 mod faults;
 mod interfaces;
 mod limits;

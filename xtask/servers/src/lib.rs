@@ -6,6 +6,7 @@
 mod images;
 mod owner;
 mod server;
+mod standby;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -21,10 +22,11 @@ use tokio::sync::Mutex;
 
 pub use images::{Image, Images};
 pub use server::Server;
+pub use standby::Standby;
 
-/// What mends a machine that has no engine or no images.
 /// The label that says whose a container is, by the name of a process.
 const OWNER: &str = "dev.xtask.owner";
+/// What mends a machine that has no engine or no images.
 const ADVICE: &str = "`cargo xtask setup` installs and starts what is missing";
 
 /// A server in a container, which is removed with this value.

@@ -94,10 +94,11 @@ async fn postgres(image: &str) -> Result<Started> {
         .with_env_var("POSTGRES_PASSWORD", "test");
     let container = run(request).await?;
     let place = address(&container, 5432).await?;
-    Ok((
-        container,
-        format!("postgres://postgres:test@{place}/postgres"),
-    ))
+    Ok((container, superuser(&place)))
+}
+
+pub(crate) fn superuser(place: &str) -> String {
+    format!("postgres://postgres:test@{place}/postgres")
 }
 
 /// `amqp://…` with the management interface's port as a query: `?management=PORT`.
@@ -165,19 +166,21 @@ async fn kafka(image: &str) -> Result<Started> {
     }
 }
 
-fn named(image: &str) -> GenericImage {
+pub(crate) fn named(image: &str) -> GenericImage {
     let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
     GenericImage::new(name, tag)
 }
 
-async fn run(request: ContainerRequest<GenericImage>) -> Result<ContainerAsync<GenericImage>> {
+pub(crate) async fn run(
+    request: ContainerRequest<GenericImage>,
+) -> Result<ContainerAsync<GenericImage>> {
     let request = request
         .with_label(crate::OWNER, owner::this_process())
         .with_startup_timeout(STARTUP);
     Ok(request.start().await?)
 }
 
-async fn address(container: &ContainerAsync<GenericImage>, port: u16) -> Result<String> {
+pub(crate) async fn address(container: &ContainerAsync<GenericImage>, port: u16) -> Result<String> {
     let host = container.get_host().await?.to_string();
     // Only the IPv4 port is asked for, and a name may lead to the other one.
     let host = if host == "localhost" {

@@ -4,6 +4,7 @@ mod abandoned;
 mod contacts;
 mod postgres;
 mod rows;
+mod servers;
 mod sql;
 mod sqlite;
 

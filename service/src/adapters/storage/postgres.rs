@@ -1,19 +1,20 @@
 //! The adapter for PostgreSQL.
 
 use std::collections::HashSet;
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, Executor, PgConnection, PgPool, Transaction};
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
 use super::rows::TotalOf;
+use super::servers::{Servers, Switched};
 use super::sql::storage_in_sql;
 use super::{
     Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, contacts, rows,
@@ -56,39 +57,32 @@ fn migrations() -> Migrator {
 pub(super) struct Postgres {
     pool: PgPool,
     probe: PgPool,
+    _follows: Option<AbortOnDropHandle<()>>,
     keyring: Option<Keyring>,
 }
 
 impl Postgres {
     pub(super) async fn open(config: &Database) -> anyhow::Result<Self> {
-        let options = PgConnectOptions::from_str(&config.url.0)
-            .with_context(|| format!("reading database.url = {}", config.url))?
-            .application_name(env!("CARGO_PKG_NAME"));
-        let options = if config.read_only {
-            options.options([("default_transaction_read_only", "on")])
-        } else {
-            options
-        };
+        let servers = Servers::of(config)?;
         // A pool would try again until its time is up and then say only that; this says why.
-        let first = tokio::time::timeout(
-            config.acquire_timeout.0,
-            PgConnection::connect_with(&options),
-        );
-        let reach = || {
+        let options = servers.primary().await.with_context(|| {
             format!(
                 "connecting to {}; is it running, and reachable?",
                 config.url
             )
-        };
-        let first = first.await.with_context(reach)?.with_context(reach)?;
-        // It has served its purpose, however its end goes.
-        let _ = first.close().await;
+        })?;
+        let switched = Switched::default();
+        let (outdated, margin) = (switched.clone(), config.acquire_timeout.0);
         let pool = PgPoolOptions::new()
             .acquire_timeout(config.acquire_timeout.0)
             // A busy pool's connections show by themselves whether they are alive: `retried`.
             .test_before_acquire(false)
-            .before_acquire(|connection, seen| {
+            .before_acquire(move |connection, seen| {
+                let is_outdated = outdated.outdates(seen.age, margin);
                 Box::pin(async move {
+                    if is_outdated {
+                        return Ok(false);
+                    }
                     if seen.idle_for > TRUSTED_FOR {
                         is_alive(connection).await?;
                     }
@@ -120,9 +114,14 @@ impl Postgres {
                 .await
                 .context("migrating the database")?;
         }
+        let follows = servers.are_several().then(|| {
+            let pools = [pool.clone(), probe.clone()];
+            AbortOnDropHandle::new(tokio::spawn(servers.follow(pools, switched)))
+        });
         Ok(Self {
             pool,
             probe,
+            _follows: follows,
             keyring: config.encryption_keys.clone(),
         })
     }

@@ -2,19 +2,28 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
+use tower::retry::budget::{Budget, TpsBudget};
 use uuid::Uuid;
 
 use super::abandoned::watched;
 use super::{Change, StorageError, contacts};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 use crate::keyring::Keyring;
+use crate::pause::jittered;
 
 /// Dead connections that are stepped over: more than a pool usually has.
 const MOST_DEAD: u64 = 32;
+
+/// Retries that a database which is in trouble is spared: at most a fifth of the tries, beside ten a
+/// second that are always free, over ten seconds.
+/// <https://docs.rs/tower/latest/tower/retry/budget>
+static BUDGET: LazyLock<TpsBudget> =
+    LazyLock::new(|| TpsBudget::new(Duration::from_secs(10), 10, 0.2));
 
 /// Tries once more what changes nothing, and each time that the connection it got turns out to be dead,
 /// as those are that the pool kept while the database was away.
@@ -22,12 +31,17 @@ pub(super) async fn retried<T, F>(attempt: impl Fn() -> F) -> sqlx::Result<T>
 where
     F: Future<Output = sqlx::Result<T>>,
 {
+    BUDGET.deposit();
     for number in 0..MOST_DEAD {
         match watched(attempt()).await {
             Err(error) if is_dead(&error) => {
                 metrics::counter!("database_dead_connections_total").increment(1);
+                if !BUDGET.withdraw() {
+                    metrics::counter!("database_retries_refused_total").increment(1);
+                    return Err(error);
+                }
                 // The first few cost nothing; behind many there may be a server that takes none.
-                tokio::time::sleep(Duration::from_millis(number)).await;
+                tokio::time::sleep(jittered(Duration::from_millis(number))).await;
             }
             done => return done,
         }
