@@ -88,6 +88,35 @@ async fn each_consumer_gets_all_in_order_and_again_until_it_is_done() {
     }
 }
 
+/// A consumer that comes late, such as with a broker that has just been set up, misses nothing: that
+/// somebody else has heard it is not enough.
+#[tokio::test]
+async fn what_is_told_before_a_consumer_comes_is_kept_for_it() {
+    for broker in Broker::each().await {
+        let mut config = shipped_config();
+        broker.use_in(&mut config);
+        config.kafka.partitions = 1.try_into().unwrap();
+        let kind = broker.kind;
+        let bus = bus::open(&config);
+        let _somebody_else = bus.listen().await.unwrap();
+        let events: Vec<Event> = (0..5).map(|_| event()).collect();
+        let mut published = publish(&bus, &events);
+        // In process it is not told before.
+        if kind != "in-process" {
+            (&mut published).await.unwrap();
+        }
+        let mut late = bus.subscribe("totals").await.unwrap();
+        for event in &events {
+            let next = tokio::time::timeout(Duration::from_secs(30), late.next());
+            let delivery = next.await.expect(kind).unwrap();
+            let told: Event = serde_json::from_str(&delivery.event).unwrap();
+            assert_eq!(told.id, event.id, "{kind}");
+            delivery.done().await.unwrap();
+        }
+        published.abort();
+    }
+}
+
 /// Whoever listens hears all that is told from then on, as every other process does.
 #[tokio::test]
 async fn every_process_hears_everything() {

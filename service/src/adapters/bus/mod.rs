@@ -62,7 +62,13 @@ pub fn open(config: &Config) -> Arc<dyn Bus> {
     match config.events.bus {
         BusKind::InProcess => Arc::new(in_process::InProcess::new(CONSUMERS.len())),
         BusKind::Kafka => Arc::new(kafka::Kafka::new(&config.kafka)),
-        BusKind::RabbitMq => Arc::new(rabbitmq::RabbitMq::new(&config.rabbitmq)),
+        BusKind::RabbitMq => {
+            let consumers = CONSUMERS.iter().map(|consumer| consumer.name);
+            Arc::new(rabbitmq::RabbitMq::new(
+                &config.rabbitmq,
+                consumers.collect(),
+            ))
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::AMQPUri;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
@@ -37,6 +37,8 @@ const EVERYTHING: &str = "order.#";
 
 pub struct RabbitMq {
     config: Config,
+    /// Who must have a queue before anything is published.
+    consumers: Vec<&'static str>,
     /// What events are published on, until it breaks.
     publisher: Mutex<Option<Line>>,
 }
@@ -55,9 +57,10 @@ struct Queue {
 }
 
 impl RabbitMq {
-    pub fn new(config: &Config) -> Self {
+    pub fn new(config: &Config, consumers: Vec<&'static str>) -> Self {
         Self {
             config: config.clone(),
+            consumers,
             publisher: Mutex::default(),
         }
     }
@@ -91,7 +94,7 @@ impl RabbitMq {
         .await
     }
 
-    fn exchange(&self) -> lapin::types::ShortString {
+    fn exchange(&self) -> ShortString {
         self.config.exchange.as_str().into()
     }
 
@@ -140,6 +143,10 @@ impl Bus for RabbitMq {
                 let line = self.connect().await?;
                 let confirm = ConfirmSelectOptions::default();
                 line.channel.confirm_select(confirm).await?;
+                // An event that anybody has a queue for does not come back, so each must have one.
+                for consumer in &self.consumers {
+                    self.make_queue(&line.channel, consumer).await?;
+                }
                 line
             }
         };
@@ -158,22 +165,30 @@ impl Bus for RabbitMq {
 }
 
 impl RabbitMq {
-    async fn open_queue(&self, consumer: &str) -> Result<Box<dyn Subscription>, BusError> {
-        let line = self.connect().await?;
-        let channel = &line.channel;
+    /// Makes a consumer's queue, unless it is there; its name.
+    async fn make_queue(&self, channel: &Channel, consumer: &str) -> Result<ShortString, BusError> {
         let name = format!("{}.{consumer}", self.config.exchange);
         let mut arguments = FieldTable::default();
         let quorum = AMQPValue::LongString("quorum".into());
         arguments.insert("x-queue-type".into(), quorum);
         arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
         let (durable, none) = (QueueDeclareOptions::durable(), FieldTable::default());
-        let queue = || lapin::types::ShortString::from(name.as_str());
-        channel.queue_declare(queue(), durable, arguments).await?;
+        let queue = ShortString::from(name.as_str());
+        channel
+            .queue_declare(queue.clone(), durable, arguments)
+            .await?;
         let bind = QueueBindOptions::default();
         let (exchange, key) = (self.exchange(), EVERYTHING.into());
         channel
-            .queue_bind(queue(), exchange, key, bind, none.clone())
+            .queue_bind(queue.clone(), exchange, key, bind, none)
             .await?;
+        Ok(queue)
+    }
+
+    async fn open_queue(&self, consumer: &str) -> Result<Box<dyn Subscription>, BusError> {
+        let line = self.connect().await?;
+        let channel = &line.channel;
+        let queue = self.make_queue(channel, consumer).await?;
         let prefetch = BasicQosOptions::default();
         channel
             .basic_qos(self.config.prefetch.get(), prefetch)
@@ -181,7 +196,7 @@ impl RabbitMq {
         let options = BasicConsumeOptions::default();
         // The broker gives the consumer a tag of its own.
         let consumer = channel
-            .basic_consume(queue(), "".into(), options, none)
+            .basic_consume(queue, "".into(), options, FieldTable::default())
             .await?;
         Ok(Box::new(Queue {
             consumer,
