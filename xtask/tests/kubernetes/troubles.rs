@@ -399,3 +399,17 @@ fn what_ships_fits_every_supported_version() {
         }
     }
 }
+
+/// Every process waits for the same database: none of them is taken out of service for it, and what was
+/// asked is answered late.
+#[test]
+fn a_database_that_stops_for_seconds_fails_nothing() {
+    let namespace = Namespace::new("stall");
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    // All but the one that takes new connections.
+    let stall = "kill -STOP -1; sleep 3; kill -CONT -1";
+    namespace.ask(&["exec", "postgres-0", "--", "sh", "-c", stall]);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    load.stop_without_failures();
+}
