@@ -136,8 +136,6 @@ impl Namespace {
         let deployment = json!([
             { "op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu",
               "value": "10m" },
-            { "op": "replace", "path": "/spec/template/spec/containers/0/lifecycle/preStop/sleep/seconds",
-              "value": 2 },
         ]);
         let mut patches = vec![
             json!({
