@@ -1,14 +1,14 @@
 //! Everything the service is made of, and its use cases: what every interface calls.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use futures_util::{Stream, StreamExt};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::cache;
@@ -31,6 +31,9 @@ use crate::traces;
 
 /// How long a readiness probe waits for each part, and whoever renews copies for storage.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long it is believed what a readiness probe has found.
+const PROBE_AGAIN: Duration = Duration::from_millis(250);
 
 /// Contacts that are encrypted anew in one transaction.
 const ROTATED_AT_A_TIME: u32 = 500;
@@ -65,6 +68,8 @@ pub struct App {
     /// Changes when there is something to tell.
     pub untold: watch::Sender<()>,
     pub drain: Drain,
+    /// What the last readiness probe has found, and when.
+    probed: Mutex<Option<(Instant, Vec<PartStatus>)>>,
 }
 
 /// Why a use case gave no result. Interfaces map each variant by one table (`api::fault`).
@@ -96,7 +101,7 @@ pub struct Created {
 }
 
 /// Whether a part of the service can do its work.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct PartStatus {
     pub part: &'static str,
     pub ready: bool,
@@ -142,6 +147,7 @@ impl App {
             metrics,
             storage,
             drain: Drain::default(),
+            probed: Mutex::default(),
         }))
     }
 
@@ -355,6 +361,23 @@ impl App {
     /// all processes wait for it, to take them out of service would make delays into errors.
     pub async fn readiness(&self) -> Vec<PartStatus> {
         let draining = self.drain.has_begun();
+        let process = PartStatus {
+            part: "process",
+            ready: !draining,
+            reason: draining.then(|| "shutting down".to_owned()),
+        };
+        let others = self.others_readiness().await;
+        [process].into_iter().chain(others).collect()
+    }
+
+    /// However many ask, one looks, and not all the time: anybody may ask.
+    async fn others_readiness(&self) -> Vec<PartStatus> {
+        let mut probed = self.probed.lock().await;
+        if let Some((at, parts)) = &*probed
+            && at.elapsed() < PROBE_AGAIN
+        {
+            return parts.clone();
+        }
         let late = || Some("no answer within 1 s".to_owned());
         let (storage, callers) = tokio::join!(
             tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()),
@@ -366,12 +389,7 @@ impl App {
             Err(_) => late(),
         };
         let callers = callers.unwrap_or_else(|_| late());
-        vec![
-            PartStatus {
-                part: "process",
-                ready: !draining,
-                reason: draining.then(|| "shutting down".to_owned()),
-            },
+        let parts = vec![
             PartStatus {
                 part: "database",
                 ready: storage.is_none(),
@@ -382,7 +400,9 @@ impl App {
                 ready: callers.is_none(),
                 reason: callers,
             },
-        ]
+        ];
+        *probed = Some((Instant::now(), parts.clone()));
+        parts
     }
 
     pub async fn info(&self) -> Info {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::database::Database;
-use crate::test_app::{TestApp, config_dir, free_port};
+use crate::test_app::{TestApp, config_dir, eventually, free_port};
 
 pub fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
@@ -43,8 +43,11 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
         let (code, said) = run("migrate", &url);
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
 
-        let ready = waiting.admin_text("/health/ready").await;
-        assert!(!ready.contains("\"ready\":false"), "{ready}");
+        eventually("it is ready", async || {
+            let ready = waiting.admin_text("/health/ready").await;
+            !ready.contains("\"ready\":false")
+        })
+        .await;
         let (code, said) = run("migrate", &[url[0], read_only]);
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
     }

@@ -17,6 +17,13 @@ pub struct Standby {
     container: ContainerAsync<GenericImage>,
 }
 
+/// What a server was at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Primary,
+    Standby,
+}
+
 impl Standby {
     /// # Errors
     /// As [`lease`](crate::lease).
@@ -40,22 +47,29 @@ impl Standby {
         })
     }
 
-    /// From now on the primary says nothing, nor does it hang up.
-    pub async fn pause_primary(&self) -> Result<()> {
-        self.signal_primary("STOP").await
+    /// From now on it says nothing, nor does it hang up.
+    pub async fn pause(&self, which: Role) -> Result<()> {
+        self.signal(which, "STOP").await
     }
 
     /// It goes on as if nothing had been.
-    pub async fn resume_primary(&self) -> Result<()> {
-        self.signal_primary("CONT").await
+    pub async fn resume(&self, which: Role) -> Result<()> {
+        self.signal(which, "CONT").await
     }
 
-    async fn signal_primary(&self, signal: &str) -> Result<()> {
-        // Every process of a server is in the directory of its data.
+    async fn signal(&self, which: Role, signal: &str) -> Result<()> {
+        // Where its data is, and each of its processes.
+        let directory = match which {
+            Role::Primary => "/tmp/primary",
+            Role::Standby => "/tmp/standby",
+        };
+        // The first one makes the others, so it is first.
         let script = format!(
-            "for process in /proc/[0-9]*; do
-               [ \"$(readlink $process/cwd)\" != /tmp/primary ] || kill -{signal} ${{process#/proc/}}
-             done"
+            "kill -{signal} $(head -n 1 {directory}/postmaster.pid)
+             for process in /proc/[0-9]*; do
+               [ \"$(readlink $process/cwd)\" != {directory} ] || kill -{signal} ${{process#/proc/}}
+             done
+             true"
         );
         let signal = ExecCommand::new(["sh", "-c", &script])
             .with_cmd_ready_condition(CmdWaitFor::exit_code(0));

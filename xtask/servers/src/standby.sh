@@ -18,5 +18,7 @@ port = 5433
 primary_conninfo = 'host=127.0.0.1 user=postgres password=test'
 SETTINGS
 : > /tmp/standby/standby.signal
+# Neither is the container's first process, which no signal would stop.
 postgres -D /tmp/primary &
-exec postgres -D /tmp/standby
+postgres -D /tmp/standby &
+wait

@@ -2,6 +2,7 @@
 
 mod abandoned;
 mod contacts;
+mod pools;
 mod postgres;
 mod rows;
 mod servers;
@@ -190,7 +191,8 @@ impl From<sqlx::Error> for StorageError {
         };
         match (code.as_deref().map(meaning), &error) {
             (Some(Meaning::ReadOnly), _) => Self::ReadOnly,
-            (Some(Meaning::Busy), _) | (_, sqlx::Error::PoolTimedOut | sqlx::Error::Io(_)) => {
+            (Some(Meaning::Busy), _)
+            | (_, sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_)) => {
                 Self::Busy(error.to_string())
             }
             _ => Self::Failed(error.to_string()),

@@ -1,20 +1,22 @@
 //! The adapter for PostgreSQL.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
-use sqlx::postgres::PgPoolOptions;
-use sqlx::{Connection, Executor, PgConnection, PgPool, Transaction};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, Executor, PgConnection, Transaction};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::pools::{Both, Handed, Pools};
 use super::rows::TotalOf;
-use super::servers::{Servers, Switched};
+use super::servers::Servers;
 use super::sql::storage_in_sql;
 use super::{
     Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, contacts, rows,
@@ -55,81 +57,86 @@ fn migrations() -> Migrator {
 }
 
 pub(super) struct Postgres {
-    pool: PgPool,
-    probe: PgPool,
-    _follows: Option<AbortOnDropHandle<()>>,
+    pools: Arc<Pools<sqlx::Postgres>>,
     keyring: Option<Keyring>,
+    _follows: Option<AbortOnDropHandle<()>>,
 }
 
 impl Postgres {
     pub(super) async fn open(config: &Database) -> anyhow::Result<Self> {
         let servers = Servers::of(config)?;
         // A pool would try again until its time is up and then say only that; this says why.
-        let options = servers.primary().await.with_context(|| {
+        let primary = servers.primary(None).await.with_context(|| {
             format!(
                 "connecting to {}; is it running, and reachable?",
                 config.url
             )
         })?;
-        let switched = Switched::default();
-        let (outdated, margin) = (switched.clone(), config.acquire_timeout.0);
-        let pool = PgPoolOptions::new()
-            .acquire_timeout(config.acquire_timeout.0)
-            // A busy pool's connections show by themselves whether they are alive: `retried`.
-            .test_before_acquire(false)
-            .before_acquire(move |connection, seen| {
-                let is_outdated = outdated.outdates(seen.age, margin);
-                Box::pin(async move {
-                    if is_outdated {
-                        return Ok(false);
-                    }
-                    if seen.idle_for > TRUSTED_FOR {
-                        is_alive(connection).await?;
-                    }
-                    Ok(true)
-                })
-            })
-            .after_connect(|connection, _| {
-                Box::pin(async move { connection.execute(END_ABANDONED).await.map(drop) })
-            })
-            .after_release(|connection, _| {
-                Box::pin(async move {
-                    if abandoned::lately() {
-                        is_alive(connection).await?;
-                    }
-                    Ok(true)
-                })
-            });
-        let probe = pool.clone().max_connections(1);
-        let probe = probe.connect_lazy_with(options.clone());
-        let pool = pool
-            .max_connections(config.max_connections.get())
-            .connect_with(options)
-            .await
-            .with_context(|| format!("connecting to {}", config.url))?;
+        let handed = Handed::default();
+        let shape = shape(config, &handed);
+        let most = config.max_connections.get();
+        let connect = move |to: PgConnectOptions| Both {
+            probe: shape
+                .clone()
+                .max_connections(1)
+                .connect_lazy_with(to.clone()),
+            shared: shape.clone().max_connections(most).connect_lazy_with(to),
+        };
+        let both = connect(primary.options.clone());
         if config.migrate && !config.read_only {
             // Several processes may start at once; sqlx holds an advisory lock meanwhile.
             migrations()
-                .run(&pool)
+                .run(&both.shared)
                 .await
                 .context("migrating the database")?;
         }
+        let pools = Arc::new(Pools::new(both, handed, config.acquire_timeout.0));
         let follows = servers.are_several().then(|| {
-            let pools = [pool.clone(), probe.clone()];
-            AbortOnDropHandle::new(tokio::spawn(servers.follow(pools, switched)))
+            let pools = Arc::clone(&pools);
+            let switch = move |to| pools.replace(connect(to));
+            AbortOnDropHandle::new(tokio::spawn(servers.follow(primary, switch)))
         });
         Ok(Self {
-            pool,
-            probe,
-            _follows: follows,
+            pools,
             keyring: config.encryption_keys.clone(),
+            _follows: follows,
         })
     }
 }
 
+fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
+    let (acquired, connected) = (handed.clone(), handed.clone());
+    PgPoolOptions::new()
+        .acquire_timeout(config.acquire_timeout.0)
+        // A busy pool's connections show by themselves whether they are alive: `retried`.
+        .test_before_acquire(false)
+        .before_acquire(move |connection, seen| {
+            acquired.one();
+            Box::pin(async move {
+                if seen.idle_for > TRUSTED_FOR {
+                    is_alive(connection).await?;
+                }
+                Ok(true)
+            })
+        })
+        .after_connect(move |connection, _| {
+            connected.one();
+            Box::pin(async move { connection.execute(END_ABANDONED).await.map(drop) })
+        })
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                if abandoned::lately() {
+                    is_alive(connection).await?;
+                }
+                Ok(true)
+            })
+        })
+}
+
 impl Postgres {
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Postgres>, StorageError> {
-        Ok(rows::retried(|| self.pool.begin()).await?)
+        let pool = self.pools.shared();
+        Ok(rows::retried(|| pool.begin()).await?)
     }
 
     async fn insert(
@@ -172,11 +179,8 @@ impl Postgres {
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
         let totals = rows::totals_of("SELECT unnest($1)");
-        let totals = || {
-            sqlx::query_as(&totals)
-                .bind(customers)
-                .fetch_all(&self.pool)
-        };
+        let pool = self.pools.shared();
+        let totals = || sqlx::query_as(&totals).bind(customers).fetch_all(&pool);
         Ok(rows::retried(totals).await?)
     }
 

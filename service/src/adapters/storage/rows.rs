@@ -19,11 +19,11 @@ use crate::pause::jittered;
 /// Dead connections that are stepped over: more than a pool usually has.
 const MOST_DEAD: u64 = 32;
 
-/// Retries that a database which is in trouble is spared: at most a fifth of the tries, beside ten a
-/// second that are always free, over ten seconds.
+/// Retries that a database which is in trouble is spared: at most a fifth of the tries, beside 300 that
+/// are always free, over ten seconds.
 /// <https://docs.rs/tower/latest/tower/retry/budget>
 static BUDGET: LazyLock<TpsBudget> =
-    LazyLock::new(|| TpsBudget::new(Duration::from_secs(10), 10, 0.2));
+    LazyLock::new(|| TpsBudget::new(Duration::from_secs(10), 30, 0.2));
 
 /// Tries once more what changes nothing, and each time that the connection it got turns out to be dead,
 /// as those are that the pool kept while the database was away.

@@ -1,40 +1,47 @@
-//! Several PostgreSQL servers with one database, of which one takes writes, as libpq's
-//! `target_session_attrs=read-write` has them.
+//! Several PostgreSQL servers with one database, of which one is the primary, as libpq knows them.
 //! <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-MULTIPLE-HOSTS>
+//!
+//! Which one it is only the servers know, and one that was cut off may not know that it has been replaced.
+//! What tells is the timeline, whose number grows with each promotion: to a lower one than has been seen
+//! nothing goes back.
 
+use std::cmp::Ordering;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use futures_util::future::join_all;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection};
 
 use crate::config::Database;
 
-/// How often the one that takes writes is asked whether it still does.
+/// How often the primary is asked whether it still is.
 const LOOK: Duration = Duration::from_millis(500);
-/// So many looks later the others are asked, too: one that was cut off may not know that it has been
-/// replaced.
+/// So many looks later the others are asked, too.
 const ALL: u32 = 10;
+/// For the primary's answer. By then the others are asked.
+const ANSWER: Duration = Duration::from_secs(1);
 
-/// The timeline that a server writes, eight hexadecimal digits that grow with each promotion; null where
-/// it takes no writes.
-const TIMELINE: &str = "SELECT CASE WHEN current_setting('transaction_read_only') = 'off'
+/// The timeline that a server writes, eight hexadecimal digits; null for a standby.
+const TIMELINE: &str = "SELECT CASE WHEN NOT pg_is_in_recovery()
      THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END";
 
 /// The servers of `database.url`.
 pub(super) struct Servers {
     all: Vec<PgConnectOptions>,
-    /// Whether one that takes no writes will do.
+    /// Whether a standby will do where there is no primary.
     reads_only: bool,
     limit: Duration,
 }
 
-/// When another server took over.
-#[derive(Clone, Default)]
-pub(super) struct Switched(Arc<Mutex<Option<Instant>>>);
+/// The server that is used.
+#[derive(Clone)]
+pub(super) struct Primary {
+    pub(super) options: PgConnectOptions,
+    /// `None` for a standby, and where there is but one server.
+    timeline: Option<String>,
+}
 
 impl Servers {
     /// The servers of `postgres://USER@HOST:PORT,HOST:PORT/DATABASE`.
@@ -47,8 +54,17 @@ impl Servers {
                 false => options,
             })
         };
-        let all: anyhow::Result<Vec<_>> =
-            each(&config.url.0).and_then(|urls| urls.into_iter().map(read).collect());
+        let all = each(&config.url.0).and_then(|urls| {
+            let all = urls.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            for (number, server) in all.iter().enumerate() {
+                let place = place(server);
+                let twice = all[..number]
+                    .iter()
+                    .any(|other| self::place(other) == place);
+                ensure!(!twice, "the server {place} is there twice");
+            }
+            Ok(all)
+        });
         Ok(Self {
             all: all.with_context(|| format!("reading database.url = {}", config.url))?,
             reads_only: config.read_only,
@@ -60,26 +76,30 @@ impl Servers {
         self.all.len() > 1
     }
 
-    /// The one that takes writes. Of several that believe to, the one that was promoted last; a single
-    /// server is taken as it is.
-    pub(super) async fn primary(&self) -> anyhow::Result<PgConnectOptions> {
+    /// The primary; of several that believe to be it, the one that was promoted last, and none that had
+    /// been replaced by the timeline `newest`. A single server is taken as it is.
+    pub(super) async fn primary(&self, newest: Option<&str>) -> anyhow::Result<Primary> {
         let asked = join_all(self.all.iter().map(|server| self.ask(server))).await;
-        let takes_any = self.reads_only || !self.are_several();
-        let (mut best, mut reasons) = (None, Vec::new());
+        let takes_standby = self.reads_only || !self.are_several();
+        let (mut best, mut reasons) = (None::<Primary>, Vec::new());
         for (server, answer) in self.all.iter().zip(asked) {
             let place = place(server);
             match answer {
-                Ok(timeline) if timeline.is_some() || takes_any => {
-                    if best.as_ref().is_none_or(|(newest, _)| timeline > *newest) {
-                        best = Some((timeline, server));
+                Err(error) => reasons.push(format!("{place}: {error:#}")),
+                Ok(None) if !takes_standby => reasons.push(format!("{place} is a standby")),
+                Ok(timeline) if timeline.is_some() && timeline.as_deref() < newest => {
+                    reasons.push(format!("{place} has been replaced"));
+                }
+                Ok(timeline) => {
+                    if best.as_ref().is_none_or(|best| best.timeline < timeline) {
+                        let options = server.clone();
+                        best = Some(Primary { options, timeline });
                     }
                 }
-                Ok(_) => reasons.push(format!("{place} takes no writes")),
-                Err(error) => reasons.push(format!("{place}: {error:#}")),
             }
         }
         match best {
-            Some((_, server)) => Ok(server.clone()),
+            Some(best) => Ok(best),
             None => bail!("{}", reasons.join("; ")),
         }
     }
@@ -99,71 +119,59 @@ impl Servers {
         answer.unwrap_or_else(|_| bail!("no answer within {:?}", self.limit))
     }
 
-    /// Leads the pools to whichever server takes writes, for as long as this is polled.
-    pub(super) async fn follow(self, pools: [PgPool; 2], switched: Switched) {
-        let mut connection = None;
+    /// Calls `switch` each time that another server is the primary, for as long as this is polled.
+    pub(super) async fn follow(self, mut current: Primary, switch: impl Fn(PgConnectOptions)) {
+        let (mut connection, mut is_lost) = (None, false);
         for look in 1.. {
             tokio::time::sleep(LOOK).await;
-            let current = pools[0].connect_options();
-            if look % ALL != 0 && self.still_serves(&mut connection, &current).await {
+            let serves = still_serves(&mut connection, &current).await;
+            if serves && look % ALL != 0 {
+                is_lost = false;
                 continue;
             }
-            match self.primary().await {
-                Ok(next) if place(&next) == place(&current) => {}
+            match self.primary(current.timeline.as_deref()).await {
                 Ok(next) => {
-                    let (from, to) = (place(&current), place(&next));
-                    tracing::warn!(from, to, "another database server takes the writes");
-                    metrics::counter!("database_failovers_total").increment(1);
-                    for pool in &pools {
-                        pool.set_connect_options(next.clone());
+                    is_lost = false;
+                    let grown = next.timeline.cmp(&current.timeline);
+                    let is_other = place(&next.options) != place(&current.options);
+                    // Whoever serves is left only for one that has been promoted since.
+                    if grown == Ordering::Greater || (is_other && !serves) {
+                        let (from, to) = (place(&current.options), place(&next.options));
+                        tracing::warn!(from, to, "another database server is the primary");
+                        metrics::counter!("database_failovers_total").increment(1);
+                        switch(next.options.clone());
+                        (current, connection) = (next, None);
                     }
-                    switched.now();
-                    connection = None;
                 }
-                Err(error) => {
-                    tracing::warn!(
-                        error = format!("{error:#}"),
-                        "no database server takes writes"
-                    );
+                Err(error) if !serves => {
+                    let error = format!("{error:#}");
+                    if !is_lost {
+                        tracing::warn!(error, "no database server is the primary");
+                    }
+                    is_lost = true;
                 }
+                Err(_) => {}
             }
-        }
-    }
-
-    /// Asks on a connection that is kept.
-    async fn still_serves(
-        &self,
-        kept: &mut Option<PgConnection>,
-        server: &PgConnectOptions,
-    ) -> bool {
-        let asked = async {
-            let mut connection = match kept.take() {
-                Some(connection) => connection,
-                None => PgConnection::connect_with(server).await?,
-            };
-            let answer = timeline(&mut connection).await?;
-            Ok::<_, sqlx::Error>((connection, answer))
-        };
-        match tokio::time::timeout(self.limit, asked).await {
-            Ok(Ok((connection, answer))) => {
-                *kept = Some(connection);
-                self.reads_only || answer.is_some()
-            }
-            _ => false,
         }
     }
 }
 
-impl Switched {
-    fn now(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    }
-
-    /// Whether a connection of this age may lead to the server of before; `margin` is how long it may
-    /// have taken to connect.
-    pub(super) fn outdates(&self, age: Duration, margin: Duration) -> bool {
-        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        last.is_some_and(|last| age + margin > last.elapsed())
+/// Asks on a connection that is kept whether the server is what it was.
+async fn still_serves(kept: &mut Option<PgConnection>, server: &Primary) -> bool {
+    let asked = async {
+        let mut connection = match kept.take() {
+            Some(connection) => connection,
+            None => PgConnection::connect_with(&server.options).await?,
+        };
+        let answer = timeline(&mut connection).await?;
+        Ok::<_, sqlx::Error>((connection, answer))
+    };
+    match tokio::time::timeout(ANSWER, asked).await {
+        Ok(Ok((connection, answer))) => {
+            *kept = Some(connection);
+            answer == server.timeline
+        }
+        _ => false,
     }
 }
 
@@ -172,7 +180,10 @@ async fn timeline(connection: &mut PgConnection) -> sqlx::Result<Option<String>>
 }
 
 fn place(server: &PgConnectOptions) -> String {
-    format!("{}:{}", server.get_host(), server.get_port())
+    match server.get_socket() {
+        Some(socket) => format!("{}:{}", socket.display(), server.get_port()),
+        None => format!("{}:{}", server.get_host(), server.get_port()),
+    }
 }
 
 /// The addresses of each server alone.

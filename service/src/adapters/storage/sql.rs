@@ -1,7 +1,6 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
-//! The module that calls the macro has the adapter with the fields `pool`, `probe` (one connection apart,
-//! for a database that is busy is there all the same) and `keyring`, its `begin` (a transaction
+//! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a transaction
 //! that may write), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
 //! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
@@ -68,11 +67,8 @@ macro_rules! storage_in_sql {
 
             async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
                 let select = rows::select("WHERE id = $1");
-                let lines = || {
-                    sqlx::query_as(&select)
-                        .bind(id.as_uuid())
-                        .fetch_all(&self.pool)
-                };
+                let pool = self.pools.shared();
+                let lines = || sqlx::query_as(&select).bind(id.as_uuid()).fetch_all(&pool);
                 let lines = rows::retried(lines).await?;
                 Ok(rows::orders(lines, self.keyring.as_ref())?.pop())
             }
@@ -87,13 +83,14 @@ macro_rules! storage_in_sql {
                 } else {
                     rows::NEWEST
                 });
+                let pool = self.pools.shared();
                 let lines = || {
                     let query = sqlx::query_as(&select).bind(i64::from(limit));
                     let query = match after {
                         Some(after) => query.bind(after.as_uuid()),
                         None => query,
                     };
-                    query.fetch_all(&self.pool)
+                    query.fetch_all(&pool)
                 };
                 rows::orders(rows::retried(lines).await?, self.keyring.as_ref())
             }
@@ -155,11 +152,8 @@ macro_rules! storage_in_sql {
             }
 
             async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
-                let totals = || {
-                    sqlx::query_as(rows::TOTALS)
-                        .bind(customer)
-                        .fetch_all(&self.pool)
-                };
+                let pool = self.pools.shared();
+                let totals = || sqlx::query_as(rows::TOTALS).bind(customer).fetch_all(&pool);
                 Ok(rows::retried(totals).await?)
             }
 
@@ -181,24 +175,24 @@ macro_rules! storage_in_sql {
                 let lease = rows::lease(NOW);
                 let lease = sqlx::query_scalar(&lease).bind(name).bind(owner);
                 let lease = lease.bind(milliseconds);
-                Ok(watched(lease.fetch_optional(&self.pool)).await?)
+                Ok(watched(lease.fetch_optional(&self.pools.shared())).await?)
             }
 
             async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
                 let give_up = sqlx::query(rows::GIVE_UP).bind(name).bind(owner);
-                watched(give_up.execute(&self.pool)).await?;
+                watched(give_up.execute(&self.pools.shared())).await?;
                 Ok(())
             }
 
             async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
                 let untold = sqlx::query_as(rows::UNTOLD).bind(i64::from(limit));
-                Ok(watched(untold.fetch_all(&self.pool)).await?)
+                Ok(watched(untold.fetch_all(&self.pools.shared())).await?)
             }
 
             async fn forget(&self, days: i64) -> Result<(), StorageError> {
                 for old in rows::FORGET {
                     let old = sqlx::query(old).bind(rows::days_ago(days));
-                    watched(old.execute(&self.pool)).await?;
+                    watched(old.execute(&self.pools.shared())).await?;
                 }
                 Ok(())
             }
@@ -242,7 +236,7 @@ macro_rules! storage_in_sql {
             async fn audit(&self, limit: u32, fence: Fence) -> Result<usize, StorageError> {
                 watched(async {
                     let first = sqlx::query_as(rows::WAITING_FOR_AUDIT).bind(1i64);
-                    let first: Option<Untold> = first.fetch_optional(&self.pool).await?;
+                    let first: Option<Untold> = first.fetch_optional(&self.pools.shared()).await?;
                     if first.is_none() {
                         return Ok(0);
                     }
@@ -278,7 +272,7 @@ macro_rules! storage_in_sql {
             async fn audited(&self, after: i64, limit: u32) -> Result<Vec<Entry>, StorageError> {
                 let entries = sqlx::query_as(rows::AUDITED).bind(after);
                 let entries = entries.bind(i64::from(limit));
-                Ok(watched(entries.fetch_all(&self.pool)).await?)
+                Ok(watched(entries.fetch_all(&self.pools.shared())).await?)
             }
 
             async fn bury(
@@ -291,24 +285,24 @@ macro_rules! storage_in_sql {
                 let bury = sqlx::query(rows::BURY).bind(consumer).bind(id);
                 let bury = bury.bind(event).bind(error);
                 let bury = bury.bind(Timestamp::now().as_millisecond());
-                watched(bury.execute(&self.pool)).await?;
+                watched(bury.execute(&self.pools.shared())).await?;
                 Ok(())
             }
 
             async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError> {
                 let buried = sqlx::query_scalar::<_, i64>(rows::IS_BURIED);
                 let buried = buried.bind(consumer).bind(event);
-                Ok(watched(buried.fetch_one(&self.pool)).await? > 0)
+                Ok(watched(buried.fetch_one(&self.pools.shared())).await? > 0)
             }
 
             async fn buried(&self, limit: u32) -> Result<Vec<DeadLetter>, StorageError> {
                 let buried = sqlx::query_as(rows::BURIED).bind(i64::from(limit));
-                Ok(watched(buried.fetch_all(&self.pool)).await?)
+                Ok(watched(buried.fetch_all(&self.pools.shared())).await?)
             }
 
             async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError> {
                 let unbury = sqlx::query(rows::UNBURY).bind(consumer).bind(event);
-                watched(unbury.execute(&self.pool)).await?;
+                watched(unbury.execute(&self.pools.shared())).await?;
                 Ok(())
             }
 
@@ -324,17 +318,22 @@ macro_rules! storage_in_sql {
             }
 
             async fn check(&self) -> Result<(), StorageError> {
-                rows::judge_schema(self.schema_version().await?, &migrations())
+                if let Some(long) = self.pools.stuck_for() {
+                    let why = format!("no connection has come back for {long:.0?}");
+                    return Err(StorageError::Busy(why));
+                }
+                let version = sqlx::query_scalar(rows::SCHEMA_VERSION);
+                let version = watched(version.fetch_one(&self.pools.probe())).await?;
+                rows::judge_schema(version, &migrations())
             }
 
             async fn schema_version(&self) -> Result<i64, StorageError> {
                 let version = sqlx::query_scalar(rows::SCHEMA_VERSION);
-                Ok(watched(version.fetch_one(&self.probe)).await?)
+                Ok(watched(version.fetch_one(&self.pools.shared())).await?)
             }
 
             async fn close(&self) {
-                self.probe.close().await;
-                self.pool.close().await;
+                self.pools.close().await;
             }
         }
     };

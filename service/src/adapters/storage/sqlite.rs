@@ -15,6 +15,7 @@ use sqlx::{Connection, Transaction};
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::pools::{Both, Handed, Pools};
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows};
@@ -44,8 +45,7 @@ fn migrations() -> Migrator {
 }
 
 pub(super) struct Sqlite {
-    pool: sqlx::SqlitePool,
-    probe: sqlx::SqlitePool,
+    pools: Pools<sqlx::Sqlite>,
     keyring: Option<Keyring>,
 }
 
@@ -67,14 +67,21 @@ impl Sqlite {
         if let Some(dir) = file.parent().filter(|_| !config.read_only) {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
+        let handed = Handed::default();
+        let (acquired, connected) = (handed.clone(), handed.clone());
         let connect = SqlitePoolOptions::new()
             .acquire_timeout(config.acquire_timeout.0)
             // A file does not hang up; asking before each use would only cost time.
             .test_before_acquire(false)
             // Where a file cannot be written SQLite rolls back by itself, and the driver believes for ever
             // that it has yet to.
-            .before_acquire(|connection, _| {
+            .before_acquire(move |connection, _| {
+                acquired.one();
                 Box::pin(async move { Ok(!connection.is_in_transaction()) })
+            })
+            .after_connect(move |_, _| {
+                connected.one();
+                Box::pin(std::future::ready(Ok(())))
             });
         let probe = connect.clone().max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
@@ -96,8 +103,14 @@ impl Sqlite {
         };
         let pool = pool.with_context(|| format!("connecting to {}", file.display()))?;
         Ok(Self {
-            pool,
-            probe,
+            pools: Pools::new(
+                Both {
+                    shared: pool,
+                    probe,
+                },
+                handed,
+                config.acquire_timeout.0,
+            ),
             keyring: config.encryption_keys.clone(),
         })
     }
@@ -119,7 +132,7 @@ async fn lock(database: &Path) -> anyhow::Result<File> {
 impl Sqlite {
     /// With a write lock from the start: a read that becomes a write can fail as busy at once.
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Sqlite>, StorageError> {
-        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
+        Ok(self.pools.shared().begin_with("BEGIN IMMEDIATE").await?)
     }
 
     async fn insert(
@@ -160,7 +173,7 @@ impl Sqlite {
         let totals = rows::totals_of("SELECT value FROM json_each($1)");
         Ok(sqlx::query_as(&totals)
             .bind(rows::to_text(&customers)?)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.shared())
             .await?)
     }
 

@@ -1,0 +1,88 @@
+//! The connections to a database: a pool that requests share, and one apart by which it is asked whether
+//! the database is there, since one that is busy is.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
+
+use sqlx::{Database, Pool};
+
+/// So many times as long as somebody waits for a connection: then it is not for being busy that none
+/// comes back.
+const STUCK_AFTER: u32 = 5;
+/// What a pool that is replaced may still do.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a connection was handed to somebody.
+#[derive(Clone, Default)]
+pub(super) struct Handed(Arc<AtomicU64>);
+
+impl Handed {
+    pub(super) fn one(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+}
+
+pub(super) struct Pools<DB: Database> {
+    both: RwLock<Both<DB>>,
+    handed: Handed,
+    /// What was handed when it was looked at last, and since when it is so.
+    seen: Mutex<(u64, Instant)>,
+    stuck_after: Duration,
+}
+
+pub(super) struct Both<DB: Database> {
+    pub(super) shared: Pool<DB>,
+    pub(super) probe: Pool<DB>,
+}
+
+impl<DB: Database> Pools<DB> {
+    pub(super) fn new(both: Both<DB>, handed: Handed, acquire_timeout: Duration) -> Self {
+        Self {
+            both: RwLock::new(both),
+            handed,
+            seen: Mutex::new((0, Instant::now())),
+            stuck_after: acquire_timeout * STUCK_AFTER,
+        }
+    }
+
+    fn both(&self) -> RwLockReadGuard<'_, Both<DB>> {
+        self.both.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn shared(&self) -> Pool<DB> {
+        self.both().shared.clone()
+    }
+
+    pub(super) fn probe(&self) -> Pool<DB> {
+        self.both().probe.clone()
+    }
+
+    /// From now on these are used. What is being done on those of before is left to its end, for a while.
+    pub(super) fn replace(&self, both: Both<DB>) {
+        let mut current = self.both.write().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *current, both);
+        drop(current);
+        tokio::spawn(async move {
+            let closed = async { tokio::join!(before.shared.close(), before.probe.close()) };
+            tokio::time::timeout(CLOSE_TIMEOUT, closed).await
+        });
+    }
+
+    /// For how long nobody has got a connection, though all are in use, where that is too long.
+    pub(super) fn stuck_for(&self) -> Option<Duration> {
+        let shared = self.shared();
+        let handed = self.handed.0.load(Relaxed);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let most = shared.options().get_max_connections();
+        if seen.0 != handed || shared.num_idle() > 0 || shared.size() < most {
+            *seen = (handed, Instant::now());
+        }
+        Some(seen.1.elapsed()).filter(|long| *long > self.stuck_after)
+    }
+
+    pub(super) async fn close(&self) {
+        let (shared, probe) = (self.shared(), self.probe());
+        tokio::join!(shared.close(), probe.close());
+    }
+}
