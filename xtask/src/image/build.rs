@@ -70,8 +70,8 @@ pub fn binary(service: &Service, source: &Source, output: &Output) -> Result<Pat
         flags(&triple, target_dir)?.join("\x1f"),
     );
     shell.set_var("CARGO_INCREMENTAL", "0");
-    // C compilers write it where a source asks for its __DATE__. Always the same one: cargo does not
-    // know of it, and would keep what was compiled for another.
+    // C compilers write it where a source asks for its __DATE__. Always the same one: cargo compiles C
+    // anew for another, or keeps what it has, as each build script sees fit.
     shell.set_var("SOURCE_DATE_EPOCH", "0");
     let prefix_maps: Vec<String> = prefix_maps(target_dir)?
         .iter()

@@ -76,6 +76,7 @@ impl Namespace {
                 address.clone().into(),
             ),
             ("rollout.ready_within", "40s".into()),
+            ("rollout.max_stage", "5m".into()),
             ("rollout.window", "500ms".into()),
             // Two cores carry a cluster, a database and the load of several tests: how slow an answer
             // is says nothing here.

@@ -401,7 +401,7 @@ fn what_ships_fits_every_supported_version() {
 }
 
 /// Every process waits for the same database: none of them is taken out of service for it, and what was
-/// asked is answered late.
+/// asked is answered late, as the tests' pods have more patience than the shipped ones.
 #[test]
 fn a_database_that_stops_for_seconds_fails_nothing() {
     let namespace = Namespace::new("stall");
