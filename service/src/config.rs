@@ -24,7 +24,11 @@ use crate::keyring::Keyring;
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
 /// What nobody may see.
-const SECRETS: [&str; 2] = ["auth.client_secret", "database.encryption_keys"];
+const SECRETS: [&str; 3] = [
+    "auth.client_secret",
+    "database.encryption_keys",
+    "kafka.password",
+];
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -259,6 +263,8 @@ pub enum BusKind {
 #[serde(deny_unknown_fields)]
 pub struct RabbitMq {
     pub url: ServerUrl,
+    /// PEM: who signs the broker's certificate, where not everybody knows them.
+    pub ca: Option<PathBuf>,
     pub exchange: String,
     pub prefetch: NonZeroU16,
 }
@@ -268,10 +274,28 @@ pub struct RabbitMq {
 pub struct Kafka {
     /// `HOST:PORT`, several with commas between them.
     pub bootstrap_servers: String,
+    pub tls: bool,
+    /// PEM: who signs the brokers' certificates, where not everybody knows them.
+    pub ca: Option<PathBuf>,
+    pub user: Option<String>,
+    pub password: Option<Secret>,
+    /// How the user shows who it is.
+    pub mechanism: Mechanism,
     pub topic: String,
     /// Of the topic, when it is made: as many processes may consume at a time.
     pub partitions: NonZeroU16,
     pub replicas: NonZeroU16,
+}
+
+/// Of SASL (RFC 4422).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mechanism {
+    Plain,
+    #[serde(rename = "scram-sha-256")]
+    ScramSha256,
+    #[serde(rename = "scram-sha-512")]
+    ScramSha512,
 }
 
 /// What nobody may see: neither logs, errors nor dumps show it.
@@ -379,29 +403,38 @@ impl Config {
         let config: Self = figment.extract().map_err(|error| {
             ConfigError(error.into_iter().map(|e| explain(figment, &e)).collect())
         })?;
-        if config.orders.page_size > config.orders.max_page_size {
-            let problem = format!(
-                "{}: orders.page_size = {} is more than orders.max_page_size = {}",
-                source(figment, "orders.page_size"),
-                config.orders.page_size,
-                config.orders.max_page_size,
-            );
-            return Err(ConfigError(vec![problem]));
+        match config.contradiction() {
+            Some((key, why)) => {
+                let place = source(figment, key);
+                Err(ConfigError(vec![format!("{place}: {key} {why}")]))
+            }
+            None => Ok(config),
         }
-        let Server {
-            linger,
-            drain_timeout,
-            ..
-        } = &config.server;
-        if linger.is_some_and(|linger| linger.0 > drain_timeout.0 / 2) {
-            let problem = format!(
-                "{}: server.linger is more than half of server.drain_timeout = {:?}",
-                source(figment, "server.linger"),
-                drain_timeout.0,
-            );
-            return Err(ConfigError(vec![problem]));
+    }
+
+    /// A key that does not go with the others, and why not.
+    fn contradiction(&self) -> Option<(&'static str, String)> {
+        let orders = &self.orders;
+        if orders.page_size > orders.max_page_size {
+            let (size, most) = (orders.page_size, orders.max_page_size);
+            let why = format!("= {size} is more than orders.max_page_size = {most}");
+            return Some(("orders.page_size", why));
         }
-        Ok(config)
+        let half = self.server.drain_timeout.0 / 2;
+        if self.server.linger.is_some_and(|linger| linger.0 > half) {
+            let why = format!("is more than half of server.drain_timeout = {:?}", half * 2);
+            return Some(("server.linger", why));
+        }
+        let kafka = &self.kafka;
+        if kafka.user.is_some() != kafka.password.is_some() {
+            let why = "and SERVICE__KAFKA__PASSWORD go together: one of them is missing";
+            return Some(("kafka.user", why.to_owned()));
+        }
+        if kafka.user.is_some() && kafka.mechanism == Mechanism::Plain && !kafka.tls {
+            let why = "= \"plain\" would send the password for everybody to read: set kafka.tls";
+            return Some(("kafka.mechanism", why.to_owned()));
+        }
+        None
     }
 
     /// SHA-256 of the effective configuration, in hexadecimal: what `/info` reports.

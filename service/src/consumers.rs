@@ -31,7 +31,8 @@ pub struct Consumer {
     change: fn(&Event) -> Change,
 }
 
-/// All that there are: to add one is to add a line.
+/// All that there are: to add one is to add a line. Whoever takes one out deletes its queue at the broker,
+/// where it would grow for ever.
 pub const CONSUMERS: [Consumer; 1] = [Consumer {
     name: "totals",
     change: totals,

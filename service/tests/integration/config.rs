@@ -21,7 +21,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 10] = [
+    let cases: [(&str, &[&str]); 12] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -53,6 +53,14 @@ fn problems_name_file_key_and_value() {
         (
             "[server]\nlinger = \"6s\"",
             &["server.linger", "half of server.drain_timeout"],
+        ),
+        (
+            "[kafka]\nuser = \"ada\"",
+            &["kafka.user", "SERVICE__KAFKA__PASSWORD"],
+        ),
+        (
+            "[kafka]\nuser = \"ada\"\npassword = \"x\"\nmechanism = \"plain\"",
+            &["kafka.mechanism", "for everybody to read", "kafka.tls"],
         ),
         (
             "[auth]\nclient_secret = 8675309",

@@ -21,6 +21,7 @@ mod lock;
 mod oidc;
 mod operations;
 mod orders;
+mod secure_brokers;
 mod storage;
 mod test_app;
 mod tls;

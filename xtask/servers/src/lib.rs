@@ -5,6 +5,7 @@
 
 mod images;
 mod owner;
+mod secure;
 mod server;
 mod standby;
 
@@ -21,8 +22,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
 pub use images::{Image, Images};
+pub use secure::{Identity, Secure};
 pub use server::Server;
-pub use standby::Standby;
+pub use standby::{Role, Standby};
 
 /// The label that says whose a container is, by the name of a process.
 const OWNER: &str = "dev.xtask.owner";

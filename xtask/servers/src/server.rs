@@ -123,9 +123,8 @@ async fn kafka(image: &str) -> Result<Started> {
     let mut attempt = 1;
     loop {
         let port = free_port()?;
-        let variables = [
-            ("NODE_ID", "1".to_owned()),
-            ("PROCESS_ROLES", "broker,controller".to_owned()),
+        let mut variables = kafka_variables();
+        variables.extend([
             (
                 "LISTENERS",
                 format!("PLAINTEXT://:{port},CONTROLLER://localhost:9093"),
@@ -134,18 +133,11 @@ async fn kafka(image: &str) -> Result<Started> {
                 "ADVERTISED_LISTENERS",
                 format!("PLAINTEXT://127.0.0.1:{port}"),
             ),
-            ("CONTROLLER_LISTENER_NAMES", "CONTROLLER".to_owned()),
-            ("CONTROLLER_QUORUM_VOTERS", "1@localhost:9093".to_owned()),
             (
                 "LISTENER_SECURITY_PROTOCOL_MAP",
                 "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT".to_owned(),
             ),
-            ("OFFSETS_TOPIC_REPLICATION_FACTOR", "1".to_owned()),
-            ("OFFSETS_TOPIC_NUM_PARTITIONS", "1".to_owned()),
-            ("TRANSACTION_STATE_LOG_REPLICATION_FACTOR", "1".to_owned()),
-            ("TRANSACTION_STATE_LOG_MIN_ISR", "1".to_owned()),
-            ("GROUP_INITIAL_REBALANCE_DELAY_MS", "0".to_owned()),
-        ];
+        ]);
         let ready = WaitFor::message_on_stdout("Kafka Server started");
         let mut request = named(image)
             .with_wait_for(ready)
@@ -164,6 +156,23 @@ async fn kafka(image: &str) -> Result<Started> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// What does not depend on where its clients find it.
+pub(crate) fn kafka_variables() -> Vec<(&'static str, String)> {
+    [
+        ("NODE_ID", "1"),
+        ("PROCESS_ROLES", "broker,controller"),
+        ("CONTROLLER_LISTENER_NAMES", "CONTROLLER"),
+        ("CONTROLLER_QUORUM_VOTERS", "1@localhost:9093"),
+        ("OFFSETS_TOPIC_REPLICATION_FACTOR", "1"),
+        ("OFFSETS_TOPIC_NUM_PARTITIONS", "1"),
+        ("TRANSACTION_STATE_LOG_REPLICATION_FACTOR", "1"),
+        ("TRANSACTION_STATE_LOG_MIN_ISR", "1"),
+        ("GROUP_INITIAL_REBALANCE_DELAY_MS", "0"),
+    ]
+    .map(|(name, value)| (name, value.to_owned()))
+    .to_vec()
 }
 
 pub(crate) fn named(image: &str) -> GenericImage {
@@ -194,7 +203,7 @@ pub(crate) async fn address(container: &ContainerAsync<GenericImage>, port: u16)
     ))
 }
 
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     let socket = TcpListener::bind("127.0.0.1:0").context("looking for a free port")?;
     let address = socket.local_addr().context("looking for a free port")?;
     Ok(address.port())

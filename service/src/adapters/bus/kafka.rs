@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use krafka::admin::{AdminClient, NewTopic};
+use krafka::auth::{AuthConfig, TlsConfig};
 use krafka::consumer::{
     AutoOffsetReset, Consumer, ConsumerBuilder, ConsumerRecord, OffsetAndMetadata, TopicPartition,
 };
@@ -16,7 +17,7 @@ use krafka::producer::{Acks, Producer, ProducerRecord};
 use tokio::sync::Mutex;
 
 use super::{Bus, BusError, Delivery, Receipt, Subscription};
-use crate::config::Kafka as Config;
+use crate::config::{Kafka as Config, Mechanism};
 use crate::domain::events::Event;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -74,6 +75,7 @@ impl Kafka {
         self.make_topic().await?;
         Ok(Producer::builder()
             .bootstrap_servers(&self.config.bootstrap_servers)
+            .auth(self.auth()?)
             .client_id(env!("CARGO_PKG_NAME"))
             .acks(Acks::All)
             .idempotent(true)
@@ -93,6 +95,7 @@ impl Kafka {
         } = &self.config;
         let admin = AdminClient::builder()
             .bootstrap_servers(&self.config.bootstrap_servers)
+            .auth(self.auth()?)
             .connect_timeout(CONNECT_TIMEOUT)
             .request_timeout(CONNECT_TIMEOUT)
             .build()
@@ -117,12 +120,40 @@ impl Kafka {
         Ok(())
     }
 
-    fn consumer(&self) -> ConsumerBuilder {
-        Consumer::builder()
+    fn consumer(&self) -> Result<ConsumerBuilder, BusError> {
+        Ok(Consumer::builder()
             .bootstrap_servers(&self.config.bootstrap_servers)
+            .auth(self.auth()?)
             .client_id(env!("CARGO_PKG_NAME"))
             .connect_timeout(CONNECT_TIMEOUT)
-            .enable_auto_commit(false)
+            .enable_auto_commit(false))
+    }
+
+    /// How it shows the brokers who it is, and they it.
+    fn auth(&self) -> Result<AuthConfig, BusError> {
+        let config = &self.config;
+        let auth = match (&config.user, &config.password, config.mechanism) {
+            (Some(user), Some(password), Mechanism::Plain) => {
+                AuthConfig::sasl_plain(user, password.expose())?
+            }
+            (Some(user), Some(password), Mechanism::ScramSha256) => {
+                AuthConfig::sasl_scram_sha256(user, password.expose())
+            }
+            (Some(user), Some(password), Mechanism::ScramSha512) => {
+                AuthConfig::sasl_scram_sha512(user, password.expose())
+            }
+            _ => AuthConfig::plaintext(),
+        };
+        if !config.tls {
+            return Ok(auth);
+        }
+        let tls = TlsConfig::new();
+        // Apache Kafka knows no channel binding, and refuses whoever asks for it (KIP-84).
+        let auth = auth.with_scram_channel_binding(false);
+        Ok(auth.with_tls(match &config.ca {
+            Some(ca) => tls.with_ca_cert(ca.to_string_lossy()),
+            None => tls,
+        }))
     }
 }
 
@@ -156,7 +187,7 @@ impl Bus for Kafka {
         self.make_topic().await?;
         let topic = &self.config.topic;
         let member = self
-            .consumer()
+            .consumer()?
             .group_id(format!("{topic}.{consumer}"))
             .auto_offset_reset(AutoOffsetReset::Earliest)
             .session_timeout(SESSION_TIMEOUT)
@@ -185,7 +216,7 @@ impl Bus for Kafka {
         let topic = &self.config.topic;
         // In no group: it has all partitions, and keeps nothing.
         let consumer = self
-            .consumer()
+            .consumer()?
             .auto_offset_reset(AutoOffsetReset::Latest)
             .build()
             .await?;

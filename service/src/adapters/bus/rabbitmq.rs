@@ -12,6 +12,7 @@ use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
+use lapin::tcp::OwnedTLSConfig;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::AMQPUri;
 use lapin::{
@@ -69,9 +70,15 @@ impl RabbitMq {
         let mut uri = AMQPUri::from_str(&self.config.url.0)
             .map_err(|error| BusError(format!("rabbitmq.url = {}: {error}", self.config.url)))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
+        let tls = OwnedTLSConfig {
+            identity: None,
+            cert_chain: self.ca().await?,
+        };
         let connect = async {
             let options = ConnectionProperties::default();
-            let connection = Connection::connect_uri(uri, options).await?;
+            let runtime = lapin::runtime::default_runtime()?;
+            let connection =
+                Connection::connect_uri_with_config(uri, options, tls, runtime).await?;
             let channel = connection.create_channel().await?;
             let options = ExchangeDeclareOptions {
                 durable: true,
@@ -92,6 +99,16 @@ impl RabbitMq {
             connect.await.map_err(connecting)
         })
         .await
+    }
+
+    /// Who signs the broker's certificate, as PEM.
+    async fn ca(&self) -> Result<Option<String>, BusError> {
+        let Some(file) = &self.config.ca else {
+            return Ok(None);
+        };
+        let text = tokio::fs::read_to_string(file).await;
+        let reading = |error| BusError(format!("rabbitmq.ca = {}: {error}", file.display()));
+        text.map(Some).map_err(reading)
     }
 
     fn exchange(&self) -> ShortString {
@@ -143,13 +160,14 @@ impl Bus for RabbitMq {
                 let line = self.connect().await?;
                 let confirm = ConfirmSelectOptions::default();
                 line.channel.confirm_select(confirm).await?;
-                // An event that anybody has a queue for does not come back, so each must have one.
-                for consumer in &self.consumers {
-                    self.make_queue(&line.channel, consumer).await?;
-                }
                 line
             }
         };
+        // An event that anybody has a queue for does not come back, so each must have one, even where
+        // somebody has tidied up meanwhile.
+        for consumer in &self.consumers {
+            self.make_queue(&line.channel, consumer).await?;
+        }
         self.send(&line.channel, events).await?;
         *publisher = Some(line);
         Ok(())
