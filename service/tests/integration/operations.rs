@@ -91,6 +91,32 @@ async fn a_process_that_waits_for_its_database_is_ready() {
     }
 }
 
+/// Where none comes back for long, it is not for being busy.
+#[tokio::test]
+async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database.clone(), |config| {
+            config.database.max_connections = 1.try_into().unwrap();
+            config.database.acquire_timeout = Timeout(Duration::from_millis(100));
+            config.database.busy_timeout = Timeout(Duration::from_secs(80));
+            config.server.request_timeout = Timeout(Duration::from_secs(80));
+        })
+        .await;
+        let held = database.hold().await;
+        let waits = app.post("/v1/orders", order());
+        let seen = async {
+            let is_ready = async || app.get("/health/ready").await.0 == 200;
+            eventually("it is not ready", async || !is_ready().await).await;
+            let why = app.admin_text("/health/ready").await;
+            assert!(why.contains("no connection has come back"), "{why}");
+            drop(held);
+            eventually("it is ready again", is_ready).await;
+        };
+        // It has the connection, or whoever tells events has it.
+        let (_, ()) = tokio::join!(waits, seen);
+    }
+}
+
 #[tokio::test]
 async fn request_ids_are_kept_or_made() {
     let app = TestApp::start().await;

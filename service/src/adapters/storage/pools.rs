@@ -13,7 +13,7 @@ const STUCK_AFTER: u32 = 5;
 /// What a pool that is replaced may still do.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a connection was handed to somebody.
+/// How often a connection of the shared pool was handed to somebody.
 #[derive(Clone, Default)]
 pub(super) struct Handed(Arc<AtomicU64>);
 

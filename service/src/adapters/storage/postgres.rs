@@ -73,14 +73,11 @@ impl Postgres {
             )
         })?;
         let handed = Handed::default();
-        let shape = shape(config, &handed);
-        let most = config.max_connections.get();
+        let shared = shape(config, &handed).max_connections(config.max_connections.get());
+        let probe = shape(config, &Handed::default()).max_connections(1);
         let connect = move |to: PgConnectOptions| Both {
-            probe: shape
-                .clone()
-                .max_connections(1)
-                .connect_lazy_with(to.clone()),
-            shared: shape.clone().max_connections(most).connect_lazy_with(to),
+            shared: shared.clone().connect_lazy_with(to.clone()),
+            probe: probe.clone().connect_lazy_with(to),
         };
         let both = connect(primary.options.clone());
         if config.migrate && !config.read_only {

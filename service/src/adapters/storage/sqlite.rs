@@ -67,25 +67,10 @@ impl Sqlite {
         if let Some(dir) = file.parent().filter(|_| !config.read_only) {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
-        let handed = Handed::default();
-        let (acquired, connected) = (handed.clone(), handed.clone());
-        let connect = SqlitePoolOptions::new()
-            .acquire_timeout(config.acquire_timeout.0)
-            // A file does not hang up; asking before each use would only cost time.
-            .test_before_acquire(false)
-            // Where a file cannot be written SQLite rolls back by itself, and the driver believes for ever
-            // that it has yet to.
-            .before_acquire(move |connection, _| {
-                acquired.one();
-                Box::pin(async move { Ok(!connection.is_in_transaction()) })
-            })
-            .after_connect(move |_, _| {
-                connected.one();
-                Box::pin(std::future::ready(Ok(())))
-            });
-        let probe = connect.clone().max_connections(1);
+        let probe = shape(config, &Handed::default()).max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
-        let connect = connect.max_connections(config.max_connections.get());
+        let handed = Handed::default();
+        let connect = shape(config, &handed).max_connections(config.max_connections.get());
         let pool = if config.read_only {
             connect.connect_with(options).await
         } else {
@@ -114,6 +99,24 @@ impl Sqlite {
             keyring: config.encryption_keys.clone(),
         })
     }
+}
+
+fn shape(config: &Database, handed: &Handed) -> SqlitePoolOptions {
+    let (acquired, connected) = (handed.clone(), handed.clone());
+    SqlitePoolOptions::new()
+        .acquire_timeout(config.acquire_timeout.0)
+        // A file does not hang up; asking before each use would only cost time.
+        .test_before_acquire(false)
+        // Where a file cannot be written SQLite rolls back by itself, and the driver believes for ever
+        // that it has yet to.
+        .before_acquire(move |connection, _| {
+            acquired.one();
+            Box::pin(async move { Ok(!connection.is_in_transaction()) })
+        })
+        .after_connect(move |_, _| {
+            connected.one();
+            Box::pin(std::future::ready(Ok(())))
+        })
 }
 
 async fn lock(database: &Path) -> anyhow::Result<File> {
