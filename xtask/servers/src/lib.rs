@@ -119,6 +119,12 @@ pub async fn start(server: Server, images: &Images) -> Result<Running> {
     })
 }
 
+/// The image for a server of a test's own, once what other runs have left is gone.
+async fn image_of(server: Server) -> Result<String> {
+    sweep().await?;
+    Images::of_workspace()?.choose(server).await
+}
+
 /// Starts several servers side by side.
 pub async fn start_all(servers: &[Server], images: &Images) -> Result<Vec<Running>> {
     // A task each: containers that start within one task keep each other waiting.

@@ -5,7 +5,7 @@ use testcontainers::core::{IntoContainerPort, WaitFor};
 use testcontainers::{ContainerAsync, GenericImage, ImageExt};
 
 use crate::server::{free_port, kafka_variables, named, run};
-use crate::{ADVICE, Images, Server, sweep};
+use crate::{ADVICE, Server, image_of};
 
 /// The broker's certificate and its key, as PEM.
 pub struct Identity {
@@ -29,8 +29,7 @@ impl Secure {
     /// # Errors
     /// As [`lease`](crate::lease), and for servers that are no brokers.
     pub async fn start(broker: Server, identity: &Identity, password: &str) -> Result<Self> {
-        sweep().await?;
-        let image = Images::of_workspace()?.choose(broker).await?;
+        let image = image_of(broker).await?;
         let started = match broker {
             Server::RabbitMq => rabbitmq(&image, identity).await,
             Server::Kafka => kafka(&image, identity, password).await,

@@ -5,7 +5,7 @@ use testcontainers::core::{CmdWaitFor, ExecCommand, IntoContainerPort, WaitFor};
 use testcontainers::{ContainerAsync, GenericImage, ImageExt};
 
 use crate::server::{address, named, run, superuser};
-use crate::{ADVICE, Images, Server, sweep};
+use crate::{ADVICE, Server, image_of};
 
 const SCRIPT: &str = include_str!("standby.sh");
 
@@ -28,8 +28,7 @@ impl Standby {
     /// # Errors
     /// As [`lease`](crate::lease).
     pub async fn start() -> Result<Self> {
-        sweep().await?;
-        let image = Images::of_workspace()?.choose(Server::Postgres).await?;
+        let image = image_of(Server::Postgres).await?;
         let request = named(&image)
             .with_entrypoint("sh")
             .with_exposed_port(5432.tcp())

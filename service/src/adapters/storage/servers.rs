@@ -5,7 +5,6 @@
 //! What tells is the timeline, whose number grows with each promotion: to a lower one than has been seen
 //! nothing goes back.
 
-use std::cmp::Ordering;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -36,7 +35,6 @@ pub(super) struct Servers {
 }
 
 /// The server that is used.
-#[derive(Clone)]
 pub(super) struct Primary {
     pub(super) options: PgConnectOptions,
     /// `None` for a standby, and where there is but one server.
@@ -57,11 +55,9 @@ impl Servers {
         let all = each(&config.url.0).and_then(|urls| {
             let all = urls.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
             for (number, server) in all.iter().enumerate() {
-                let place = place(server);
-                let twice = all[..number]
-                    .iter()
-                    .any(|other| self::place(other) == place);
-                ensure!(!twice, "the server {place} is there twice");
+                let mut before = all[..number].iter().map(place);
+                let twice = before.any(|other| other == place(server));
+                ensure!(!twice, "the server {} is there twice", place(server));
             }
             Ok(all)
         });
@@ -98,10 +94,7 @@ impl Servers {
                 }
             }
         }
-        match best {
-            Some(best) => Ok(best),
-            None => bail!("{}", reasons.join("; ")),
-        }
+        best.with_context(|| reasons.join("; "))
     }
 
     async fn ask(&self, server: &PgConnectOptions) -> anyhow::Result<Option<String>> {
@@ -132,10 +125,10 @@ impl Servers {
             match self.primary(current.timeline.as_deref()).await {
                 Ok(next) => {
                     is_lost = false;
-                    let grown = next.timeline.cmp(&current.timeline);
+                    let is_newer = next.timeline > current.timeline;
                     let is_other = place(&next.options) != place(&current.options);
                     // Whoever serves is left only for one that has been promoted since.
-                    if grown == Ordering::Greater || (is_other && !serves) {
+                    if is_newer || (is_other && !serves) {
                         let (from, to) = (place(&current.options), place(&next.options));
                         tracing::warn!(from, to, "another database server is the primary");
                         metrics::counter!("database_failovers_total").increment(1);
