@@ -11,6 +11,7 @@ use service::cli::{Audit, Cli, Command};
 use service::config::{self, AuthMode, Config};
 use service::tls::Certificates;
 use service::{server, telemetry};
+use tokio::runtime::Runtime;
 
 /// Requests make and free many small things on many threads; the C library's allocator took a seventh
 /// of the service's time.
@@ -54,6 +55,13 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
+    let done = carry_out(command, config, &runtime);
+    // A thread that waits for a file's lock cannot be told to stop.
+    runtime.shutdown_background();
+    done
+}
+
+fn carry_out(command: Command, config: Config, runtime: &Runtime) -> anyhow::Result<()> {
     match command {
         Command::Serve => {
             let metrics = telemetry::metrics()?;

@@ -62,7 +62,7 @@ async fn a_process_that_waits_for_its_database_is_ready() {
     for database in Database::each().await {
         let patience = Timeout(Duration::from_secs(40));
         let app = TestApp::start_on(database.clone(), |config| {
-            config.database.max_connections = 2.try_into().unwrap();
+            config.database.max_connections = 1.try_into().unwrap();
             config.database.acquire_timeout = patience;
             config.database.busy_timeout = patience;
             config.server.request_timeout = patience;
@@ -72,7 +72,7 @@ async fn a_process_that_waits_for_its_database_is_ready() {
         let orders =
             futures_util::future::join_all((0..4).map(|_| app.post("/v1/orders", order())));
         let asked = async {
-            eventually("every connection waits", async || {
+            eventually("the connection waits", async || {
                 let read = app.app.storage().buried(1);
                 let read = tokio::time::timeout(Duration::from_millis(200), read);
                 read.await.is_err()

@@ -6,8 +6,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use service::adapters::lock::Fence;
 use service::adapters::storage::{self, Change, Once, Placed, Storage, StorageError};
+use service::config::Timeout;
 use service::domain::events::{Cause, Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderId, OrderRequest, Status};
+use sqlx::{Connection, SqliteConnection};
 
 use crate::database::Database;
 use crate::test_app::shipped_config;
@@ -151,6 +153,38 @@ async fn a_read_only_adapter_reads_and_refuses_writes() {
             "{kind}: {refused}"
         );
         reader.check().await.unwrap();
+    }
+}
+
+/// SQLite takes one write at a time; reads are not behind those that wait for it.
+#[tokio::test]
+async fn reads_do_not_wait_for_writes() {
+    let database = Database::sqlite();
+    let mut config = shipped_config();
+    database.use_in(&mut config);
+    config.database.busy_timeout = Timeout(Duration::from_secs(60));
+    let storage = storage::open(&config.database).await.unwrap();
+    let placed = order(1);
+    place(&*storage, &placed).await.unwrap();
+    let mut outsider = SqliteConnection::connect(database.url()).await.unwrap();
+    let writing = outsider.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    let late: Vec<_> = (0..50)
+        .map(|_| {
+            let storage = Arc::clone(&storage);
+            tokio::spawn(async move { place(&*storage, &order(1)).await })
+        })
+        .collect();
+    // All of them wait by now, more than there are connections.
+    for _ in 0..100 {
+        assert_eq!(
+            storage.find(placed.id).await.unwrap().as_ref(),
+            Some(&placed)
+        );
+    }
+    assert!(late.iter().all(|late| !late.is_finished()));
+    writing.rollback().await.unwrap();
+    for late in late {
+        late.await.unwrap().unwrap();
     }
 }
 

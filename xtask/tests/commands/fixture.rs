@@ -75,6 +75,18 @@ impl Fixture {
             ("judge.tolerance", 0.02.into()),
             // Builds and other tests run beside these: how slow an answer is says nothing here.
             ("judge.latency_floor", "10s".into()),
+            (
+                "service.variables.SERVICE__DATABASE__ACQUIRE_TIMEOUT",
+                "20s".into(),
+            ),
+            (
+                "service.variables.SERVICE__DATABASE__BUSY_TIMEOUT",
+                "20s".into(),
+            ),
+            (
+                "service.variables.SERVICE__SERVER__REQUEST_TIMEOUT",
+                "30s".into(),
+            ),
         ];
         settings.extend(changes.iter().cloned());
         fixture.rewrite(&settings);

@@ -8,6 +8,7 @@ mod rows;
 mod servers;
 mod sql;
 mod sqlite;
+mod turns;
 
 use std::sync::Arc;
 use std::time::Duration;

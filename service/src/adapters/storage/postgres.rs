@@ -137,7 +137,7 @@ impl Postgres {
     }
 
     async fn insert(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
+        tx: &mut PgConnection,
         order: &Order,
         contact: Option<Vec<u8>>,
     ) -> Result<(), StorageError> {
@@ -152,7 +152,7 @@ impl Postgres {
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
         .bind(contact)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await?;
         // All lines in one statement, and so in one round trip.
         let items = &order.items;
@@ -169,7 +169,7 @@ impl Postgres {
         .bind(skus)
         .bind(quantities)
         .bind(prices)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await?;
         Ok(())
     }
@@ -181,17 +181,14 @@ impl Postgres {
         Ok(rows::retried(totals).await?)
     }
 
-    async fn remove(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
-        events: &[i64],
-    ) -> Result<(), StorageError> {
+    async fn remove(tx: &mut PgConnection, events: &[i64]) -> Result<(), StorageError> {
         let told = sqlx::query("DELETE FROM outbox WHERE seq = ANY($1)").bind(events);
-        told.execute(&mut **tx).await?;
+        told.execute(&mut *tx).await?;
         Ok(())
     }
 
     async fn note_done(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
+        tx: &mut PgConnection,
         consumer: &str,
         events: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
@@ -201,37 +198,31 @@ impl Postgres {
         );
         let new = new.bind(consumer).bind(events);
         let new = new.bind(Timestamp::now().as_millisecond());
-        Ok(new.fetch_all(&mut **tx).await?.into_iter().collect())
+        Ok(new.fetch_all(&mut *tx).await?.into_iter().collect())
     }
 
-    async fn count(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
-        orders: &[Uuid],
-    ) -> Result<HashSet<Uuid>, StorageError> {
+    async fn count(tx: &mut PgConnection, orders: &[Uuid]) -> Result<HashSet<Uuid>, StorageError> {
         let new = sqlx::query_scalar(
             "INSERT INTO counted_orders (order_id) SELECT unnest($1)
              ON CONFLICT DO NOTHING RETURNING order_id",
         );
-        let new = new.bind(orders).fetch_all(&mut **tx).await?;
+        let new = new.bind(orders).fetch_all(&mut *tx).await?;
         Ok(new.into_iter().collect())
     }
 
     async fn count_no_more(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
+        tx: &mut PgConnection,
         orders: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
         let gone = sqlx::query_scalar(
             "DELETE FROM counted_orders WHERE order_id = ANY($1) RETURNING order_id",
         );
-        let gone = gone.bind(orders).fetch_all(&mut **tx).await?;
+        let gone = gone.bind(orders).fetch_all(&mut *tx).await?;
         Ok(gone.into_iter().collect())
     }
 
     /// How many were not there yet.
-    async fn append(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
-        entries: &[Entry],
-    ) -> Result<u64, StorageError> {
+    async fn append(tx: &mut PgConnection, entries: &[Entry]) -> Result<u64, StorageError> {
         let append = sqlx::query(
             "INSERT INTO audit_log (seq, event, hash) SELECT * FROM unnest($1, $2, $3)
              ON CONFLICT DO NOTHING",
@@ -240,15 +231,12 @@ impl Postgres {
         let events: Vec<&str> = entries.iter().map(|entry| entry.event.as_str()).collect();
         let hashes: Vec<&[u8]> = entries.iter().map(|entry| entry.hash.as_slice()).collect();
         let append = append.bind(seqs).bind(events).bind(hashes);
-        Ok(append.execute(&mut **tx).await?.rows_affected())
+        Ok(append.execute(&mut *tx).await?.rows_affected())
     }
 
-    async fn no_longer_wait(
-        tx: &mut Transaction<'_, sqlx::Postgres>,
-        places: &[i64],
-    ) -> Result<(), StorageError> {
+    async fn no_longer_wait(tx: &mut PgConnection, places: &[i64]) -> Result<(), StorageError> {
         let chained = sqlx::query("DELETE FROM audit_waiting WHERE seq = ANY($1)").bind(places);
-        chained.execute(&mut **tx).await?;
+        chained.execute(&mut *tx).await?;
         Ok(())
     }
 }

@@ -10,13 +10,31 @@
 macro_rules! storage_in_sql {
     ($adapter:ty, $database:ty) => {
         impl $adapter {
+            /// One statement, and nothing else.
+            async fn write<'a>(
+                &self,
+                statement: sqlx::query::Query<
+                    'a,
+                    $database,
+                    <$database as sqlx::Database>::Arguments<'a>,
+                >,
+            ) -> Result<(), StorageError> {
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    statement.execute(&mut *tx).await?;
+                    tx.commit().await?;
+                    Ok(())
+                })
+                .await
+            }
+
             /// Nobody with an older token writes from now on; whoever's is older does not.
             async fn pass(
-                tx: &mut Transaction<'_, $database>,
+                tx: &mut <$database as sqlx::Database>::Connection,
                 fence: Fence,
             ) -> Result<(), StorageError> {
                 let pass = sqlx::query(rows::FENCE).bind(fence.name).bind(fence.token);
-                match pass.execute(&mut **tx).await?.rows_affected() {
+                match pass.execute(&mut *tx).await?.rows_affected() {
                     0 => Err(StorageError::Fenced(fence.name)),
                     _ => Ok(()),
                 }
@@ -175,13 +193,18 @@ macro_rules! storage_in_sql {
                 let lease = rows::lease(NOW);
                 let lease = sqlx::query_scalar(&lease).bind(name).bind(owner);
                 let lease = lease.bind(milliseconds);
-                Ok(watched(lease.fetch_optional(&self.pools.shared())).await?)
+                watched(async {
+                    let mut tx = self.begin().await?;
+                    let token = lease.fetch_optional(&mut *tx).await?;
+                    tx.commit().await?;
+                    Ok(token)
+                })
+                .await
             }
 
             async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
                 let give_up = sqlx::query(rows::GIVE_UP).bind(name).bind(owner);
-                watched(give_up.execute(&self.pools.shared())).await?;
-                Ok(())
+                self.write(give_up).await
             }
 
             async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
@@ -192,7 +215,7 @@ macro_rules! storage_in_sql {
             async fn forget(&self, days: i64) -> Result<(), StorageError> {
                 for old in rows::FORGET {
                     let old = sqlx::query(old).bind(rows::days_ago(days));
-                    watched(old.execute(&self.pools.shared())).await?;
+                    self.write(old).await?;
                 }
                 Ok(())
             }
@@ -285,8 +308,7 @@ macro_rules! storage_in_sql {
                 let bury = sqlx::query(rows::BURY).bind(consumer).bind(id);
                 let bury = bury.bind(event).bind(error);
                 let bury = bury.bind(Timestamp::now().as_millisecond());
-                watched(bury.execute(&self.pools.shared())).await?;
-                Ok(())
+                self.write(bury).await
             }
 
             async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError> {
@@ -302,8 +324,7 @@ macro_rules! storage_in_sql {
 
             async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError> {
                 let unbury = sqlx::query(rows::UNBURY).bind(consumer).bind(event);
-                watched(unbury.execute(&self.pools.shared())).await?;
-                Ok(())
+                self.write(unbury).await
             }
 
             async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError> {

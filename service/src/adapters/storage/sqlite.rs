@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
@@ -10,7 +11,9 @@ use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
+};
 use sqlx::{Connection, Transaction};
 use uuid::Uuid;
 
@@ -18,23 +21,18 @@ use super::abandoned::watched;
 use super::pools::{Both, Handed, Pools};
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
+use super::turns::{Turn, Turns};
 use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows};
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
+use crate::hex::hex;
 use crate::keyring::Keyring;
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
-
-const DONE: &str = "INSERT INTO inbox (consumer, event_id, done_at) VALUES ($1, $2, $3)
-     ON CONFLICT DO NOTHING";
-const COUNT: &str = "INSERT INTO counted_orders (order_id) VALUES ($1) ON CONFLICT DO NOTHING";
-const COUNT_NO_MORE: &str = "DELETE FROM counted_orders WHERE order_id = $1";
-const APPEND: &str =
-    "INSERT INTO audit_log (seq, event, hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
 
 /// The migrations of this program. A database that has newer ones is fine: they only ever add
 /// what the release before can live with, and that release must start after a rollback.
@@ -46,6 +44,8 @@ fn migrations() -> Migrator {
 
 pub(super) struct Sqlite {
     pools: Pools<sqlx::Sqlite>,
+    /// None where nothing may be written.
+    turns: Option<Turns>,
     keyring: Option<Keyring>,
 }
 
@@ -87,7 +87,9 @@ impl Sqlite {
             pool
         };
         let pool = pool.with_context(|| format!("connecting to {}", file.display()))?;
+        let turns = (!config.read_only).then(|| Turns::of(&file, config.busy_timeout.0));
         Ok(Self {
+            turns: turns.transpose()?,
             pools: Pools::new(
                 Both {
                     shared: pool,
@@ -132,14 +134,48 @@ async fn lock(database: &Path) -> anyhow::Result<File> {
     .context("waiting for the lock")?
 }
 
+/// A transaction of whoever has the turn.
+struct Write {
+    tx: Transaction<'static, sqlx::Sqlite>,
+    _turn: Option<Turn>,
+}
+
+impl Write {
+    async fn commit(self) -> sqlx::Result<()> {
+        self.tx.commit().await
+    }
+}
+
+impl Deref for Write {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.tx
+    }
+}
+
+impl DerefMut for Write {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.tx
+    }
+}
+
 impl Sqlite {
     /// With a write lock from the start: a read that becomes a write can fail as busy at once.
-    async fn begin(&self) -> Result<Transaction<'_, sqlx::Sqlite>, StorageError> {
-        Ok(self.pools.shared().begin_with("BEGIN IMMEDIATE").await?)
+    async fn begin(&self) -> Result<Write, StorageError> {
+        // Who waits takes no connection from those who read.
+        let turn = match &self.turns {
+            Some(turns) => Some(turns.next().await?),
+            None => None,
+        };
+        Ok(Write {
+            tx: self.pools.shared().begin_with("BEGIN IMMEDIATE").await?,
+            _turn: turn,
+        })
     }
 
     async fn insert(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        tx: &mut SqliteConnection,
         order: &Order,
         contact: Option<Vec<u8>>,
     ) -> Result<(), StorageError> {
@@ -154,21 +190,17 @@ impl Sqlite {
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
         .bind(contact)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await?;
-        for (line, item) in (0i64..).zip(&order.items) {
-            sqlx::query(
-                "INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
-                 VALUES (?, ?, ?, ?, ?)",
-            )
-            .bind(order.id.as_uuid())
-            .bind(line)
-            .bind(&item.sku)
-            .bind(item.quantity)
-            .bind(item.unit_price_cents)
-            .execute(&mut **tx)
-            .await?;
-        }
+        sqlx::query(
+            "INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
+             SELECT $1, key, value ->> 'sku', value ->> 'quantity', value ->> 'unit_price_cents'
+             FROM json_each($2)",
+        )
+        .bind(order.id.as_uuid())
+        .bind(rows::to_text(&order.items)?)
+        .execute(&mut *tx)
+        .await?;
         Ok(())
     }
 
@@ -180,86 +212,79 @@ impl Sqlite {
             .await?)
     }
 
-    async fn remove(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
-        events: &[i64],
-    ) -> Result<(), StorageError> {
-        for seq in events {
-            let told = sqlx::query("DELETE FROM outbox WHERE seq = $1").bind(seq);
-            told.execute(&mut **tx).await?;
-        }
+    async fn remove(tx: &mut SqliteConnection, events: &[i64]) -> Result<(), StorageError> {
+        let told = "DELETE FROM outbox WHERE seq IN (SELECT value FROM json_each($1))";
+        let told = sqlx::query(told).bind(rows::to_text(&events)?);
+        told.execute(&mut *tx).await?;
         Ok(())
     }
 
     async fn note_done(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        tx: &mut SqliteConnection,
         consumer: &str,
         events: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
-        let now = Timestamp::now().as_millisecond();
-        let mut new = HashSet::new();
-        for event in events {
-            let done = sqlx::query(DONE).bind(consumer).bind(event).bind(now);
-            if done.execute(&mut **tx).await?.rows_affected() == 1 {
-                new.insert(*event);
-            }
-        }
-        Ok(new)
+        let new = sqlx::query_scalar(
+            "INSERT INTO inbox (consumer, event_id, done_at)
+             SELECT $1, unhex(value), $3 FROM json_each($2) WHERE true
+             ON CONFLICT DO NOTHING RETURNING event_id",
+        );
+        let new = new.bind(consumer).bind(as_hex(events)?);
+        let new = new.bind(Timestamp::now().as_millisecond());
+        Ok(new.fetch_all(&mut *tx).await?.into_iter().collect())
     }
 
     async fn count(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        tx: &mut SqliteConnection,
         orders: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
-        Self::affected(tx, COUNT, orders).await
+        let new = sqlx::query_scalar(
+            "INSERT INTO counted_orders (order_id) SELECT unhex(value) FROM json_each($1) WHERE true
+             ON CONFLICT DO NOTHING RETURNING order_id",
+        );
+        let new = new.bind(as_hex(orders)?).fetch_all(&mut *tx).await?;
+        Ok(new.into_iter().collect())
     }
 
     async fn count_no_more(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
+        tx: &mut SqliteConnection,
         orders: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
-        Self::affected(tx, COUNT_NO_MORE, orders).await
-    }
-
-    /// Those orders for which the statement changes anything.
-    async fn affected(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
-        statement: &'static str,
-        orders: &[Uuid],
-    ) -> Result<HashSet<Uuid>, StorageError> {
-        let mut affected = HashSet::new();
-        for order in orders {
-            let statement = sqlx::query(statement).bind(order);
-            if statement.execute(&mut **tx).await?.rows_affected() == 1 {
-                affected.insert(*order);
-            }
-        }
-        Ok(affected)
+        let gone = sqlx::query_scalar(
+            "DELETE FROM counted_orders
+             WHERE order_id IN (SELECT unhex(value) FROM json_each($1)) RETURNING order_id",
+        );
+        let gone = gone.bind(as_hex(orders)?).fetch_all(&mut *tx).await?;
+        Ok(gone.into_iter().collect())
     }
 
     /// How many were not there yet.
-    async fn append(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
-        entries: &[Entry],
-    ) -> Result<u64, StorageError> {
-        let mut new = 0;
-        for Entry { seq, event, hash } in entries {
-            let append = sqlx::query(APPEND).bind(seq).bind(event).bind(hash);
-            new += append.execute(&mut **tx).await?.rows_affected();
-        }
-        Ok(new)
+    async fn append(tx: &mut SqliteConnection, entries: &[Entry]) -> Result<u64, StorageError> {
+        let append = sqlx::query(
+            "INSERT INTO audit_log (seq, event, hash)
+             SELECT value ->> 0, value ->> 1, unhex(value ->> 2) FROM json_each($1) WHERE true
+             ON CONFLICT DO NOTHING",
+        );
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|Entry { seq, event, hash }| (seq, event, hex(hash)))
+            .collect();
+        let append = append.bind(rows::to_text(&entries)?);
+        Ok(append.execute(&mut *tx).await?.rows_affected())
     }
 
-    async fn no_longer_wait(
-        tx: &mut Transaction<'_, sqlx::Sqlite>,
-        places: &[i64],
-    ) -> Result<(), StorageError> {
-        for place in places {
-            let chained = sqlx::query("DELETE FROM audit_waiting WHERE seq = $1").bind(place);
-            chained.execute(&mut **tx).await?;
-        }
+    async fn no_longer_wait(tx: &mut SqliteConnection, places: &[i64]) -> Result<(), StorageError> {
+        let chained = "DELETE FROM audit_waiting WHERE seq IN (SELECT value FROM json_each($1))";
+        let chained = sqlx::query(chained).bind(rows::to_text(&places)?);
+        chained.execute(&mut *tx).await?;
         Ok(())
     }
+}
+
+/// For `json_each` and `unhex`: the driver binds no lists, and JSON has no bytes.
+fn as_hex(ids: &[Uuid]) -> Result<String, StorageError> {
+    let ids: Vec<_> = ids.iter().map(|id| hex(id.as_bytes())).collect();
+    rows::to_text(&ids)
 }
 
 storage_in_sql!(Sqlite, sqlx::Sqlite);
