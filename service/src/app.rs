@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, watch};
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::cache;
 use crate::adapters::lock::{self, Lock};
-use crate::adapters::storage::{self, DeadLetter, Once, Placed, Storage, StorageError};
+use crate::adapters::storage::{self, Connections, DeadLetter, Once, Placed, Storage, StorageError};
 use crate::audit::{self, Verdict};
 use crate::auth::{Auth, Caller, Operation};
 use crate::config::{self, Config, Database};
@@ -403,6 +403,19 @@ impl App {
         ];
         *probed = Some((Instant::now(), parts.clone()));
         parts
+    }
+
+    /// The process's metrics, as Prometheus' text, and how much of what it has is in use just now.
+    pub fn observe(&self) -> String {
+        let Connections { used, idle, most } = self.storage.connections();
+        metrics::gauge!("database_connections", "state" => "used").set(used);
+        metrics::gauge!("database_connections", "state" => "idle").set(idle);
+        metrics::gauge!("database_connections_max").set(most);
+        if let Some(entries) = self.cache.entries() {
+            metrics::gauge!("cache_entries").set(entries as f64);
+        }
+        metrics_process::Collector::default().collect();
+        self.metrics.render()
     }
 
     pub async fn info(&self) -> Info {

@@ -5,12 +5,11 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::config::CircuitBreaker;
+
 pub struct Breaker {
     dependency: &'static str,
-    /// Failures in a row that open the circuit.
-    failures: u32,
-    /// How long it stays open.
-    rest: Duration,
+    settings: CircuitBreaker,
     state: Mutex<State>,
 }
 
@@ -40,12 +39,11 @@ pub enum Broken<E> {
 }
 
 impl Breaker {
-    pub fn new(dependency: &'static str, failures: u32, rest: Duration) -> Self {
+    pub fn new(dependency: &'static str, settings: &CircuitBreaker) -> Self {
         metrics::gauge!("circuit_open", "dependency" => dependency).set(0.0);
         Self {
             dependency,
-            failures,
-            rest,
+            settings: settings.clone(),
             state: Mutex::new(State::Closed { failed: 0 }),
         }
     }
@@ -90,11 +88,11 @@ impl Breaker {
     fn count(&self, tries: Option<Instant>, went_well: bool) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let open = State::Open {
-            until: Instant::now() + self.rest,
+            until: Instant::now() + self.settings.rest.0,
         };
         let next = match (*state, tries) {
             (State::Closed { .. }, _) if went_well => State::Closed { failed: 0 },
-            (State::Closed { failed }, _) if failed + 1 < self.failures => {
+            (State::Closed { failed }, _) if failed + 1 < self.settings.failures.get() => {
                 State::Closed { failed: failed + 1 }
             }
             (State::Closed { .. }, _) => open,
@@ -145,6 +143,7 @@ impl Drop for Attempt<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Timeout;
 
     const LIMIT: Duration = Duration::from_secs(1);
     const REST: Duration = Duration::from_millis(50);
@@ -157,9 +156,17 @@ mod tests {
         breaker.call(LIMIT, async { Ok(()) }).await
     }
 
+    fn breaker(failures: u32) -> Breaker {
+        let settings = CircuitBreaker {
+            failures: failures.try_into().unwrap(),
+            rest: Timeout(REST),
+        };
+        Breaker::new("test", &settings)
+    }
+
     #[tokio::test]
     async fn it_opens_rests_tries_once_and_closes() {
-        let breaker = Breaker::new("test", 2, REST);
+        let breaker = breaker(2);
         for _ in 0..2 {
             assert!(matches!(fails(&breaker).await, Err(Broken::Failed(()))));
         }
@@ -183,7 +190,7 @@ mod tests {
 
     #[tokio::test]
     async fn successes_between_failures_keep_it_closed() {
-        let breaker = Breaker::new("test", 2, REST);
+        let breaker = breaker(2);
         for _ in 0..5 {
             assert!(fails(&breaker).await.is_err());
             works(&breaker).await.unwrap();
@@ -192,7 +199,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_late_counts_and_what_is_dropped_frees_the_try() {
-        let breaker = Breaker::new("test", 1, REST);
+        let breaker = breaker(1);
         let never = std::future::pending::<Result<(), ()>>;
         let late = breaker.call(Duration::from_millis(10), never()).await;
         assert!(matches!(late, Err(Broken::Late(_))));

@@ -41,6 +41,7 @@ pub struct Config {
     pub tracing: Tracing,
     pub database: Database,
     pub cache: Cache,
+    pub circuit_breaker: CircuitBreaker,
     pub redis: Redis,
     pub lock: Lock,
     pub graphql: GraphQl,
@@ -172,6 +173,10 @@ pub enum LogFormat {
 pub struct Database {
     pub url: DatabaseUrl,
     pub max_connections: NonZeroU32,
+    /// That are kept, whether anybody needs them or not.
+    pub min_connections: u32,
+    /// Those beyond are closed after this time.
+    pub idle_timeout: Timeout,
     /// For what only the service may read. Without them it keeps nothing of the kind.
     pub encryption_keys: Option<Keyring>,
     pub acquire_timeout: Timeout,
@@ -193,6 +198,16 @@ pub struct Cache {
     pub timeout: Timeout,
 }
 
+/// When a dependency that fails is left alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CircuitBreaker {
+    /// So many in a row.
+    pub failures: NonZeroU32,
+    /// How long nobody asks it.
+    pub rest: Timeout,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CacheKind {
@@ -205,6 +220,8 @@ pub enum CacheKind {
 #[serde(deny_unknown_fields)]
 pub struct Redis {
     pub url: ServerUrl,
+    /// PEM: who signs the server's certificate.
+    pub ca: Option<PathBuf>,
     /// How all keys begin.
     pub prefix: String,
 }
@@ -419,6 +436,12 @@ impl Config {
             let (size, most) = (orders.page_size, orders.max_page_size);
             let why = format!("= {size} is more than orders.max_page_size = {most}");
             return Some(("orders.page_size", why));
+        }
+        let database = &self.database;
+        if database.min_connections > database.max_connections.get() {
+            let (fewest, most) = (database.min_connections, database.max_connections);
+            let why = format!("= {fewest} is more than database.max_connections = {most}");
+            return Some(("database.min_connections", why));
         }
         let half = self.server.drain_timeout.0 / 2;
         if self.server.linger.is_some_and(|linger| linger.0 > half) {

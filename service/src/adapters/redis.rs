@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, RedisResult};
+use redis::{Client, RedisResult, TlsCertificates};
 
 use crate::config::Redis as Config;
 
@@ -26,7 +26,20 @@ pub struct Redis {
 impl Redis {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let url = || format!("redis.url = {}", config.url);
-        let client = Client::open(config.url.0.as_str()).with_context(url)?;
+        let address = config.url.0.as_str();
+        let client = match &config.ca {
+            None => Client::open(address),
+            Some(file) => {
+                let ca = std::fs::read(file);
+                let ca = ca.with_context(|| format!("redis.ca = {}", file.display()))?;
+                let certificates = TlsCertificates {
+                    client_tls: None,
+                    root_cert: Some(ca),
+                };
+                Client::build_with_tls(address, certificates)
+            }
+        };
+        let client = client.with_context(url)?;
         let current = connect(&client).with_context(url)?;
         Ok(Self {
             client,

@@ -74,9 +74,8 @@ pub async fn info(State(app): State<Arc<App>>) -> Json<Info> {
 
 /// `GET /metrics`: Prometheus' text format, version 0.0.4.
 pub async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    metrics_process::Collector::default().collect();
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
-        app.metrics.render(),
+        app.observe(),
     )
 }

@@ -12,7 +12,7 @@ fn shipped(name: &str) -> PathBuf {
 
 #[test]
 fn every_environment_that_ships_can_be_used() {
-    for environment in ["staging.toml", "production.toml"] {
+    for environment in ["development.toml", "staging.toml", "production.toml"] {
         Config::from_files(&[shipped("default.toml"), shipped(environment)]).unwrap();
     }
 }
@@ -21,7 +21,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 12] = [
+    let cases: [(&str, &[&str]); 13] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -45,6 +45,10 @@ fn problems_name_file_key_and_value() {
         (
             "[database]\nmax_conections = 1",
             &["database.max_conections", "max_connections"],
+        ),
+        (
+            "[database]\nmin_connections = 9",
+            &["database.min_connections", "9", "max_connections"],
         ),
         (
             "[orders]\npage_size = 500",

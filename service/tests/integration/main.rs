@@ -21,7 +21,7 @@ mod lock;
 mod oidc;
 mod operations;
 mod orders;
-mod secure_brokers;
+mod secure_servers;
 mod storage;
 mod test_app;
 mod tls;

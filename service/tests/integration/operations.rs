@@ -31,6 +31,9 @@ async fn health_info_and_metrics_tell_what_runs() {
         "http_requests_total{method=\"GET\",route=\"unmatched\",status=\"404\"}",
         "http_request_duration_seconds_bucket{method=\"GET\",route=\"/v1/orders\",le=\"0.1\"}",
         "process_resident_memory_bytes",
+        "database_connections{state=\"idle\"} ",
+        "database_connections_max ",
+        "cache_entries ",
     ] {
         assert!(metrics.contains(wanted), "{wanted} is not in\n{metrics}");
     }

@@ -1,4 +1,4 @@
-//! Brokers that are reached by TLS, for tests of the clients' side.
+//! Servers that are reached by TLS, for tests of the clients' side.
 
 use anyhow::{Context, Result, bail};
 use testcontainers::core::{IntoContainerPort, WaitFor};
@@ -7,37 +7,58 @@ use testcontainers::{ContainerAsync, GenericImage, ImageExt};
 use crate::server::{free_port, kafka_variables, named, run};
 use crate::{ADVICE, Server, image_of};
 
-/// The broker's certificate and its key, as PEM.
+/// The server's certificate and its key, as PEM.
 pub struct Identity {
     pub certificate: String,
     pub key: String,
 }
 
-/// A broker of a test's own, which ends with this value.
+/// A server of a test's own, which ends with this value.
 pub struct Secure {
     /// `HOST:PORT`, by TLS.
     pub address: String,
-    /// The same broker, without. Only Kafka's.
+    /// The same server, without. Only Kafka's.
     pub plain_address: Option<String>,
     _container: ContainerAsync<GenericImage>,
 }
 
 impl Secure {
-    /// With a certificate for `127.0.0.1`: RabbitMQ, where the user `guest` has the password `guest`, or Kafka, where the user `ada` shows by
-    /// SASL's `PLAIN` that it knows `password`; SCRAM has no user yet.
+    /// With a certificate for `127.0.0.1`: Redis, RabbitMQ, where the user `guest` has the password
+    /// `guest`, or Kafka, where the user `ada` shows by SASL's `PLAIN` that it knows `password`; SCRAM has
+    /// no user yet.
     ///
     /// # Errors
-    /// As [`lease`](crate::lease), and for servers that are no brokers.
-    pub async fn start(broker: Server, identity: &Identity, password: &str) -> Result<Self> {
-        let image = image_of(broker).await?;
-        let started = match broker {
+    /// As [`lease`](crate::lease), and for other servers.
+    pub async fn start(server: Server, identity: &Identity, password: &str) -> Result<Self> {
+        let image = image_of(server).await?;
+        let started = match server {
+            Server::Redis => redis(&image, identity).await,
             Server::RabbitMq => rabbitmq(&image, identity).await,
             Server::Kafka => kafka(&image, identity, password).await,
-            other => bail!("{} is no broker", other.name()),
+            other => bail!("{} is not started by TLS", other.name()),
         };
-        let starting = || format!("starting {} by TLS from {image}; {ADVICE}", broker.name());
+        let starting = || format!("starting {} by TLS from {image}; {ADVICE}", server.name());
         started.with_context(starting)
     }
+}
+
+/// <https://redis.io/docs/latest/operate/oss_and_stack/management/security/encryption/>
+async fn redis(image: &str, identity: &Identity) -> Result<Secure> {
+    let options = "redis-server --port 0 --tls-port 6380 --tls-auth-clients no \
+                   --tls-cert-file /etc/tls.crt --tls-key-file /etc/tls.key \
+                   --tls-ca-cert-file /etc/tls.crt";
+    let request = named(image)
+        .with_exposed_port(6380.tcp())
+        .with_wait_for(WaitFor::message_on_stdout("Ready to accept connections"))
+        .with_cmd(options.split_whitespace())
+        .with_copy_to("/etc/tls.crt", bytes(&identity.certificate))
+        .with_copy_to("/etc/tls.key", bytes(&identity.key));
+    let container = run(request).await?;
+    Ok(Secure {
+        address: format!("127.0.0.1:{}", container.get_host_port_ipv4(6380).await?),
+        plain_address: None,
+        _container: container,
+    })
 }
 
 /// <https://www.rabbitmq.com/docs/ssl#enabling-tls>

@@ -31,4 +31,8 @@ impl Cache for InProcess {
         self.0.insert(key.to_owned(), value).await;
         Ok(())
     }
+
+    fn entries(&self) -> Option<u64> {
+        Some(self.0.entry_count())
+    }
 }

@@ -14,10 +14,6 @@ use crate::config::{CacheKind, Config};
 use crate::domain::orders::{Order, OrderId};
 use crate::keyring::Keyring;
 
-/// Failures in a row after which the cache is left alone, and for how long.
-const FAILURES: u32 = 5;
-const REST: Duration = Duration::from_secs(1);
-
 /// Values that are forgotten after a time, or sooner.
 #[async_trait]
 pub trait Cache: Send + Sync {
@@ -26,6 +22,10 @@ pub trait Cache: Send + Sync {
     async fn fill(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError>;
     /// Keeps a value in the place of any other.
     async fn put(&self, key: &str, value: Vec<u8>) -> Result<(), CacheError>;
+    /// How many values it has, where that is this process' own business.
+    fn entries(&self) -> Option<u64> {
+        None
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -58,13 +58,18 @@ impl Orders {
     pub fn open(config: &Config) -> anyhow::Result<Self> {
         Ok(Self {
             cache: open(config)?,
-            breaker: Breaker::new("cache", FAILURES, REST),
+            breaker: Breaker::new("cache", &config.circuit_breaker),
             limit: config.cache.timeout.0,
             keyring: match config.cache.kind {
                 CacheKind::Redis => config.database.encryption_keys.clone(),
                 CacheKind::InProcess | CacheKind::Off => None,
             },
         })
+    }
+
+    /// See [`Cache::entries`].
+    pub fn entries(&self) -> Option<u64> {
+        self.cache.as_ref()?.entries()
     }
 
     pub async fn get(&self, id: OrderId) -> Option<Order> {

@@ -105,7 +105,18 @@ pub trait Storage: Send + Sync {
     async fn check(&self) -> Result<(), StorageError>;
     /// The newest migration that the database has.
     async fn schema_version(&self) -> Result<i64, StorageError>;
+    /// How its connections are used just now.
+    fn connections(&self) -> Connections;
     async fn close(&self);
+}
+
+/// The connections of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connections {
+    pub used: u32,
+    pub idle: u32,
+    /// As many as there may be.
+    pub most: u32,
 }
 
 /// A write that a client may send again: by the same client and key only the same request.

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Database, Pool};
 
+use super::Connections;
+
 /// So many times as long as somebody waits for a connection: then it is not for being busy that none
 /// comes back.
 const STUCK_AFTER: u32 = 5;
@@ -79,6 +81,16 @@ impl<DB: Database> Pools<DB> {
             *seen = (handed, Instant::now());
         }
         Some(seen.1.elapsed()).filter(|long| *long > self.stuck_after)
+    }
+
+    pub(super) fn connections(&self) -> Connections {
+        let shared = self.shared();
+        let idle = u32::try_from(shared.num_idle()).unwrap_or(u32::MAX);
+        Connections {
+            used: shared.size().saturating_sub(idle),
+            idle,
+            most: shared.options().get_max_connections(),
+        }
     }
 
     pub(super) async fn close(&self) {

@@ -19,7 +19,8 @@ use super::rows::TotalOf;
 use super::servers::Servers;
 use super::sql::storage_in_sql;
 use super::{
-    Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned, contacts, rows,
+    Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned,
+    contacts, rows,
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
@@ -73,7 +74,9 @@ impl Postgres {
             )
         })?;
         let handed = Handed::default();
-        let shared = shape(config, &handed).max_connections(config.max_connections.get());
+        let shared = shape(config, &handed)
+            .max_connections(config.max_connections.get())
+            .min_connections(config.min_connections);
         let probe = shape(config, &Handed::default()).max_connections(1);
         let connect = move |to: PgConnectOptions| Both {
             shared: shared.clone().connect_lazy_with(to.clone()),
@@ -105,6 +108,7 @@ fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
     let (acquired, connected) = (handed.clone(), handed.clone());
     PgPoolOptions::new()
         .acquire_timeout(config.acquire_timeout.0)
+        .idle_timeout(config.idle_timeout.0)
         // A busy pool's connections show by themselves whether they are alive: `retried`.
         .test_before_acquire(false)
         .before_acquire(move |connection, seen| {

@@ -353,6 +353,10 @@ macro_rules! storage_in_sql {
                 Ok(watched(version.fetch_one(&self.pools.shared())).await?)
             }
 
+            fn connections(&self) -> Connections {
+                self.pools.connections()
+            }
+
             async fn close(&self) {
                 self.pools.close().await;
             }

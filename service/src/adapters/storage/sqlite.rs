@@ -22,7 +22,9 @@ use super::pools::{Both, Handed, Pools};
 use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::turns::{Turn, Turns};
-use super::{Change, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows};
+use super::{
+    Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows,
+};
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
 use crate::config::Database;
@@ -70,7 +72,9 @@ impl Sqlite {
         let probe = shape(config, &Handed::default()).max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
         let handed = Handed::default();
-        let connect = shape(config, &handed).max_connections(config.max_connections.get());
+        let connect = shape(config, &handed)
+            .max_connections(config.max_connections.get())
+            .min_connections(config.min_connections);
         let pool = if config.read_only {
             connect.connect_with(options).await
         } else {
@@ -107,6 +111,7 @@ fn shape(config: &Database, handed: &Handed) -> SqlitePoolOptions {
     let (acquired, connected) = (handed.clone(), handed.clone());
     SqlitePoolOptions::new()
         .acquire_timeout(config.acquire_timeout.0)
+        .idle_timeout(config.idle_timeout.0)
         // A file does not hang up; asking before each use would only cost time.
         .test_before_acquire(false)
         // Where a file cannot be written SQLite rolls back by itself, and the driver believes for ever

@@ -1,14 +1,16 @@
-//! Brokers that are reached by TLS and want to know who comes.
+//! Servers that are reached by TLS, and want to know who comes.
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::time::Duration;
 
 use aws_lc_rs::pbkdf2;
 use krafka::admin::AdminClient;
 use krafka::auth::ScramMechanism;
 use krafka::protocol::ScramCredentialUpsertion;
 use service::adapters::bus::{self, BusError};
-use service::config::{BusKind, Config, Mechanism, Secret, ServerUrl};
+use service::adapters::cache;
+use service::config::{BusKind, CacheKind, Config, Mechanism, Secret, ServerUrl, Timeout};
 use tempfile::TempDir;
 use test_servers::{Identity, Secure, Server};
 
@@ -17,15 +19,15 @@ use crate::tls::Authority;
 
 const PASSWORD: &str = "correct horse";
 
-/// A broker, and the file of who has signed its certificate, beside that of somebody else.
-async fn start(broker: Server) -> (Secure, TempDir) {
+/// A server, and the file of who has signed its certificate, beside that of somebody else.
+async fn start(server: Server) -> (Secure, TempDir) {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (certificate, key) = authority.sign("127.0.0.1");
     let files = tempfile::tempdir().unwrap();
     std::fs::write(files.path().join("ca.crt"), authority.pem()).unwrap();
     std::fs::write(files.path().join("stranger.crt"), stranger.pem()).unwrap();
     let identity = Identity { certificate, key };
-    let secure = Secure::start(broker, &identity, PASSWORD).await.unwrap();
+    let secure = Secure::start(server, &identity, PASSWORD).await.unwrap();
     (secure, files)
 }
 
@@ -36,6 +38,31 @@ async fn reaches(config: &Config) -> Result<(), BusError> {
 
 fn secret(text: &str) -> Secret {
     serde_json::from_value(text.into()).unwrap()
+}
+
+#[tokio::test]
+async fn redis_is_reached_by_tls() {
+    let (server, files) = start(Server::Redis).await;
+    let get = async |scheme: &str, ca: Option<&str>| {
+        let mut config = shipped_config();
+        config.cache.kind = CacheKind::Redis;
+        config.cache.timeout = Timeout(Duration::from_secs(10));
+        config.redis.url = ServerUrl(format!("{scheme}://{}", server.address));
+        config.redis.ca = ca.map(|ca| files.path().join(ca));
+        let cache = cache::open(&config).map_err(|error| format!("{error:#}"))?;
+        let got = cache.unwrap().get("one").await;
+        got.map_err(|error| error.to_string())
+    };
+    assert_eq!(get("rediss", Some("ca.crt")).await, Ok(None));
+    for (scheme, ca, why) in [
+        ("rediss", None, "certificate"),
+        ("rediss", Some("stranger.crt"), "certificate"),
+        ("rediss", Some("missing.crt"), "redis.ca"),
+        ("redis", None, ""),
+    ] {
+        let error = get(scheme, ca).await.unwrap_err();
+        assert!(error.contains(why), "{scheme}, {ca:?}: {error}");
+    }
 }
 
 #[tokio::test]
