@@ -13,7 +13,9 @@ use tokio::sync::{Mutex, watch};
 use crate::adapters::bus::{self, Bus};
 use crate::adapters::cache;
 use crate::adapters::lock::{self, Lock};
-use crate::adapters::storage::{self, Connections, DeadLetter, Once, Placed, Storage, StorageError};
+use crate::adapters::storage::{
+    self, Connections, DeadLetter, Once, Placed, Storage, StorageError,
+};
 use crate::audit::{self, Verdict};
 use crate::auth::{Auth, Caller, Operation};
 use crate::config::{self, Config, Database};

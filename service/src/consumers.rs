@@ -9,7 +9,7 @@ use tracing::field::Empty;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
-use crate::adapters::bus::{BusError, Delivery};
+use crate::adapters::bus::{self, BusError, Delivery};
 use crate::adapters::storage::{Change, DeadLetter, Storage, StorageError};
 use crate::app::App;
 use crate::domain::events::{Event, Kind};
@@ -101,9 +101,10 @@ async fn together(
         return Ok(deliveries);
     };
     drop(spans);
-    for (delivery, is_new) in deliveries.into_iter().zip(new) {
-        finish(consumer, delivery, outcome(is_new)).await?;
+    for is_new in new {
+        count(consumer, outcome(is_new));
     }
+    bus::done(deliveries).await?;
     Ok(Vec::new())
 }
 
@@ -111,14 +112,9 @@ fn outcome(is_new: bool) -> &'static str {
     if is_new { "done" } else { "repeated" }
 }
 
-async fn finish(
-    consumer: &Consumer,
-    delivery: Delivery,
-    outcome: &'static str,
-) -> Result<(), BusError> {
+fn count(consumer: &Consumer, outcome: &'static str) {
     let labels = [("consumer", consumer.name), ("outcome", outcome)];
     metrics::counter!("events_consumed_total", &labels).increment(1);
-    delivery.done().await
 }
 
 /// Acts on one event, however long that takes, or puts it aside.
@@ -158,7 +154,8 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
         }
         pause.wait().await;
     };
-    finish(consumer, delivery, outcome).await
+    count(consumer, outcome);
+    delivery.done().await
 }
 
 /// What a consumer does with an event, as a part of the trace that the event was caused in.

@@ -75,10 +75,10 @@ async fn consume(subscription: &mut dyn Subscription, batch: usize) {
     let mut done = 0;
     while done < EVENTS {
         let first = subscription.next().await.unwrap();
-        for delivery in std::iter::once(first).chain(subscription.ready(batch - 1)) {
-            delivery.done().await.unwrap();
-            done += 1;
-        }
+        let mut deliveries = vec![first];
+        deliveries.extend(subscription.ready(batch - 1));
+        done += deliveries.len();
+        bus::done(deliveries).await.unwrap();
     }
 }
 

@@ -9,7 +9,7 @@ use service::adapters::storage::{self, Change, Once, Placed, Storage, StorageErr
 use service::config::Timeout;
 use service::domain::events::{Cause, Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderId, OrderRequest, Status};
-use sqlx::{Connection, SqliteConnection};
+use sqlx::{Connection, Executor, SqliteConnection};
 
 use crate::database::Database;
 use crate::test_app::shipped_config;
@@ -186,6 +186,34 @@ async fn reads_do_not_wait_for_writes() {
     for late in late {
         late.await.unwrap().unwrap();
     }
+}
+
+/// As a release does that knows of no turns, and is replaced by this one.
+#[tokio::test]
+async fn a_database_is_migrated_beside_others_writes() {
+    let database = Database::sqlite();
+    let file = database.url().replace("sqlite://", "sqlite:");
+    let mut outsider = SqliteConnection::connect(&format!("{file}?mode=rwc"))
+        .await
+        .unwrap();
+    let wal = "PRAGMA journal_mode = WAL; CREATE TABLE other (number INTEGER)";
+    outsider.execute(wal).await.unwrap();
+    let writing = tokio::spawn(async move {
+        loop {
+            let mut tx = outsider.begin_with("BEGIN IMMEDIATE").await.unwrap();
+            tx.execute("INSERT INTO other VALUES (1)").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            tx.commit().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let mut config = shipped_config();
+    database.use_in(&mut config);
+    config.database.busy_timeout = Timeout(Duration::from_secs(60));
+    let storage = storage::open(&config.database).await.unwrap();
+    storage.check().await.unwrap();
+    assert!(!writing.is_finished());
+    writing.abort();
 }
 
 /// Several processes start at once on an empty database.

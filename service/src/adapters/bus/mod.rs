@@ -81,7 +81,23 @@ impl Delivery {
             Receipt::InProcess(receipt) => receipt
                 .send(())
                 .map_err(|()| BusError("nobody waits for it any more".to_owned())),
-            Receipt::RabbitMq(delivery) => rabbitmq::done(*delivery).await,
+            Receipt::RabbitMq(delivery) => rabbitmq::done(*delivery, false).await,
         }
+    }
+}
+
+/// The consumer is done with all of these, which came one after another, and with all before them.
+pub async fn done(deliveries: Vec<Delivery>) -> Result<(), BusError> {
+    let mut last = None;
+    for delivery in deliveries {
+        match delivery.receipt {
+            Receipt::RabbitMq(delivery) => last = Some(delivery),
+            _ => delivery.done().await?,
+        }
+    }
+    match last {
+        // The broker hears it of the last one, and means the others too.
+        Some(last) => rabbitmq::done(*last, true).await,
+        None => Ok(()),
     }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
-    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+    ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::tcp::OwnedTLSConfig;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
@@ -257,9 +257,12 @@ impl RabbitMq {
     }
 }
 
-/// The consumer is done with what was delivered.
-pub(super) async fn done(delivery: lapin::message::Delivery) -> Result<(), BusError> {
-    let ack = delivery.ack(lapin::options::BasicAckOptions::default());
+/// The consumer is done with what was delivered, and perhaps with all that was before it.
+pub(super) async fn done(
+    delivery: lapin::message::Delivery,
+    multiple: bool,
+) -> Result<(), BusError> {
+    let ack = delivery.ack(BasicAckOptions { multiple });
     within_time("RabbitMQ", async { Ok(ack.await.map(drop)?) }).await
 }
 

@@ -5,16 +5,16 @@ use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{Connection, Transaction};
+use sqlx::{Connection, SqlitePool, Transaction};
 use uuid::Uuid;
 
 use super::abandoned::watched;
@@ -23,7 +23,8 @@ use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::turns::{Turn, Turns};
 use super::{
-    Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold, contacts, rows,
+    Change, Connections, DeadLetter, Meaning, Once, Placed, Storage, StorageError, Untold,
+    contacts, meaning, rows,
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
@@ -69,6 +70,8 @@ impl Sqlite {
         if let Some(dir) = file.parent().filter(|_| !config.read_only) {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
+        let turns = (!config.read_only).then(|| Turns::of(&file, config.busy_timeout.0));
+        let turns = turns.transpose()?;
         let probe = shape(config, &Handed::default()).max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
         let handed = Handed::default();
@@ -82,18 +85,16 @@ impl Sqlite {
             // happen under a lock that the kernel frees when the holder dies.
             let _lock = lock(&file).await?;
             let pool = connect.connect_with(options).await;
-            if let Some(pool) = pool.as_ref().ok().filter(|_| config.migrate) {
-                migrations()
-                    .run(pool)
+            if let (Ok(pool), Some(turns), true) = (&pool, &turns, config.migrate) {
+                migrate(pool, turns, config.busy_timeout.0)
                     .await
                     .context("migrating the database")?;
             }
             pool
         };
         let pool = pool.with_context(|| format!("connecting to {}", file.display()))?;
-        let turns = (!config.read_only).then(|| Turns::of(&file, config.busy_timeout.0));
         Ok(Self {
-            turns: turns.transpose()?,
+            turns,
             pools: Pools::new(
                 Both {
                     shared: pool,
@@ -124,6 +125,30 @@ fn shape(config: &Database, handed: &Handed) -> SqlitePoolOptions {
             connected.one();
             Box::pin(std::future::ready(Ok(())))
         })
+}
+
+/// Tries for so long. The driver's transaction begins as a read, and where somebody writes when it becomes a
+/// write SQLite does not wait: releases that know of no turns, or a transaction that is being rolled back.
+async fn migrate(pool: &SqlitePool, turns: &Turns, longest: Duration) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        let turn = turns.next().await?;
+        let migrated = migrations().run(pool).await;
+        drop(turn);
+        match migrated {
+            Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
+                if is_busy(&error) && began.elapsed() < longest =>
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            migrated => return Ok(migrated?),
+        }
+    }
+}
+
+fn is_busy(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| matches!(meaning(&code), Meaning::Busy))
 }
 
 async fn lock(database: &Path) -> anyhow::Result<File> {
