@@ -1,19 +1,22 @@
 //! The program's commands, each as its own process.
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
 
 use crate::database::Database;
 use crate::test_app::{TestApp, config_dir, eventually, free_port};
 
-pub fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
+/// Runs it to its end, while services of the same test go on: they may be in the middle of a write.
+pub async fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
         .arg(command)
         .env("SERVICE_CONFIG_DIR", config_dir())
         .envs(variables.iter().copied())
         .output()
+        .await
         .unwrap();
     let said = String::from_utf8(stderr).unwrap();
     (status.code().unwrap(), said)
@@ -32,15 +35,15 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
 
         let url = [("SERVICE__DATABASE__URL", database.url())];
         let read_only = ("SERVICE__DATABASE__READ_ONLY", "true");
-        let (code, said) = run("migrate", &[url[0], read_only]);
+        let (code, said) = run("migrate", &[url[0], read_only]).await;
         assert_eq!((code, said.contains("already")), (1, false), "{said}");
-        let (code, said) = run("migrate", &url);
+        let (code, said) = run("migrate", &url).await;
         assert_eq!(
             (code, said.contains("the schema is new")),
             (0, true),
             "{said}"
         );
-        let (code, said) = run("migrate", &url);
+        let (code, said) = run("migrate", &url).await;
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
 
         eventually("it is ready", async || {
@@ -48,7 +51,7 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
             !ready.contains("\"ready\":false")
         })
         .await;
-        let (code, said) = run("migrate", &[url[0], read_only]);
+        let (code, said) = run("migrate", &[url[0], read_only]).await;
         assert_eq!((code, said.contains("already")), (0, true), "{said}");
     }
 }
@@ -59,7 +62,7 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     let database = Database::sqlite();
     let address = || format!("127.0.0.1:{}", free_port());
     let (public, admin) = (address(), address());
-    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_service"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_service"))
         .arg("serve")
         .env("SERVICE_CONFIG_DIR", config_dir())
         .env("SERVICE__DATABASE__URL", database.url())
@@ -122,18 +125,18 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     assert!(!said.contains("answered"), "{said}");
 }
 
-#[test]
-fn a_configuration_can_be_checked_beforehand() {
+#[tokio::test]
+async fn a_configuration_can_be_checked_beforehand() {
     let environment = ("SERVICE_ENVIRONMENT", "production");
-    let (code, said) = run("check-config", &[environment]);
+    let (code, said) = run("check-config", &[environment]).await;
     assert_eq!((code, said.contains("is good")), (0, true), "{said}");
     let wrong = ("SERVICE__ORDERS__PAGE_SIZE", "0");
-    let (code, said) = run("check-config", &[environment, wrong]);
+    let (code, said) = run("check-config", &[environment, wrong]).await;
     assert_eq!(
         (code, said.contains("SERVICE__ORDERS__PAGE_SIZE")),
         (78, true),
         "{said}"
     );
-    let (code, said) = run("sevre", &[]);
+    let (code, said) = run("sevre", &[]).await;
     assert_eq!((code, said.contains("'serve'")), (2, true), "{said}");
 }

@@ -183,7 +183,7 @@ async fn keys_are_replaced_while_the_service_runs() {
             ("SERVICE__DATABASE__ENCRYPTION_KEYS", both_keys.as_str()),
         ];
         for wanted in ["3 contacts", "0 contacts"] {
-            let (code, said) = run("rotate-keys", &variables);
+            let (code, said) = run("rotate-keys", &variables).await;
             assert_eq!((code, said.contains(wanted)), (0, true), "{kind}: {said}");
         }
         let new = TestApp::start_on(database.clone(), keys(&[NEW])).await;
@@ -198,7 +198,7 @@ async fn keys_are_replaced_while_the_service_runs() {
             assert_eq!((status, &problem["type"]), (500, &json!("internal")));
             assert!(!problem.to_string().contains("key"), "{problem}");
         }
-        let (code, said) = run("rotate-keys", &variables[..1]);
+        let (code, said) = run("rotate-keys", &variables[..1]).await;
         let wanted = "database.encryption_keys is not set";
         assert_eq!((code, said.contains(wanted)), (1, true), "{said}");
     }
@@ -241,10 +241,10 @@ async fn contacts_that_could_not_be_kept_are_refused() {
     }
 }
 
-#[test]
-fn keys_come_from_the_environment_and_are_never_shown() {
+#[tokio::test]
+async fn keys_come_from_the_environment_and_are_never_shown() {
     let keys = ("SERVICE__DATABASE__ENCRYPTION_KEYS", "old:c2VjcmV0");
-    let (code, said) = run("check-config", &[keys]);
+    let (code, said) = run("check-config", &[keys]).await;
     assert_eq!((code, said.contains("the key old")), (78, true), "{said}");
     assert!(!said.contains("c2VjcmV0"), "{said}");
 }

@@ -97,7 +97,7 @@ async fn a_poisoned_event_is_put_aside() {
             // A busy machine is not what is asked about.
             ("SERVICE__DATABASE__BUSY_TIMEOUT", "30s"),
         ];
-        let (code, said) = crate::commands::run("replay", &url);
+        let (code, said) = crate::commands::run("replay", &url).await;
         assert_eq!(code, 1, "{said}");
         for part in [
             "0 events acted on, 2 left",
@@ -107,7 +107,7 @@ async fn a_poisoned_event_is_put_aside() {
             assert!(said.contains(part), "{part}: {said}");
         }
         app.execute("UPDATE customer_totals SET orders = 1").await;
-        let (_, said) = crate::commands::run("replay", &url);
+        let (_, said) = crate::commands::run("replay", &url).await;
         assert!(said.contains("1 events acted on, 1 left"), "{said}");
         let none = json!([{ "currency": "EUR", "orders": 0, "total_cents": 0 }]);
         assert_eq!(totals(&app, "ada").await, none);
