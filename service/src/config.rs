@@ -173,9 +173,9 @@ pub enum LogFormat {
 pub struct Database {
     pub url: DatabaseUrl,
     pub max_connections: NonZeroU32,
-    /// That are kept, whether anybody needs them or not.
+    /// As many are open, whether anybody needs them or not.
     pub min_connections: u32,
-    /// Those beyond are closed after this time.
+    /// One that nobody has needed for so long is closed.
     pub idle_timeout: Timeout,
     /// For what only the service may read. Without them it keeps nothing of the kind.
     pub encryption_keys: Option<Keyring>,
@@ -198,7 +198,7 @@ pub struct Cache {
     pub timeout: Timeout,
 }
 
-/// When a dependency that fails is left alone.
+/// When the cache, where it fails, is left alone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CircuitBreaker {
@@ -447,6 +447,10 @@ impl Config {
         if self.server.linger.is_some_and(|linger| linger.0 > half) {
             let why = format!("is more than half of server.drain_timeout = {:?}", half * 2);
             return Some(("server.linger", why));
+        }
+        if self.redis.ca.is_some() && !self.redis.url.0.starts_with("rediss:") {
+            let why = "is for addresses that begin with rediss://, and redis.url does not";
+            return Some(("redis.ca", why.to_owned()));
         }
         let kafka = &self.kafka;
         if kafka.user.is_some() != kafka.password.is_some() {

@@ -111,7 +111,7 @@ fn carry_out(command: Command, config: Config, runtime: &Runtime) -> anyhow::Res
             anyhow::ensure!(
                 config.auth.mode == AuthMode::Development,
                 "tokens are signed here only with auth.mode = \"development\" \
-                 (SERVICE__AUTH__MODE=development)"
+                 (SERVICE_ENVIRONMENT=development)"
             );
             development::check(config::environment().as_deref())?;
             let token = development::token(&config.auth, &subject, &roles, seconds)?;

@@ -21,7 +21,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 13] = [
+    let cases: [(&str, &[&str]); 14] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -58,6 +58,7 @@ fn problems_name_file_key_and_value() {
             "[server]\nlinger = \"6s\"",
             &["server.linger", "half of server.drain_timeout"],
         ),
+        ("[redis]\nca = \"ca.crt\"", &["redis.ca", "rediss://"]),
         (
             "[kafka]\nuser = \"ada\"",
             &["kafka.user", "SERVICE__KAFKA__PASSWORD"],

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use service::config::Timeout;
+use service::config::{Scheme, Timeout};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -99,7 +99,10 @@ async fn a_process_that_waits_for_its_database_is_ready() {
 async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
     for database in Database::each().await {
         let app = TestApp::start_on(database.clone(), |config| {
-            config.database.max_connections = 1.try_into().unwrap();
+            // SQLite's writes have one turn, and need no more than one.
+            if config.database.url.scheme() == Scheme::Postgres {
+                config.database.max_connections = 1.try_into().unwrap();
+            }
             config.database.acquire_timeout = Timeout(Duration::from_millis(100));
             config.database.busy_timeout = Timeout(Duration::from_secs(80));
             config.server.request_timeout = Timeout(Duration::from_secs(80));
@@ -111,7 +114,7 @@ async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
             let is_ready = async || app.get("/health/ready").await.0 == 200;
             eventually("it is not ready", async || !is_ready().await).await;
             let why = app.admin_text("/health/ready").await;
-            assert!(why.contains("no connection has come back"), "{why}");
+            assert!(why.contains("nothing has been done"), "{why}");
             drop(held);
             eventually("it is ready again", is_ready).await;
         };

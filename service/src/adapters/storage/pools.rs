@@ -11,7 +11,7 @@ use super::Connections;
 
 /// So many times as long as somebody waits for a connection: then it is not for being busy that none
 /// comes back.
-const STUCK_AFTER: u32 = 5;
+pub(super) const STUCK_AFTER: u32 = 5;
 /// What a pool that is replaced may still do.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 

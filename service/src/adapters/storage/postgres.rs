@@ -1,6 +1,7 @@
 //! The adapter for PostgreSQL.
 
 use std::collections::HashSet;
+use std::future::{Ready, ready};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,7 +135,18 @@ fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
         })
 }
 
+/// The server knows by itself whose turn it is.
+struct NoTurn;
+
 impl Postgres {
+    fn turn(&self) -> Ready<Result<NoTurn, StorageError>> {
+        ready(Ok(NoTurn))
+    }
+
+    fn stuck_for(&self) -> Option<Duration> {
+        self.pools.stuck_for()
+    }
+
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Postgres>, StorageError> {
         let pool = self.pools.shared();
         Ok(rows::retried(|| pool.begin()).await?)

@@ -1,7 +1,8 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
 //! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a transaction
-//! that may write), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
+//! that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing has
+//! moved, where that is too long), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
 //! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
 //! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
@@ -20,9 +21,8 @@ macro_rules! storage_in_sql {
                 >,
             ) -> Result<(), StorageError> {
                 watched(async {
-                    let mut tx = self.begin().await?;
-                    statement.execute(&mut *tx).await?;
-                    tx.commit().await?;
+                    let _turn = self.turn().await?;
+                    statement.execute(&self.pools.shared()).await?;
                     Ok(())
                 })
                 .await
@@ -194,10 +194,10 @@ macro_rules! storage_in_sql {
                 let lease = sqlx::query_scalar(&lease).bind(name).bind(owner);
                 let lease = lease.bind(milliseconds);
                 watched(async {
-                    let mut tx = self.begin().await?;
-                    let token = lease.fetch_optional(&mut *tx).await?;
-                    tx.commit().await?;
-                    Ok(token)
+                    let _turn = self.turn().await?;
+                    // All of what it answers: only then is it written.
+                    let token = lease.fetch_all(&self.pools.shared()).await?;
+                    Ok(token.into_iter().next())
                 })
                 .await
             }
@@ -339,8 +339,8 @@ macro_rules! storage_in_sql {
             }
 
             async fn check(&self) -> Result<(), StorageError> {
-                if let Some(long) = self.pools.stuck_for() {
-                    let why = format!("no connection has come back for {long:.0?}");
+                if let Some(long) = self.stuck_for() {
+                    let why = format!("nothing has been done for {long:.0?}");
                     return Err(StorageError::Busy(why));
                 }
                 let version = sqlx::query_scalar(rows::SCHEMA_VERSION);

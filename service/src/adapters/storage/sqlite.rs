@@ -5,16 +5,16 @@ use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{Connection, SqlitePool, Transaction};
+use sqlx::{Connection, Transaction};
 use uuid::Uuid;
 
 use super::abandoned::watched;
@@ -23,8 +23,8 @@ use super::rows::TotalOf;
 use super::sql::storage_in_sql;
 use super::turns::{Turn, Turns};
 use super::{
-    Change, Connections, DeadLetter, Meaning, Once, Placed, Storage, StorageError, Untold,
-    contacts, meaning, rows,
+    Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned,
+    contacts, rows,
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
@@ -70,7 +70,7 @@ impl Sqlite {
         if let Some(dir) = file.parent().filter(|_| !config.read_only) {
             std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
-        let turns = (!config.read_only).then(|| Turns::of(&file, config.busy_timeout.0));
+        let turns = (!config.read_only).then(|| Turns::of(&file, config));
         let turns = turns.transpose()?;
         let probe = shape(config, &Handed::default()).max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
@@ -86,7 +86,9 @@ impl Sqlite {
             let _lock = lock(&file).await?;
             let pool = connect.connect_with(options).await;
             if let (Ok(pool), Some(turns), true) = (&pool, &turns, config.migrate) {
-                migrate(pool, turns, config.busy_timeout.0)
+                let _turn = turns.next().await?;
+                migrations()
+                    .run(pool)
                     .await
                     .context("migrating the database")?;
             }
@@ -121,34 +123,20 @@ fn shape(config: &Database, handed: &Handed) -> SqlitePoolOptions {
             acquired.one();
             Box::pin(async move { Ok(!connection.is_in_transaction()) })
         })
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                // Who is cut off in the middle of a transaction's beginning leaves it to nobody.
+                if !abandoned::lately() {
+                    return Ok(true);
+                }
+                connection.ping().await?;
+                Ok(!connection.is_in_transaction())
+            })
+        })
         .after_connect(move |_, _| {
             connected.one();
             Box::pin(std::future::ready(Ok(())))
         })
-}
-
-/// Tries for so long. The driver's transaction begins as a read, and where somebody writes when it becomes a
-/// write SQLite does not wait: releases that know of no turns, or a transaction that is being rolled back.
-async fn migrate(pool: &SqlitePool, turns: &Turns, longest: Duration) -> anyhow::Result<()> {
-    let began = Instant::now();
-    loop {
-        let turn = turns.next().await?;
-        let migrated = migrations().run(pool).await;
-        drop(turn);
-        match migrated {
-            Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _))
-                if is_busy(&error) && began.elapsed() < longest =>
-            {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            migrated => return Ok(migrated?),
-        }
-    }
-}
-
-fn is_busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
-    code.is_some_and(|code| matches!(meaning(&code), Meaning::Busy))
 }
 
 async fn lock(database: &Path) -> anyhow::Result<File> {
@@ -194,14 +182,23 @@ impl Sqlite {
     /// With a write lock from the start: a read that becomes a write can fail as busy at once.
     async fn begin(&self) -> Result<Write, StorageError> {
         // Who waits takes no connection from those who read.
-        let turn = match &self.turns {
-            Some(turns) => Some(turns.next().await?),
-            None => None,
-        };
+        let turn = self.turn().await?;
         Ok(Write {
             tx: self.pools.shared().begin_with("BEGIN IMMEDIATE").await?,
             _turn: turn,
         })
+    }
+
+    async fn turn(&self) -> Result<Option<Turn>, StorageError> {
+        match &self.turns {
+            Some(turns) => turns.next().await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn stuck_for(&self) -> Option<Duration> {
+        let turn = self.turns.as_ref().and_then(Turns::stuck_for);
+        turn.or_else(|| self.pools.stuck_for())
     }
 
     async fn insert(

@@ -6,19 +6,24 @@
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::StorageError;
+use super::pools::STUCK_AFTER;
+use crate::config::Database;
 
 pub(super) struct Turns {
     /// This process' queue, in order of coming.
     queue: Arc<Semaphore>,
     lock: Arc<File>,
+    /// When this process has got its turn last, or begun to wait for the others'.
+    taken: Mutex<Instant>,
     longest: Duration,
+    stuck_after: Duration,
 }
 
 /// The right to write. It ends with its process, too.
@@ -35,14 +40,16 @@ impl Drop for Turn {
 }
 
 impl Turns {
-    /// For all processes that write to this database. Nobody waits for longer than `longest`.
-    pub(super) fn of(database: &Path, longest: Duration) -> anyhow::Result<Self> {
+    /// For all processes that write to this database. Nobody waits for longer than `busy_timeout`.
+    pub(super) fn of(database: &Path, config: &Database) -> anyhow::Result<Self> {
         let path = database.with_extension("turn.lock");
         let lock = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         Ok(Self {
             queue: Arc::new(Semaphore::new(1)),
             lock: Arc::new(lock),
-            longest,
+            taken: Mutex::new(Instant::now()),
+            longest: config.busy_timeout.0,
+            stuck_after: config.acquire_timeout.0 * STUCK_AFTER,
         })
     }
 
@@ -58,10 +65,18 @@ impl Turns {
         })?
     }
 
+    /// For how long the turn has been somebody's, where that is too long.
+    pub(super) fn stuck_for(&self) -> Option<Duration> {
+        let is_taken = self.queue.available_permits() == 0;
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(taken.elapsed()).filter(|long| is_taken && *long > self.stuck_after)
+    }
+
     async fn in_order(&self) -> Result<Turn, StorageError> {
         let failed = |why: &dyn std::fmt::Display| StorageError::Failed(why.to_string());
         let place = Arc::clone(&self.queue).acquire_owned().await;
         let place = place.map_err(|closed| failed(&closed))?;
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         let turn = Turn {
             lock: Arc::clone(&self.lock),
             _place: place,
@@ -82,11 +97,15 @@ impl Turns {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, Timeout};
 
     fn two_processes(longest: Duration) -> (tempfile::TempDir, [Turns; 2]) {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("orders.db");
-        let turns = [(), ()].map(|()| Turns::of(&file, longest).unwrap());
+        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/service/default.toml");
+        let mut config = Config::from_files(&[shipped]).unwrap().database;
+        config.busy_timeout = Timeout(longest);
+        let turns = [(), ()].map(|()| Turns::of(&file, &config).unwrap());
         (dir, turns)
     }
 
