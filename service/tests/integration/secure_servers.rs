@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::time::Duration;
 
 use aws_lc_rs::pbkdf2;
 use krafka::admin::AdminClient;
@@ -10,7 +9,7 @@ use krafka::auth::ScramMechanism;
 use krafka::protocol::ScramCredentialUpsertion;
 use service::adapters::bus::{self, BusError};
 use service::adapters::cache;
-use service::config::{BusKind, CacheKind, Config, Mechanism, Secret, ServerUrl, Timeout};
+use service::config::{BusKind, CacheKind, Config, Mechanism, Secret, ServerUrl};
 use tempfile::TempDir;
 use test_servers::{Identity, Secure, Server};
 
@@ -46,7 +45,6 @@ async fn redis_is_reached_by_tls() {
     let get = async |scheme: &str, ca: Option<&str>| {
         let mut config = shipped_config();
         config.cache.kind = CacheKind::Redis;
-        config.cache.timeout = Timeout(Duration::from_secs(10));
         config.redis.url = ServerUrl(format!("{scheme}://{}", server.address));
         config.redis.ca = ca.map(|ca| files.path().join(ca));
         let cache = cache::open(&config).map_err(|error| format!("{error:#}"))?;

@@ -192,10 +192,8 @@ async fn reads_do_not_wait_for_writes() {
 #[tokio::test]
 async fn a_database_is_migrated_beside_others_writes() {
     let database = Database::sqlite();
-    let file = database.url().replace("sqlite://", "sqlite:");
-    let mut outsider = SqliteConnection::connect(&format!("{file}?mode=rwc"))
-        .await
-        .unwrap();
+    let new = format!("{}?mode=rwc", database.url());
+    let mut outsider = SqliteConnection::connect(&new).await.unwrap();
     let wal = "PRAGMA journal_mode = WAL; CREATE TABLE other (number INTEGER)";
     outsider.execute(wal).await.unwrap();
     let writing = tokio::spawn(async move {

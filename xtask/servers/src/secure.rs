@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use testcontainers::core::{IntoContainerPort, WaitFor};
-use testcontainers::{ContainerAsync, GenericImage, ImageExt};
+use testcontainers::{ContainerAsync, ContainerRequest, GenericImage, ImageExt};
 
 use crate::server::{free_port, kafka_variables, named, run};
 use crate::{ADVICE, Server, image_of};
@@ -53,12 +53,7 @@ async fn redis(image: &str, identity: &Identity) -> Result<Secure> {
         .with_cmd(options.split_whitespace())
         .with_copy_to("/etc/tls.crt", bytes(&identity.certificate))
         .with_copy_to("/etc/tls.key", bytes(&identity.key));
-    let container = run(request).await?;
-    Ok(Secure {
-        address: format!("127.0.0.1:{}", container.get_host_port_ipv4(6380).await?),
-        plain_address: None,
-        _container: container,
-    })
+    with_port(request, 6380).await
 }
 
 /// <https://www.rabbitmq.com/docs/ssl#enabling-tls>
@@ -75,13 +70,7 @@ ssl_options.verify = verify_none
         .with_copy_to("/etc/rabbitmq/conf.d/20-tls.conf", bytes(settings))
         .with_copy_to("/etc/rabbitmq/tls.crt", bytes(&identity.certificate))
         .with_copy_to("/etc/rabbitmq/tls.key", bytes(&identity.key));
-    let container = run(request).await?;
-    Ok(Secure {
-        // The name that its certificate is for.
-        address: format!("127.0.0.1:{}", container.get_host_port_ipv4(5671).await?),
-        plain_address: None,
-        _container: container,
-    })
+    with_port(request, 5671).await
 }
 
 /// <https://kafka.apache.org/documentation/#security_ssl>
@@ -133,6 +122,17 @@ async fn kafka(image: &str, identity: &Identity, password: &str) -> Result<Secur
     Ok(Secure {
         address: format!("127.0.0.1:{secure}"),
         plain_address: Some(format!("127.0.0.1:{plain}")),
+        _container: container,
+    })
+}
+
+/// Starts it, and finds out where this port is.
+async fn with_port(request: ContainerRequest<GenericImage>, port: u16) -> Result<Secure> {
+    let container = run(request).await?;
+    Ok(Secure {
+        // The name that its certificate is for.
+        address: format!("127.0.0.1:{}", container.get_host_port_ipv4(port).await?),
+        plain_address: None,
         _container: container,
     })
 }

@@ -1,9 +1,9 @@
 //! What both SQL adapters do alike, which is nearly all: written once, for each adapter's own types.
 //!
-//! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a transaction
-//! that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing has
-//! moved, where that is too long), its `NOW` and `migrations`, and whatever is said for many at once in its own way:
-//! `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
+//! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a
+//! transaction that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing
+//! has moved, where that is too long), its `NOW` and `migrations`, and whatever is said for many at once
+//! in its own way: `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
 //! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
 //! generic function would need every bound of every query instead.

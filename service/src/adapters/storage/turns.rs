@@ -10,16 +10,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedMutexGuard;
 
 use super::StorageError;
 use super::pools::STUCK_AFTER;
 use crate::config::Database;
 
 pub(super) struct Turns {
-    /// This process' queue, in order of coming.
-    queue: Arc<Semaphore>,
-    lock: Arc<File>,
+    /// This process' queue, in order of coming, for the lock of all processes.
+    lock: Arc<tokio::sync::Mutex<File>>,
     /// When this process has got its turn last, or begun to wait for the others'.
     taken: Mutex<Instant>,
     longest: Duration,
@@ -27,15 +26,12 @@ pub(super) struct Turns {
 }
 
 /// The right to write. It ends with its process, too.
-pub(super) struct Turn {
-    lock: Arc<File>,
-    _place: OwnedSemaphorePermit,
-}
+pub(super) struct Turn(OwnedMutexGuard<File>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
         // What was not locked is not unlocked, and that is no error.
-        let _ = self.lock.unlock();
+        let _ = self.0.unlock();
     }
 }
 
@@ -45,8 +41,7 @@ impl Turns {
         let path = database.with_extension("turn.lock");
         let lock = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         Ok(Self {
-            queue: Arc::new(Semaphore::new(1)),
-            lock: Arc::new(lock),
+            lock: Arc::new(tokio::sync::Mutex::new(lock)),
             taken: Mutex::new(Instant::now()),
             longest: config.busy_timeout.0,
             stuck_after: config.acquire_timeout.0 * STUCK_AFTER,
@@ -67,27 +62,22 @@ impl Turns {
 
     /// For how long the turn has been somebody's, where that is too long.
     pub(super) fn stuck_for(&self) -> Option<Duration> {
-        let is_taken = self.queue.available_permits() == 0;
+        let is_taken = self.lock.try_lock().is_err();
         let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         Some(taken.elapsed()).filter(|long| is_taken && *long > self.stuck_after)
     }
 
     async fn in_order(&self) -> Result<Turn, StorageError> {
         let failed = |why: &dyn std::fmt::Display| StorageError::Failed(why.to_string());
-        let place = Arc::clone(&self.queue).acquire_owned().await;
-        let place = place.map_err(|closed| failed(&closed))?;
+        let turn = Turn(Arc::clone(&self.lock).lock_owned().await);
         *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        let turn = Turn {
-            lock: Arc::clone(&self.lock),
-            _place: place,
-        };
-        match turn.lock.try_lock() {
+        match turn.0.try_lock() {
             Ok(()) => return Ok(turn),
             Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => return Err(failed(&error)),
         }
         // Whoever gives up meanwhile leaves this to its end, and nobody of this process goes before.
-        let wait = move || turn.lock.lock().map(|()| turn);
+        let wait = move || turn.0.lock().map(|()| turn);
         let turn = tokio::task::spawn_blocking(wait).await;
         let turn = turn.map_err(|panicked| failed(&panicked))?;
         turn.map_err(|error| failed(&error))
