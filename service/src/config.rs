@@ -23,6 +23,8 @@ use crate::keyring::Keyring;
 
 /// Where the files are, unless `SERVICE_CONFIG_DIR` says otherwise.
 const CONFIG_DIR: &str = "config/service";
+/// Of tokens that `service token` signs; `default.toml` has it.
+const DEVELOPMENT_ISSUER: &str = "http://localhost/development";
 /// What nobody may see.
 const SECRETS: [&str; 3] = [
     "auth.client_secret",
@@ -447,6 +449,11 @@ impl Config {
         if self.server.linger.is_some_and(|linger| linger.0 > half) {
             let why = format!("is more than half of server.drain_timeout = {:?}", half * 2);
             return Some(("server.linger", why));
+        }
+        if self.auth.mode == AuthMode::Jwks && self.auth.issuer == DEVELOPMENT_ISSUER {
+            let why = "= \"jwks\" needs auth.issuer, the OpenID provider whose tokens are believed: \
+                       name it in this file, or in SERVICE__AUTH__ISSUER";
+            return Some(("auth.mode", why.to_owned()));
         }
         if self.redis.ca.is_some() && !self.redis.url.0.starts_with("rediss:") {
             let why = "is for addresses that begin with rediss://, and redis.url does not";

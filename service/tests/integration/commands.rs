@@ -128,12 +128,20 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
 #[tokio::test]
 async fn a_configuration_can_be_checked_beforehand() {
     let environment = ("SERVICE_ENVIRONMENT", "production");
-    let (code, said) = run("check-config", &[environment]).await;
+    let issuer = ("SERVICE__AUTH__ISSUER", "https://login.example");
+    let (code, said) = run("check-config", &[environment, issuer]).await;
     assert_eq!((code, said.contains("is good")), (0, true), "{said}");
     let wrong = ("SERVICE__ORDERS__PAGE_SIZE", "0");
-    let (code, said) = run("check-config", &[environment, wrong]).await;
+    let (code, said) = run("check-config", &[environment, issuer, wrong]).await;
     assert_eq!(
         (code, said.contains("SERVICE__ORDERS__PAGE_SIZE")),
+        (78, true),
+        "{said}"
+    );
+    // As it ships, nobody has said whose tokens production believes.
+    let (code, said) = run("check-config", &[environment]).await;
+    assert_eq!(
+        (code, said.contains("SERVICE__AUTH__ISSUER")),
         (78, true),
         "{said}"
     );

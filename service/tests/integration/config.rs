@@ -12,8 +12,11 @@ fn shipped(name: &str) -> PathBuf {
 
 #[test]
 fn every_environment_that_ships_can_be_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let ours = dir.path().join("ours.toml");
+    std::fs::write(&ours, "[auth]\nissuer = \"https://login.example\"").unwrap();
     for environment in ["development.toml", "staging.toml", "production.toml"] {
-        Config::from_files(&[shipped("default.toml"), shipped(environment)]).unwrap();
+        Config::from_files(&[shipped("default.toml"), shipped(environment), ours.clone()]).unwrap();
     }
 }
 
@@ -21,7 +24,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 14] = [
+    let cases: [(&str, &[&str]); 15] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -57,6 +60,10 @@ fn problems_name_file_key_and_value() {
         (
             "[server]\nlinger = \"6s\"",
             &["server.linger", "half of server.drain_timeout"],
+        ),
+        (
+            "[auth]\nmode = \"jwks\"",
+            &["auth.mode", "auth.issuer", "SERVICE__AUTH__ISSUER"],
         ),
         ("[redis]\nca = \"ca.crt\"", &["redis.ca", "rediss://"]),
         (

@@ -126,6 +126,7 @@ impl Namespace {
         // As with latencies: that the machine was busy for seconds is no failure of a rollout.
         let environment = [
             ("SERVICE_ENVIRONMENT", "production"),
+            ("SERVICE__AUTH__MODE", "off"),
             ("SERVICE__DATABASE__ACQUIRE_TIMEOUT", "8s"),
             ("SERVICE__SERVER__REQUEST_TIMEOUT", "9s"),
         ];
