@@ -319,17 +319,28 @@ impl<'a> Session<'a> {
         let time = (self.pipeline.rollout.window.0 * 2).max(Duration::from_secs(1));
         self.output.progress("measuring stable's traffic");
         let (counts, time) = measure(&*metrics, plan, time).await?;
+        let rollout = &self.pipeline.rollout;
         let forecast = plan::forecast(
             &plan.stages,
-            self.pipeline.rollout.min_stage.0.as_secs_f64(),
+            plan::Pace {
+                min_stage: rollout.min_stage.0.as_secs_f64(),
+                unseen: self.unseen(&*metrics).as_secs_f64(),
+                window: rollout.window.0.as_secs_f64(),
+            },
             &self.pipeline.judge,
             &counts,
             time.as_secs_f64(),
         );
         status::forecast(&forecast, self.output);
-        let max_stage = self.pipeline.rollout.max_stage.0.as_secs_f64();
+        let max_stage = rollout.max_stage.0.as_secs_f64();
         forecast.check(max_stage, &self.name, &platform.address())?;
         Ok(forecast)
+    }
+
+    /// How long a stage lasts before anything is counted of it: what was counted before its weight
+    /// took effect says nothing about it.
+    fn unseen(&self, metrics: &dyn Metrics) -> Duration {
+        self.pipeline.rollout.warm_up.0 + metrics.lag()
     }
 
     async fn drive(
@@ -352,8 +363,7 @@ impl<'a> Session<'a> {
             writer,
             pace: Pace {
                 window: rollout.window.0,
-                // What was counted before a weight took effect says nothing about it.
-                warm_up: rollout.warm_up.0 + metrics.lag(),
+                warm_up: self.unseen(&*metrics),
                 tick: platform.tick(),
             },
             audience: &|notice| narrator.tell(notice),

@@ -158,7 +158,20 @@ pub struct Forecast {
     pub errors: f64,
     /// Bounds in seconds fixed for the judge; `None` where there were too few requests.
     pub bounds: Option<Vec<f64>>,
+    /// Seconds at the start of each stage that nothing is counted of.
+    pub unseen: f64,
     pub stages: Vec<StageForecast>,
+}
+
+/// What each stage takes, whatever the traffic. Times in seconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    pub min_stage: f64,
+    /// From a stage's beginning until what is counted is of it: what the metrics are behind, and
+    /// `rollout.warm_up`.
+    pub unseen: f64,
+    /// How often there is a verdict.
+    pub window: f64,
 }
 
 /// Times in seconds.
@@ -214,7 +227,7 @@ impl MetricForecast {
 /// How long each stage will take, from what stable was seen to do in `seconds`.
 pub fn forecast(
     stages: &[Stage],
-    min_stage: f64,
+    pace: Pace,
     judge: &Judge,
     stable: &Counts,
     seconds: f64,
@@ -251,10 +264,12 @@ pub fn forecast(
                 .map(|metric| (*metric, metric.needs(judge, w)))
                 .reduce(|most, other| if other.1 > most.1 { other } else { most })
                 .unwrap_or((of_errors, 0.0));
-            let to_pass = (needed / (rate * w)).max(min_stage);
+            let counted = (needed / (rate * w))
+                .max(pace.window)
+                .max(pace.min_stage - pace.unseen);
             // What takes for ever brings nothing to what comes after.
-            let requests = if to_pass.is_finite() {
-                to_pass * rate * w
+            let requests = if counted.is_finite() {
+                counted * rate * w
             } else {
                 0.0
             };
@@ -267,8 +282,8 @@ pub fn forecast(
             StageForecast {
                 weight: stage.weight,
                 slowest,
-                to_pass,
-                to_see,
+                to_pass: pace.unseen + counted,
+                to_see: pace.unseen + to_see,
             }
         })
         .collect();
@@ -276,6 +291,7 @@ pub fn forecast(
         rate,
         errors,
         bounds,
+        unseen: pace.unseen,
         stages,
     }
 }
@@ -287,6 +303,14 @@ impl Forecast {
             bail!(
                 "{environment} gets no requests, so nothing could be judged and no stage could \
                  end; send traffic to {address} and start again"
+            );
+        }
+        if self.unseen >= max_stage {
+            bail!(
+                "the metrics are {:.0} s behind, rollout.warm_up included, and rollout.max_stage is \
+                 {max_stage:.0} s: no stage would see anything of itself; set rollout.max_stage to \
+                 more, or scrape more often (prometheus.interval)",
+                self.unseen,
             );
         }
         if let Some(stage) = self.stages.iter().find(|stage| stage.to_pass > max_stage) {
@@ -376,9 +400,8 @@ mod tests {
         assert!(rollback_target(&status("one", &history), None).is_err());
     }
 
-    #[test]
-    fn a_rollout_that_cannot_decide_is_refused() {
-        let judge = Judge {
+    fn judge() -> Judge {
+        Judge {
             alpha: Probability(0.03),
             beta: Probability(0.05),
             margin: Ratio(1.5),
@@ -386,15 +409,56 @@ mod tests {
             outage: Probability(0.05),
             latency_floor: Time(Duration::from_millis(50)),
             latency_tolerance: Probability(0.02),
+        }
+    }
+
+    fn weighing(weights: &[u8]) -> Vec<Stage> {
+        let stage = |weight: &u8| Stage {
+            weight: *weight,
+            gate: None,
         };
-        let stages: Vec<Stage> = [10, 100].map(|weight| Stage { weight, gate: None }).into();
+        weights.iter().map(stage).collect()
+    }
+
+    fn pace(unseen: f64) -> Pace {
+        Pace {
+            min_stage: 2.0,
+            unseen,
+            window: 1.0,
+        }
+    }
+
+    /// Metrics that are behind make each stage longer, and one that is shorter than that sees nothing.
+    #[test]
+    fn metrics_that_are_behind_are_waited_for() {
+        let counts = Counts {
+            requests: 20_000,
+            errors: 0,
+            latency: None,
+        };
+        let behind =
+            |unseen| forecast(&weighing(&[10, 100]), pace(unseen), &judge(), &counts, 10.0);
+        for (at_once, late) in behind(0.0).stages.iter().zip(behind(30.0).stages) {
+            assert!(late.to_pass >= at_once.to_pass + 28.0, "{late:?}");
+            assert_eq!(late.to_see, at_once.to_see + 30.0);
+        }
+        let check = |unseen| behind(unseen).check(60.0, "production", "http://localhost");
+        check(30.0).unwrap();
+        let blind = check(60.0).unwrap_err().to_string();
+        assert!(blind.contains("60 s behind"), "{blind}");
+        assert!(blind.contains("prometheus.interval"), "{blind}");
+    }
+
+    #[test]
+    fn a_rollout_that_cannot_decide_is_refused() {
+        let (judge, stages) = (judge(), weighing(&[10, 100]));
         let seen = |requests, errors| {
             let counts = Counts {
                 requests,
                 errors,
                 latency: None,
             };
-            forecast(&stages, 2.0, &judge, &counts, 10.0).check(
+            forecast(&stages, pace(0.0), &judge, &counts, 10.0).check(
                 60.0,
                 "production",
                 "http://localhost",
@@ -402,14 +466,8 @@ mod tests {
         };
         seen(2000, 0).unwrap();
         // Most of stable's requests are slow: what is found by comparison still counts at 100 %.
-        let slow = |stages: &[u8]| {
-            let stages: Vec<Stage> = stages
-                .iter()
-                .map(|weight| Stage {
-                    weight: *weight,
-                    gate: None,
-                })
-                .collect();
+        let slow = |weights: &[u8]| {
+            let stages = weighing(weights);
             let counts = Counts {
                 requests: 5000,
                 errors: 0,
@@ -418,7 +476,7 @@ mod tests {
                     count: vec![1000, 3800, 180, 20],
                 }),
             };
-            forecast(&stages, 2.0, &judge, &counts, 10.0)
+            forecast(&stages, pace(0.0), &judge, &counts, 10.0)
         };
         let forecast = slow(&[25, 50, 100]);
         forecast
