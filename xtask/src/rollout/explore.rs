@@ -89,6 +89,8 @@ enum Fate {
     DoneUnheard,
     /// Killed in the middle: what the candidate needs was begun to be made, and nothing runs.
     Half,
+    /// What is run before the candidate's first process, such as a migration, fails for good.
+    JobFails,
     /// The command stalls before the action; another one takes over.
     Stalled,
 }
@@ -293,9 +295,13 @@ impl Rollout {
                     release,
                     replicas: 1..,
                 }),
-                Fate::Half,
+                Fate::Half | Fate::JobFails,
             ) if release == self.plan.candidate && world.candidate.desired == 0 => {
                 world.candidate.unfinished = true;
+                if fate == Fate::JobFails {
+                    world.candidate.broken = Some("the migration failed".to_owned());
+                    world.excused = true;
+                }
             }
             _ => {}
         }
@@ -423,6 +429,7 @@ impl Model for Rollout {
                 Fate::NotDone,
                 Fate::DoneUnheard,
                 Fate::Half,
+                Fate::JobFails,
                 Fate::Stalled,
             ];
             for fate in fates {
@@ -642,6 +649,14 @@ fn a_kept_release_keeps_every_invariant() {
     model.plan.keeps_previous = true;
     model.plan.others = vec!["older".into()];
     tell("canary that keeps stable", explore(model).unwrap());
+}
+
+/// Where one process may be taken away at any time, a release with traffic has two.
+#[test]
+fn a_release_with_a_spare_process_keeps_every_invariant() {
+    let mut model = Rollout::new(Kind::Canary, true, &[(10, None), (100, None)]);
+    model.plan.least = 2;
+    tell("canary with a spare process", explore(model).unwrap());
 }
 
 /// Engines and platforms with one defect each: the exploration must find it.
