@@ -98,6 +98,43 @@ async fn whoever_does_not_come_back_is_replaced() {
     }
 }
 
+/// Processes' clocks say nothing about leases, but the database's may be put forward or back.
+#[tokio::test]
+async fn a_clock_that_is_put_forward_or_back_keeps_no_lock_for_ever() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database.clone(), |config| {
+            // It takes orders and does nothing about them.
+            config.lock.kind = LockKind::Redis;
+            config.redis.url = ServerUrl("redis://127.0.0.1:1".to_owned());
+        })
+        .await;
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        let storage = app.app.storage();
+        let untold = storage.untold(1).await.unwrap();
+        let mut token = 0;
+        for (from, to, hour) in [("a", "b", "-"), ("b", "c", "+")] {
+            let hold = async |owner| storage.lease("relay", owner, MINUTE).await.unwrap();
+            let held = hold(from).await.unwrap();
+            assert_eq!(hold(to).await, None);
+            let moved = format!("UPDATE leases SET expires_at = expires_at {hour} 3600000");
+            app.execute(&moved).await;
+            let (before, taken) = (token, hold(to).await.unwrap());
+            assert!(before <= held && held < taken, "{}", database.kind);
+            token = taken;
+            // Its former holder believes that it still has it.
+            let fence = |token| Fence {
+                name: "relay",
+                token,
+            };
+            storage.told(&[], fence(taken)).await.unwrap();
+            let refused = storage.told(&[untold[0].seq], fence(held)).await;
+            let is_fenced = matches!(refused, Err(StorageError::Fenced("relay")));
+            assert!(is_fenced, "{refused:?}");
+            app.execute("UPDATE leases SET expires_at = 0").await;
+        }
+    }
+}
+
 /// Many want it at once: one gets it, and so on, with a larger token each time.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_many_one_gets_it() {

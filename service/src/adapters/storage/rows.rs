@@ -202,7 +202,8 @@ pub(super) const FORGET: [&str; 2] = [
     "DELETE FROM inbox WHERE done_at < $1",
 ];
 
-/// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds; its token.
+/// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds; its token. One
+/// that lasts for longer than twice what is asked for was made before that clock was put back.
 pub(super) fn lease(now: &str) -> String {
     format!(
         "INSERT INTO leases (name, owner, expires_at, token) VALUES ($1, $2, {now} + $3, {now})
@@ -215,6 +216,7 @@ pub(super) fn lease(now: &str) -> String {
                               UNION ALL SELECT fences.token + 1 FROM fences
                                         WHERE fences.name = leases.name) newer) END
          WHERE leases.owner = excluded.owner OR leases.expires_at < {now}
+               OR leases.expires_at > {now} + 2 * $3
          RETURNING token"
     )
 }
