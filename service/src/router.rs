@@ -4,34 +4,24 @@ use std::sync::Arc;
 
 use axum::routing::get;
 use axum::{Extension, Router};
-use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use utoipa_swagger_ui::SwaggerUi;
 
-use crate::api::problem::Problem;
-use crate::api::{graphql, grpc, operations, rest, websocket};
+use crate::api::{description, graphql, grpc, operations, rest, websocket};
 use crate::app::App;
 use crate::middleware;
 
-/// What the REST interface says of itself; its routes add themselves.
-#[derive(OpenApi)]
-#[openapi(
-    info(title = "Orders", description = "Orders over REST, version 1"),
-    components(schemas(Problem))
-)]
-struct Description;
-
 /// What clients reach: every interface on one port.
 pub fn public(app: &Arc<App>) -> anyhow::Result<Router> {
-    let (rest, description) = OpenApiRouter::with_openapi(Description::openapi())
+    let auth = &app.config.auth;
+    let (rest, description) = OpenApiRouter::with_openapi(description::description(auth))
         .routes(routes!(rest::create, rest::list))
         .routes(routes!(rest::get))
         .routes(routes!(rest::cancel))
         .routes(routes!(rest::totals))
         .split_for_parts();
     let routes = rest
-        .merge(SwaggerUi::new("/docs").url("/openapi.json", description))
+        .merge(description::page(description, auth))
         .merge(grpc::routes(app)?)
         .route("/v1/events", get(websocket::events))
         .route("/graphql", get(graphql::subscribe).post(graphql::execute))

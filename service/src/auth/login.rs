@@ -132,7 +132,7 @@ fn scopes(config: &Auth) -> Vec<Scope> {
 }
 
 /// For whom a token is asked, where that can be said (RFC 8707): it is an absolute URI.
-fn resource(config: &Auth) -> Option<String> {
+pub fn resource(config: &Auth) -> Option<String> {
     let audience = &config.audience;
     audience.contains("://").then(|| audience.clone())
 }

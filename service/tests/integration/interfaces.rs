@@ -9,6 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use service::api::grpc::pb;
 use service::api::grpc::pb::orders_client::OrdersClient;
+use service::config::AuthMode;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -21,6 +22,7 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt;
 use tracing_subscriber::layer::SubscriberExt;
 
+use crate::database::Database;
 use crate::test_app::{TestApp, order};
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -667,4 +669,48 @@ async fn the_interfaces_describe_themselves() {
     let schema = reqwest::get(address("/graphql/schema")).await.unwrap();
     let schema = schema.text().await.unwrap();
     assert!(schema.contains("type Subscription"), "{schema}");
+}
+
+/// Whoever reads the description can log in on its page, at the provider that the service believes.
+#[tokio::test]
+async fn the_page_of_the_description_knows_how_to_log_in() {
+    let app = TestApp::start_on(Database::sqlite(), |config| {
+        config.auth.mode = AuthMode::Jwks;
+        config.auth.issuer = "https://login.example/tenant/".to_owned();
+        config.auth.audience = "https://orders.example".to_owned();
+        config.auth.client_id = Some("page".to_owned());
+    })
+    .await;
+    let (_, description) = app.get("/openapi.json").await;
+    assert_eq!(description["security"], json!([{ "token": ["openid"] }]));
+    let wanted = json!({
+        "type": "openIdConnect",
+        "openIdConnectUrl": "https://login.example/tenant/.well-known/openid-configuration",
+    });
+    assert_eq!(
+        description["components"]["securitySchemes"]["token"],
+        wanted
+    );
+    let page = |file: &str| reqwest::get(format!("http://{}/docs/{file}", app.public));
+    let setup = page("swagger-initializer.js").await.unwrap();
+    let policy = setup.headers()["content-security-policy"].to_str().unwrap();
+    let may_ask = "connect-src 'self' https://login.example;";
+    assert!(policy.contains(may_ask), "{policy}");
+    let setup = setup.text().await.unwrap();
+    let (_, login) = setup.split_once("initOAuth(").unwrap();
+    let (login, _) = login.split_once(");").unwrap();
+    let login: Value = serde_json::from_str(login).unwrap();
+    assert_eq!(login["clientId"], "page");
+    assert_eq!(login["usePkceWithAuthorizationCodeGrant"], true);
+    let resource = &login["additionalQueryStringParams"]["resource"];
+    assert_eq!(resource, "https://orders.example");
+    // Where the provider sends its readers back to; the policy lets no script but files run.
+    let back = page("oauth2-redirect.html").await.unwrap();
+    assert_eq!(back.status(), 200);
+    let back = back.text().await.unwrap();
+    assert!(
+        back.contains("<script src=\"oauth2-redirect.js\">"),
+        "{back}"
+    );
+    assert_eq!(page("oauth2-redirect.js").await.unwrap().status(), 200);
 }
