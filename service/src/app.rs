@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use futures_util::{Stream, StreamExt};
-use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Mutex, watch};
@@ -27,6 +26,7 @@ use crate::domain::orders::{
 use crate::drain::Drain;
 use crate::feed::{Feed, TooSlow};
 use crate::limits::Limits;
+use crate::metrics::METRICS;
 use crate::pause::Pause;
 use crate::sessions::Sessions;
 use crate::traces;
@@ -54,7 +54,6 @@ fn cause(caller: &Caller) -> Cause {
 
 pub struct App {
     pub config: Config,
-    pub metrics: PrometheusHandle,
     pub auth: Auth,
     pub limits: Limits,
     /// What happens to orders, live.
@@ -129,7 +128,7 @@ pub struct Info {
 
 impl App {
     /// Connects to what the configuration names.
-    pub async fn open(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Arc<Self>> {
+    pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
         let auth = Auth::open(&config.auth, config::environment().as_deref())?;
         let storage = storage::open(&config.database).await?;
         Ok(Arc::new(Self {
@@ -146,7 +145,6 @@ impl App {
                 config.server.max_sessions_per_client.get(),
             ),
             config,
-            metrics,
             storage,
             drain: Drain::default(),
             probed: Mutex::default(),
@@ -266,7 +264,7 @@ impl App {
         let event = Event::new(Kind::Placed, &order).caused_by(cause(caller));
         match self.storage.place(&order, &event, once.as_ref()).await? {
             Placed::New => {
-                metrics::counter!("orders_created_total").increment(1);
+                METRICS.orders_created.inc();
                 self.untold.send_replace(());
                 let repeated = false;
                 Ok(Created { order, repeated })
@@ -407,17 +405,20 @@ impl App {
         parts
     }
 
-    /// The process's metrics, as Prometheus' text, and how much of what it has is in use just now.
-    pub fn observe(&self) -> String {
+    /// Notes how much of what the process has is in use just now.
+    pub fn observe(&self) {
         let Connections { used, idle, most } = self.storage.connections();
-        metrics::gauge!("database_connections", "state" => "used").set(used);
-        metrics::gauge!("database_connections", "state" => "idle").set(idle);
-        metrics::gauge!("database_connections_max").set(most);
+        let connections = |state| {
+            METRICS
+                .database_connections
+                .get_or_create(&[("state", state)])
+        };
+        connections("used").set(used.into());
+        connections("idle").set(idle.into());
+        METRICS.database_connections_max.set(most.into());
         if let Some(entries) = self.cache.entries() {
-            metrics::gauge!("cache_entries").set(entries as f64);
+            METRICS.cache_entries.set(entries as i64);
         }
-        metrics_process::Collector::default().collect();
-        self.metrics.render()
     }
 
     pub async fn info(&self) -> Info {

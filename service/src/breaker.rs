@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::CircuitBreaker;
+use crate::metrics::METRICS;
 
 pub struct Breaker {
     dependency: &'static str,
@@ -40,7 +41,10 @@ pub enum Broken<E> {
 
 impl Breaker {
     pub fn new(dependency: &'static str, settings: &CircuitBreaker) -> Self {
-        metrics::gauge!("circuit_open", "dependency" => dependency).set(0.0);
+        METRICS
+            .circuit_open
+            .get_or_create(&[("dependency", dependency)])
+            .set(0);
         Self {
             dependency,
             settings: settings.clone(),
@@ -107,8 +111,10 @@ impl Breaker {
         if is_open(*state) != is_open(next) {
             let dependency = self.dependency;
             tracing::warn!(dependency, open = is_open(next), "the circuit has changed");
-            let open = f64::from(u8::from(is_open(next)));
-            metrics::gauge!("circuit_open", "dependency" => dependency).set(open);
+            let circuit = METRICS
+                .circuit_open
+                .get_or_create(&[("dependency", dependency)]);
+            circuit.set(is_open(next).into());
         }
         *state = next;
     }

@@ -4,15 +4,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::Context;
+use opentelemetry::context::FutureExt;
+use opentelemetry::trace::TraceContextExt;
 use sha2::{Digest, Sha256};
-use tracing::field::Empty;
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::adapters::bus::{self, BusError, Delivery};
 use crate::adapters::storage::{Change, DeadLetter, Storage, StorageError};
 use crate::app::App;
 use crate::domain::events::{Event, Kind};
+use crate::metrics::{Consumed, METRICS};
 use crate::pause::Pause;
 use crate::traces;
 
@@ -96,11 +99,11 @@ async fn together(
     let Some(events) = events.ok().filter(|events| events.len() > 1) else {
         return Ok(deliveries);
     };
-    let spans: Vec<Span> = events.iter().map(|event| span(consumer, event)).collect();
+    let traces: Vec<_> = events.iter().map(|event| trace(consumer, event)).collect();
     let Ok(new) = act(app.storage(), consumer, &events).await else {
         return Ok(deliveries);
     };
-    drop(spans);
+    drop(traces);
     for is_new in new {
         count(consumer, outcome(is_new));
     }
@@ -113,8 +116,11 @@ fn outcome(is_new: bool) -> &'static str {
 }
 
 fn count(consumer: &Consumer, outcome: &'static str) {
-    let labels = [("consumer", consumer.name), ("outcome", outcome)];
-    metrics::counter!("events_consumed_total", &labels).increment(1);
+    let consumed = Consumed {
+        consumer: consumer.name,
+        outcome,
+    };
+    METRICS.events_consumed.get_or_create(&consumed).inc();
 }
 
 /// Acts on one event, however long that takes, or puts it aside.
@@ -130,8 +136,12 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 (StorageError::Failed(error.to_string()), id)
             }
             Ok(event) => {
-                let (id, span) = (event.id, span(consumer, &event));
-                match act(storage, consumer, &[event]).instrument(span).await {
+                let (id, trace) = (event.id, trace(consumer, &event));
+                let trace_id = trace.span().span_context().trace_id();
+                let span = tracing::info_span!("consume", %trace_id, event = %id);
+                let events = [event];
+                let acted = act(storage, consumer, &events).with_context(trace);
+                match acted.instrument(span).await {
                     Ok(new) => break outcome(new.contains(&true)),
                     Err(error) => (error, id),
                 }
@@ -158,17 +168,10 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
     delivery.done().await
 }
 
-/// What a consumer does with an event, as a part of the trace that the event was caused in.
-fn span(consumer: &Consumer, event: &Event) -> Span {
-    let span = tracing::info_span!(
-        "consume",
-        otel.name = format!("{} {}", consumer.name, event.kind.as_str()),
-        otel.kind = "consumer",
-        trace_id = Empty,
-        event = %event.id,
-    );
-    traces::adopt_event(&span, event.traceparent.as_deref());
-    span
+/// The span of what a consumer does with an event, in the trace that the event was caused in.
+fn trace(consumer: &Consumer, event: &Event) -> Context {
+    let name = format!("{} {}", consumer.name, event.kind.as_str());
+    traces::event(name, event.traceparent.as_deref())
 }
 
 /// The id of something that has none: the same for the same text.

@@ -7,6 +7,7 @@ use crate::adapters::bus::BusError;
 use crate::adapters::lock::{Fence, LockError};
 use crate::adapters::storage::StorageError;
 use crate::app::App;
+use crate::metrics::METRICS;
 use crate::pause::Pause;
 
 /// The first pause after a failure.
@@ -59,7 +60,7 @@ where
                     give_up(&app, name).await;
                 }
                 tracing::warn!(%error, duty = name, "it is tried again");
-                metrics::counter!("duty_failures_total", "duty" => name).increment(1);
+                METRICS.duty_failures.get_or_create(&[("duty", name)]).inc();
                 pause.wait().await;
             }
         }

@@ -21,6 +21,7 @@ pub mod hex;
 pub mod keyring;
 pub mod limits;
 mod log_lines;
+pub mod metrics;
 pub mod middleware;
 mod pause;
 pub mod relay;

@@ -18,6 +18,7 @@ use crate::api::fault::Fault;
 use crate::api::problem::Problem;
 use crate::auth::Caller;
 use crate::config::{Config, RateLimit};
+use crate::metrics::METRICS;
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static LIMIT: HeaderName = HeaderName::from_static("ratelimit");
@@ -199,7 +200,7 @@ impl Admitted<'_> {
 }
 
 fn refused(why: &'static str) {
-    metrics::counter!("http_requests_refused_total", "why" => why).increment(1);
+    METRICS.http_refused.get_or_create(&[("why", why)]).inc();
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use service::auth::{development, login};
 use service::cli::{Audit, Cli, Command};
 use service::config::{self, AuthMode, Config};
 use service::tls::Certificates;
-use service::{server, telemetry};
+use service::{server, telemetry, traces};
 use tokio::runtime::Runtime;
 
 /// Requests make and free many small things on many threads; the C library's allocator took a seventh
@@ -64,11 +64,11 @@ fn run(command: Command, config: Config) -> anyhow::Result<()> {
 fn carry_out(command: Command, config: Config, runtime: &Runtime) -> anyhow::Result<()> {
     match command {
         Command::Serve => {
-            let metrics = telemetry::metrics()?;
             runtime.block_on(async {
-                let spans = telemetry::start(&config)?;
+                telemetry::start(&config.logging)?;
+                let spans = traces::start(&config.tracing)?;
                 allow_many_connections();
-                let app = App::open(config, metrics).await?;
+                let app = App::open(config).await?;
                 let sockets = server::Sockets::bind(&app.config)?;
                 let served = server::serve(app, sockets, server::terminated()).await;
                 // It waits for its own thread, which waits for this runtime.

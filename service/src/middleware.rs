@@ -14,18 +14,22 @@ use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
+use opentelemetry::context::FutureExt;
+use opentelemetry::trace::{Status, TraceContextExt};
+use opentelemetry::{Context, KeyValue};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
-use tracing::field::Empty;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
+use crate::api::description;
 use crate::api::fault::Fault;
 use crate::api::grpc;
 use crate::api::problem::Problem;
 use crate::app::App;
-use crate::config::Origin;
+use crate::config::{Config, Origin};
+use crate::metrics::{Answer, Exemplar, METRICS, Route};
 use crate::{auth, drain, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -52,13 +56,13 @@ async fn surround(State(app): State<Arc<App>>, request: Request, next: Next) -> 
     let observed = Observed::begin(&request);
     let is_going = app.drain.notes(&request);
     let is_grpc = grpc::is_call(&request);
-    // The pages of the API's description bring scripts and styles of their own.
-    let is_page = request.uri().path().starts_with("/docs");
-    let mut response = next.run(request).instrument(observed.span.clone()).await;
+    let is_page = request.uri().path().starts_with(description::PAGE);
+    let answer = next.run(request).with_context(observed.trace.clone());
+    let mut response = answer.instrument(observed.span.clone()).await;
     if is_grpc {
         response = grpc::translated(response);
     }
-    protect(&mut response, is_page, app.config.tls.is_some());
+    protect(&mut response, is_page, &app.config);
     if is_going {
         drain::turn_away(&mut response);
     }
@@ -89,10 +93,13 @@ async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
 /// A request's id (the client's own, where it sent a usable one), its span, its log line and its
 /// metrics. Routes, not paths, are the label: a scan of random paths makes no new series.
 struct Observed {
+    /// For the log.
     span: Span,
+    /// For the collector.
+    trace: Context,
     id: HeaderValue,
     method: &'static str,
-    route: String,
+    route: Arc<str>,
     started: Instant,
     _in_flight: InFlight,
 }
@@ -111,25 +118,26 @@ impl Observed {
         let route = request
             .extensions()
             .get::<MatchedPath>()
-            .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
-        let span = tracing::info_span!(
-            "request",
-            otel.name = format!("{method} {route}"),
-            otel.kind = "server",
-            otel.status_code = Empty,
-            http.response.status_code = Empty,
-            http.route = route,
-            request_id = id.to_str().unwrap_or_default(),
-            trace_id = Empty,
-            method,
-            path = request.uri().path(),
-        );
-        traces::adopt_request(&span, request.headers());
+            .map_or("unmatched", MatchedPath::as_str);
+        let (path, request_id) = (request.uri().path(), id.to_str().unwrap_or_default());
+        let trace = traces::request(format!("{method} {route}"), request.headers());
+        let trace_id = trace.span().span_context().trace_id();
+        if trace.span().is_recording() {
+            // <https://opentelemetry.io/docs/specs/semconv/http/http-spans/#http-server>
+            trace.span().set_attributes([
+                KeyValue::new("http.request.method", method),
+                KeyValue::new("http.route", route.to_owned()),
+                KeyValue::new("url.path", path.to_owned()),
+                KeyValue::new("request_id", request_id.to_owned()),
+            ]);
+        }
+        let span = tracing::info_span!("request", request_id, %trace_id, method, route, path);
         Self {
-            span,
             id,
             method,
-            route,
+            route: route.into(),
+            trace,
+            span,
             started,
             _in_flight: InFlight::begin(),
         }
@@ -138,17 +146,26 @@ impl Observed {
     fn end(self, response: &mut Response) {
         let seconds = self.started.elapsed().as_secs_f64();
         let status = response.status();
-        let labels = [
-            ("method", self.method.to_owned()),
-            ("route", self.route),
-            ("status", status.as_str().to_owned()),
-        ];
-        metrics::counter!("http_requests_total", &labels).increment(1);
-        metrics::histogram!("http_request_duration_seconds", &labels[..2]).record(seconds);
-        self.span
-            .record("http.response.status_code", status.as_u16());
+        let (method, route) = (self.method, self.route);
+        let answer = Answer {
+            method,
+            route: Arc::clone(&route),
+            status: status.as_u16(),
+        };
+        METRICS.http_requests.get_or_create(&answer).inc();
+        let trace = self.trace.span();
+        let seen = trace.span_context();
+        let exemplar = seen.is_sampled().then(|| Exemplar {
+            trace_id: seen.trace_id().to_string(),
+        });
+        let duration = METRICS
+            .http_duration
+            .get_or_create(&Route { method, route });
+        duration.observe(seconds, exemplar, None);
+        let code = i64::from(status.as_u16());
+        trace.set_attribute(KeyValue::new("http.response.status_code", code));
         if status.is_server_error() {
-            self.span.record("otel.status_code", "ERROR");
+            trace.set_status(Status::error(""));
         }
         self.span.in_scope(|| {
             tracing::info!(target: "access", status = status.as_u16(), seconds, "answered");
@@ -158,24 +175,23 @@ impl Observed {
 }
 
 /// What browsers must not do with answers (OWASP's list of secure headers).
-fn protect(response: &mut Response, is_page: bool, has_tls: bool) {
+fn protect(response: &mut Response, is_page: bool, config: &Config) {
+    const NOTHING: HeaderValue =
+        HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
     let policy = match is_page {
-        true => {
-            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; \
-                 frame-ancestors 'none'"
-        }
-        false => "default-src 'none'; frame-ancestors 'none'",
+        true => HeaderValue::try_from(description::policy(&config.auth)).unwrap_or(NOTHING),
+        false => NOTHING,
     };
     let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, policy);
     for (name, value) in [
-        (header::CONTENT_SECURITY_POLICY, policy),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::X_FRAME_OPTIONS, "DENY"),
         (header::REFERRER_POLICY, "no-referrer"),
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    if has_tls {
+    if config.tls.is_some() {
         headers.insert(header::STRICT_TRANSPORT_SECURITY, TLS_ONLY);
     }
     // Orders are somebody's; the pages' files are everybody's.
@@ -209,14 +225,14 @@ struct InFlight;
 
 impl InFlight {
     fn begin() -> Self {
-        metrics::gauge!("http_requests_in_flight").increment(1.0);
+        METRICS.http_in_flight.inc();
         Self
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        metrics::gauge!("http_requests_in_flight").decrement(1.0);
+        METRICS.http_in_flight.dec();
     }
 }
 

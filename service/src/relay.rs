@@ -9,6 +9,7 @@ use crate::app::App;
 use crate::consumers::id_of;
 use crate::domain::events::Event;
 use crate::duty::{self, Failure};
+use crate::metrics::METRICS;
 
 /// The lock's name, and the consumer under which unreadable events are put aside.
 pub const RELAY: &str = "relay";
@@ -21,7 +22,7 @@ pub async fn run(app: Arc<App>) {
 async fn step(app: Arc<App>, fence: Fence) -> Result<usize, Failure> {
     let (storage, config) = (app.storage(), &app.config.events);
     let untold = storage.untold(config.batch.get()).await?;
-    metrics::gauge!("outbox_waiting").set(untold.len() as f64);
+    METRICS.outbox_waiting.set(untold.len() as i64);
     let seqs: Vec<i64> = untold.iter().map(|untold| untold.seq).collect();
     let events = readable(storage, untold).await?;
     // Somebody else may take over when the lease ends: by then this must be over.
@@ -32,7 +33,7 @@ async fn step(app: Arc<App>, fence: Fence) -> Result<usize, Failure> {
     }
     if !seqs.is_empty() {
         storage.told(&seqs, fence).await?;
-        metrics::counter!("events_told_total").increment(events.len() as u64);
+        METRICS.events_told.inc_by(events.len() as u64);
     }
     Ok(seqs.len())
 }

@@ -90,14 +90,12 @@ pub async fn serve(
             workers.spawn(consumers::run(Arc::clone(&app), consumer));
         }
     }
-    // Samples are kept until they are folded into buckets, and perhaps nobody scrapes; clients until
-    // they are forgotten.
+    // Clients are kept until they are forgotten.
     let kept = Arc::clone(&app);
     let upkeep = tokio::spawn(async move {
         let mut interval = tokio::time::interval(UPKEEP);
         loop {
             interval.tick().await;
-            kept.metrics.run_upkeep();
             kept.limits.forget_quiet_clients();
             if let Some(certificates) = &certificates {
                 certificates.renew();

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::limits::Client;
+use crate::metrics::METRICS;
 
 pub struct Sessions {
     places: Arc<Semaphore>,
@@ -56,7 +57,7 @@ impl Sessions {
         }
         *number += 1;
         drop(held);
-        metrics::gauge!("sessions_open").increment(1.0);
+        METRICS.sessions_open.inc();
         Some(Session {
             _place: place,
             client: client.clone(),
@@ -104,6 +105,6 @@ impl Drop for Session {
                 held.remove(&self.client);
             }
         }
-        metrics::gauge!("sessions_open").decrement(1.0);
+        METRICS.sessions_open.dec();
     }
 }

@@ -1,27 +1,19 @@
-//! Logs on standard error and in files, spans to a collector, and metrics in Prometheus' text format.
+//! The log: on standard error and in files, at a level that can be changed while it runs.
 
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::Context;
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use opentelemetry::trace::TracerProvider;
-use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
-use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, reload};
 
-use crate::config::{Config, LogFilter, LogFormat};
-use crate::{log_lines, traces};
-
-/// Upper bounds of the latency buckets, in seconds.
-const LATENCY_BUCKETS: [f64; 14] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
+use crate::config::{LogFilter, LogFormat, Logging};
+use crate::log_lines;
 
 /// A process has one log.
 static LOG: OnceLock<Log> = OnceLock::new();
@@ -32,19 +24,8 @@ struct Log {
 }
 
 /// Sends the process's log to standard error, and to files where the configuration names some, in the
-/// format it asks for; and its spans to a collector. What is returned sends the last spans when it is
-/// shut down.
-pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
-    let provider = traces::provider(&config.tracing)?;
-    // Where in the code and on which thread says little of a request, and is sent with each.
-    let spans = tracing_opentelemetry::layer()
-        .with_tracer(provider.tracer(env!("CARGO_PKG_NAME")))
-        .with_location(false)
-        .with_threads(false)
-        .with_tracked_inactivity(false);
-    // What the service does itself; libraries' own spans are many, and nobody asked for them.
-    let own = Targets::new().with_target(env!("CARGO_CRATE_NAME"), LevelFilter::INFO);
-    let logging = &config.logging;
+/// format it asks for.
+pub fn start(logging: &Logging) -> anyhow::Result<()> {
     let (level, handle) = reload::Layer::new(filter(&logging.level)?);
     let file = logging
         .file
@@ -63,14 +44,14 @@ pub fn start(config: &Config) -> anyhow::Result<SdkTracerProvider> {
             .boxed(),
     };
     tracing_subscriber::registry()
-        .with(lines.with_filter(level))
-        .with(spans.with_filter(own))
+        .with(level)
+        .with(lines)
         .try_init()
         .context("starting the log")?;
     let level = Mutex::new(logging.level.clone());
     let change = Box::new(move |filter| handle.reload(filter));
     let _ = LOG.set(Log { level, change });
-    Ok(provider)
+    Ok(())
 }
 
 /// A file for each day: `DIR/NAME.2026-01-31.log`.
@@ -104,14 +85,6 @@ pub fn set_log_level(level: LogFilter) -> anyhow::Result<()> {
     (log.change)(filter(&level)?).context("changing the log filter")?;
     *current = level;
     Ok(())
-}
-
-/// Installs the process's metrics recorder; what the handle renders is `/metrics`.
-pub fn metrics() -> anyhow::Result<PrometheusHandle> {
-    PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &LATENCY_BUCKETS)
-        .and_then(PrometheusBuilder::install_recorder)
-        .context("starting metrics")
 }
 
 /// A line on standard error, for a process whose log is not running.

@@ -20,6 +20,14 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::config::Tls;
+use crate::metrics::METRICS;
+
+fn count_renewal(result: &'static str) {
+    METRICS
+        .tls_renewals
+        .get_or_create(&[("result", result)])
+        .inc();
+}
 
 /// Clients that take longer to agree on a connection are let go.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,7 +65,7 @@ impl Certificates {
     /// that cannot be used, as while they are being written, everything stays as it is.
     pub fn renew(&self) {
         if let Err(error) = self.try_to_renew() {
-            metrics::counter!("tls_renewals_total", "result" => "failed").increment(1);
+            count_renewal("failed");
             tracing::warn!(error = format!("{error:#}"), "the old certificate stays");
         }
     }
@@ -72,7 +80,7 @@ impl Certificates {
         }
         let config = contents.config(&self.files)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = (contents, config);
-        metrics::counter!("tls_renewals_total", "result" => "renewed").increment(1);
+        count_renewal("renewed");
         tracing::info!("another certificate from now on");
         Ok(())
     }
@@ -201,7 +209,10 @@ async fn accept(
                 Ok(Err(_)) => "failed",
                 Err(_) => "timeout",
             };
-            metrics::counter!("tls_handshakes_total", "result" => result).increment(1);
+            METRICS
+                .tls_handshakes
+                .get_or_create(&[("result", result)])
+                .inc();
             match handshake {
                 // Nobody takes it if the process is about to end.
                 Ok(Ok(stream)) => drop(agreed.send((stream, peer)).await),

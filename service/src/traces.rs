@@ -3,19 +3,17 @@
 //! <https://www.w3.org/TR/trace-context/>, <https://opentelemetry.io/docs/specs/otlp/>
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
 use anyhow::Context as _;
 use axum::http::HeaderMap;
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
-use opentelemetry::trace::TraceContextExt;
+use opentelemetry::trace::{SpanBuilder, SpanKind, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
-use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
-use tracing::Span;
-use tracing_opentelemetry::OpenTelemetrySpanExt;
+use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 
 use crate::config::Tracing;
 
@@ -24,8 +22,23 @@ const TRACEPARENT: &str = "traceparent";
 
 static PROPAGATOR: LazyLock<TraceContextPropagator> = LazyLock::new(TraceContextPropagator::new);
 
-/// Where spans go. Without a collector they go nowhere, but have ids for the log all the same.
-pub fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
+/// A process has one. Spans are begun by it directly: as a subscriber of `tracing` it would be told
+/// of each time that a request is polled.
+static TRACER: OnceLock<SdkTracer> = OnceLock::new();
+
+/// Sends spans to the collector, if there is one; without one they go nowhere, but have ids for the log
+/// all the same. What is returned sends the last of them when it is shut down.
+pub fn start(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
+    let provider = provider(config)?;
+    let _ = TRACER.set(tracer(&provider));
+    Ok(provider)
+}
+
+fn tracer(provider: &SdkTracerProvider) -> SdkTracer {
+    provider.tracer(env!("CARGO_PKG_NAME"))
+}
+
+fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
     let name = env!("CARGO_PKG_NAME");
     let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
     let resource = Resource::builder().with_service_name(name);
@@ -48,37 +61,38 @@ pub fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
         .build())
 }
 
-/// Makes a span part of the trace that a request's fields name, or of a new one; and notes which one
-/// that is in its field `trace_id`.
-pub fn adopt_request(span: &Span, headers: &HeaderMap) {
-    adopt(span, &Fields(headers));
+/// Begins the span of a request, in the trace that its fields name or in a new one.
+pub fn request(name: String, fields: &HeaderMap) -> Context {
+    begin(name, SpanKind::Server, &Fields(fields))
 }
 
-/// Makes a span part of the trace that an event was caused in.
-pub fn adopt_event(span: &Span, traceparent: Option<&str>) {
+/// Begins the span of a consumer's work, in the trace that an event was caused in.
+pub fn event(name: String, traceparent: Option<&str>) -> Context {
     let carried: HashMap<String, String> = traceparent
         .map(|value| (TRACEPARENT.to_owned(), value.to_owned()))
         .into_iter()
         .collect();
-    adopt(span, &carried);
+    begin(name, SpanKind::Consumer, &carried)
 }
 
-fn adopt(span: &Span, carrier: &dyn Extractor) {
-    if carrier.get(TRACEPARENT).is_some() {
-        let parent = PROPAGATOR.extract_with_context(&Context::new(), carrier);
-        // A span that nobody looks at has no place in a trace.
-        let _ = span.set_parent(parent);
-    }
-    let context = span.context();
-    let id = context.span().span_context().trace_id();
-    span.record("trace_id", tracing::field::display(id));
+/// The span ends when nobody has its context any more.
+fn begin(name: String, kind: SpanKind, carrier: &dyn Extractor) -> Context {
+    let parent = PROPAGATOR.extract_with_context(&Context::new(), carrier);
+    let builder = SpanBuilder::from_name(name).with_kind(kind);
+    let nobody = || {
+        let unseen = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOff);
+        tracer(&unseen.build())
+    };
+    let span = TRACER
+        .get_or_init(nobody)
+        .build_with_context(builder, &parent);
+    parent.with_span(span)
 }
 
 /// What says, to whoever comes next, in which trace and span this happens.
 pub fn traceparent() -> Option<String> {
     let mut carried = HashMap::new();
-    let context = Span::current().context();
-    PROPAGATOR.inject_context(&context, &mut carried);
+    PROPAGATOR.inject_context(&Context::current(), &mut carried);
     carried.remove(TRACEPARENT)
 }
 

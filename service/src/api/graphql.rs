@@ -34,6 +34,7 @@ use crate::app::{App, Error};
 use crate::auth::{Caller, Operation};
 use crate::domain::events;
 use crate::domain::orders::{self, OrderRequest, PageRequest};
+use crate::metrics::METRICS;
 
 pub type Orders = Schema<Query, Mutation, Changes>;
 type Answer<T> = async_graphql::Result<T>;
@@ -67,7 +68,10 @@ pub async fn execute(
 ) -> GraphQLResponse {
     let response = schema.execute(request.data(caller)).await;
     let outcome = if response.is_ok() { "ok" } else { "error" };
-    metrics::counter!("graphql_requests_total", "outcome" => outcome).increment(1);
+    METRICS
+        .graphql_requests
+        .get_or_create(&[("outcome", outcome)])
+        .inc();
     response.into()
 }
 

@@ -24,6 +24,7 @@ use crate::app::{App, Created, is_ready};
 use crate::auth::Caller;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{self, OrderRequest, PageRequest};
+use crate::metrics::{Call, METRICS};
 use pb::orders_server::{Orders, OrdersServer};
 
 /// Made from the .proto file.
@@ -207,8 +208,11 @@ async fn counted<T>(
     let code = answer
         .as_ref()
         .map_or_else(Status::code, |_| tonic::Code::Ok);
-    let labels = [("method", method.to_owned()), ("code", format!("{code:?}"))];
-    metrics::counter!("grpc_requests_total", &labels).increment(1);
+    let code = format!("{code:?}");
+    METRICS
+        .grpc_requests
+        .get_or_create(&Call { method, code })
+        .inc();
     answer.map(Response::new)
 }
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
+use prometheus_client::encoding::prometheus_text;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -15,7 +16,11 @@ use super::problem::Problem;
 use super::rest::Body;
 use crate::app::{App, Info, PartStatus, is_ready};
 use crate::config::LogFilter;
+use crate::metrics::METRICS;
 use crate::telemetry;
+
+/// <https://prometheus.io/docs/specs/om/open_metrics_spec/>
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// `GET /health/live`: the process turns its event loop.
 pub async fn live() -> impl IntoResponse {
@@ -72,10 +77,20 @@ pub async fn info(State(app): State<Arc<App>>) -> Json<Info> {
     Json(app.info().await)
 }
 
-/// `GET /metrics`: Prometheus' text format, version 0.0.4.
-pub async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    (
-        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
-        app.observe(),
-    )
+/// `GET /metrics`: OpenMetrics for whoever names it, as Prometheus does, else its older text.
+/// <https://prometheus.io/docs/instrumenting/content_negotiation/>
+pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> impl IntoResponse {
+    app.observe();
+    let mut accepted = headers.get_all(header::ACCEPT).iter();
+    let is_open = accepted.any(|field| {
+        field
+            .to_str()
+            .is_ok_and(|kinds| kinds.contains("application/openmetrics-text"))
+    });
+    let (kind, text) = if is_open {
+        (OPEN_METRICS, METRICS.open_metrics())
+    } else {
+        (prometheus_text::CONTENT_TYPE, METRICS.prometheus())
+    };
+    ([(header::CONTENT_TYPE, kind)], text.unwrap_or_default())
 }

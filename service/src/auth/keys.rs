@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 
 use super::Distrust;
 use super::provider::{self, Provider};
+use crate::metrics::METRICS;
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever invents names of keys must not make us fetch more often.
@@ -143,7 +144,7 @@ impl Keys {
             Err(error) => {
                 let error = format!("{error:#}");
                 tracing::warn!(error, "the keys of tokens were not to be had");
-                metrics::counter!("jwks_failures_total").increment(1);
+                METRICS.jwks_failures.inc();
                 last.error = Some(error);
             }
         }

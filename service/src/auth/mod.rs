@@ -22,6 +22,7 @@ use crate::api::problem::Problem;
 use crate::app::{App, Error};
 use crate::config::{self, AuthMode};
 use crate::limits::Client;
+use crate::metrics::METRICS;
 use keys::{Keys, Place};
 
 /// Signatures that are accepted. `none`, and secrets that both sides know, are not among them.
@@ -284,7 +285,7 @@ pub async fn recognise(app: &App, request: &mut Request) -> Result<(), Distrust>
 
 impl IntoResponse for Distrust {
     fn into_response(self) -> Response {
-        metrics::counter!("tokens_refused_total").increment(1);
+        METRICS.tokens_refused.inc();
         Problem::new(Fault::Unauthenticated)
             .detail(self.to_string())
             .into_response()

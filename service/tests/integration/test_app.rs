@@ -3,17 +3,15 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use metrics_exporter_prometheus::PrometheusHandle;
 use reqwest::Method;
 use serde_json::{Value, json};
 use service::app::App;
 use service::audit::Verdict;
 use service::config::Config;
 use service::server::{self, Sockets};
-use service::telemetry;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -65,7 +63,7 @@ impl TestApp {
         config.server.admin_listen = "127.0.0.1:0".parse().unwrap();
         database.use_in(&mut config);
         change(&mut config);
-        let app = App::open(config, metrics()).await.unwrap();
+        let app = App::open(config).await.unwrap();
         let sockets = Sockets::bind(&app.config).unwrap();
         let (public, admin) = sockets.addresses().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -199,12 +197,4 @@ pub fn order() -> Value {
             { "sku": "cup", "quantity": 1, "unit_price_cents": 1200 },
         ],
     })
-}
-
-/// A process has one metrics recorder, so the tests of this binary share it.
-fn metrics() -> PrometheusHandle {
-    static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
-    METRICS
-        .get_or_init(|| telemetry::metrics().unwrap())
-        .clone()
 }

@@ -111,6 +111,30 @@ async fn a_trace_goes_through_to_the_consumer() {
         assert!(began.elapsed() < Duration::from_secs(20), "{totals}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // Numbers lead to the traces behind them, for whoever reads OpenMetrics.
+    let metrics = async |accept: &str| {
+        let address = format!("http://127.0.0.1:{admin}/metrics");
+        let asked = client.get(address).header("accept", accept).send().await;
+        let answer = asked.unwrap();
+        let kind = answer.headers()["content-type"]
+            .to_str()
+            .unwrap()
+            .to_owned();
+        (kind, answer.text().await.unwrap())
+    };
+    let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2";
+    let (kind, text) = metrics(prometheus).await;
+    assert!(kind.starts_with("application/openmetrics-text"), "{kind}");
+    let exemplar = format!("# {{trace_id=\"{trace}\"}} ");
+    let line = text.lines().find(|line| line.contains(&exemplar)).unwrap();
+    let bucket = "http_request_duration_seconds_bucket{";
+    assert!(line.starts_with(bucket), "{line}");
+    assert!(line.contains("route=\"/v1/orders\""), "{line}");
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    let (kind, text) = metrics("text/plain").await;
+    assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
+    assert!(text.contains(bucket) && !text.contains("# {"), "{text}");
+
     let pid = i32::try_from(running.id().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();

@@ -13,6 +13,7 @@ use crate::breaker::Breaker;
 use crate::config::{CacheKind, Config};
 use crate::domain::orders::{Order, OrderId};
 use crate::keyring::Keyring;
+use crate::metrics::METRICS;
 
 /// Values that are forgotten after a time, or sooner.
 #[async_trait]
@@ -127,7 +128,10 @@ impl Orders {
 }
 
 fn count(outcome: &'static str) {
-    metrics::counter!("cache_requests_total", "outcome" => outcome).increment(1);
+    METRICS
+        .cache_requests
+        .get_or_create(&[("outcome", outcome)])
+        .inc();
 }
 
 fn key(id: OrderId) -> String {

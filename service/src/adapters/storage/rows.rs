@@ -14,6 +14,7 @@ use super::abandoned::watched;
 use super::{Change, StorageError, contacts};
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 use crate::keyring::Keyring;
+use crate::metrics::METRICS;
 use crate::pause::jittered;
 
 /// Dead connections that are stepped over: more than a pool usually has.
@@ -35,9 +36,9 @@ where
     for number in 0..MOST_DEAD {
         match watched(attempt()).await {
             Err(error) if is_dead(&error) => {
-                metrics::counter!("database_dead_connections_total").increment(1);
+                METRICS.database_dead_connections.inc();
                 if !BUDGET.withdraw() {
-                    metrics::counter!("database_retries_refused_total").increment(1);
+                    METRICS.database_retries_refused.inc();
                     return Err(error);
                 }
                 // The first few cost nothing; behind many there may be a server that takes none.

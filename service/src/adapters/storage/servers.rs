@@ -14,6 +14,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 
 use crate::config::Database;
+use crate::metrics::METRICS;
 
 /// How often the primary is asked whether it still is.
 const LOOK: Duration = Duration::from_millis(500);
@@ -131,7 +132,7 @@ impl Servers {
                     if is_newer || (is_other && !serves) {
                         let (from, to) = (place(&current.options), place(&next.options));
                         tracing::warn!(from, to, "another database server is the primary");
-                        metrics::counter!("database_failovers_total").increment(1);
+                        METRICS.database_failovers.inc();
                         switch(next.options.clone());
                         (current, connection) = (next, None);
                     }
