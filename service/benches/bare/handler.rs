@@ -1,4 +1,5 @@
-//! What the service is compared with: axum and the same driver and statements, and nothing else.
+//! What the service is compared with: axum and the same driver and statements, and nothing else; and
+//! the same order by a transaction of three statements, as one writes it at first.
 
 use std::net::SocketAddr;
 
@@ -37,6 +38,8 @@ struct Item {
 
 type Line = (Uuid, String, String, String, i64, i64, String, i64, i64);
 
+pub const BY_TRANSACTION: &str = "/v1/orders-by-transaction";
+
 /// Serves until it is killed.
 pub async fn serve(url: &str, connections: u32) {
     let pool = PgPoolOptions::new()
@@ -48,6 +51,7 @@ pub async fn serve(url: &str, connections: u32) {
     let routes = Router::new()
         .route("/v1/orders/{id}", get(find))
         .route("/v1/orders", post(place))
+        .route(BY_TRANSACTION, post(place_by_transaction))
         .with_state(pool);
     let address = std::env::var("LISTEN").unwrap();
     let address: SocketAddr = address.parse().unwrap();
@@ -81,19 +85,53 @@ async fn find(State(pool): State<PgPool>, Path(id): Path<Uuid>) -> Result<Json<O
     }))
 }
 
+/// The columns of an order's lines.
+fn columns(items: &[Item]) -> (Vec<&str>, Vec<i64>, Vec<i64>) {
+    let skus = items.iter().map(|item| item.sku.as_str());
+    let quantities = items.iter().map(|item| item.quantity);
+    let prices = items.iter().map(|item| item.unit_price_cents);
+    (skus.collect(), quantities.collect(), prices.collect())
+}
+
 async fn place(
     State(pool): State<PgPool>,
     Json(mut order): Json<Order>,
 ) -> Result<(StatusCode, Json<Order>), StatusCode> {
     order.id = Uuid::now_v7();
     let event = serde_json::to_string(&order).map_err(failed)?;
-    let skus: Vec<&str> = order.items.iter().map(|item| item.sku.as_str()).collect();
-    let quantities: Vec<i64> = order.items.iter().map(|item| item.quantity).collect();
-    let prices: Vec<i64> = order
-        .items
-        .iter()
-        .map(|item| item.unit_price_cents)
-        .collect();
+    let (skus, quantities, prices) = columns(&order.items);
+    sqlx::query(
+        "WITH placed AS (
+             INSERT INTO orders (id, customer, currency, status, created_at, updated_at)
+             VALUES ($1, $2, $3, 'open', 0, 0) RETURNING id
+         ), lines AS (
+             INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
+             SELECT id, line - 1, sku, quantity, price
+             FROM placed, unnest($4::text[], $5::bigint[], $6::bigint[])
+                  WITH ORDINALITY AS item (sku, quantity, price, line)
+         )
+         INSERT INTO outbox (event, created_at) SELECT $7, 0 FROM placed",
+    )
+    .bind(order.id)
+    .bind(&order.customer)
+    .bind(&order.currency)
+    .bind(skus)
+    .bind(quantities)
+    .bind(prices)
+    .bind(event)
+    .execute(&pool)
+    .await
+    .map_err(failed)?;
+    Ok((StatusCode::CREATED, Json(order)))
+}
+
+async fn place_by_transaction(
+    State(pool): State<PgPool>,
+    Json(mut order): Json<Order>,
+) -> Result<(StatusCode, Json<Order>), StatusCode> {
+    order.id = Uuid::now_v7();
+    let event = serde_json::to_string(&order).map_err(failed)?;
+    let (skus, quantities, prices) = columns(&order.items);
     let mut tx = pool.begin().await.map_err(failed)?;
     sqlx::query(
         "INSERT INTO orders (id, customer, currency, status, created_at, updated_at)

@@ -48,8 +48,12 @@ impl Load {
     }
 
     pub fn post(address: SocketAddr, token: Option<&str>, _: &[String]) -> Self {
+        Self::post_to("/v1/orders", address, token)
+    }
+
+    pub fn post_to(path: &str, address: SocketAddr, token: Option<&str>) -> Self {
         let request = format!(
-            "POST /v1/orders HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
+            "POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
              content-length: {}\r\n{}\r\n{BODY}",
             BODY.len(),
             authorization(token),

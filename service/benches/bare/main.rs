@@ -47,23 +47,30 @@ async fn compare() {
     let service = Contestant::service(&server).await;
     println!("{BUSY} connections, one request after another on each");
     println!(
-        "{:24}{:>10}{:>10}{:>8}{:>12}{:>12}{:>8}",
+        "{:30}{:>10}{:>10}{:>8}{:>12}{:>12}{:>8}",
         "", "bare/s", "service/s", "ratio", "bare p99", "service p99", "ratio"
     );
-    for (name, request) in [
-        ("GET of one order", Load::get as Prepare),
-        ("POST of an order", Load::post),
+    let by_transaction: Prepare =
+        |address, token, _| Load::post_to(handler::BY_TRANSACTION, address, token);
+    for (name, request, of_bare) in [
+        (
+            "GET of one order",
+            Load::get as Prepare,
+            Load::get as Prepare,
+        ),
+        ("POST of an order", Load::post, Load::post),
+        ("POST, bare by BEGIN … COMMIT", Load::post, by_transaction),
     ] {
         let mut ratios = [Vec::new(), Vec::new()];
         for _ in 0..ROUNDS {
-            let of_bare = bare.round(request).await;
+            let of_bare = bare.round(of_bare).await;
             let of_service = service.round(request).await;
             let throughput = of_service.rate() / of_bare.rate();
             let latency = of_service.p99().as_secs_f64() / of_bare.p99().as_secs_f64();
             ratios[0].push(throughput);
             ratios[1].push(latency);
             println!(
-                "{name:24}{:>10.0}{:>10.0}{throughput:>8.2}{:>12.1?}{:>12.1?}{latency:>8.2}",
+                "{name:30}{:>10.0}{:>10.0}{throughput:>8.2}{:>12.1?}{:>12.1?}{latency:>8.2}",
                 of_bare.rate(),
                 of_service.rate(),
                 of_bare.p99(),
@@ -71,7 +78,7 @@ async fn compare() {
             );
         }
         let [throughput, latency] = ratios.map(median);
-        println!("{name:24}median ratio: throughput {throughput:.2}, p99 {latency:.2}\n");
+        println!("{name:30}median ratio: throughput {throughput:.2}, p99 {latency:.2}\n");
     }
     println!("GET of one order beside {IDLE} idle connections");
     let mut ratios = Vec::new();

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::future::{Ready, ready};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,13 +11,13 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, Executor, PgConnection, Transaction};
+use sqlx::{Connection, Executor, PgConnection, PgExecutor, Transaction};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
 use super::pools::{Both, Handed, Pools};
-use super::rows::TotalOf;
+use super::rows::{Placement, TotalOf};
 use super::servers::Servers;
 use super::sql::storage_in_sql;
 use super::{
@@ -152,14 +153,25 @@ impl Postgres {
         Ok(rows::retried(|| pool.begin()).await?)
     }
 
-    async fn insert(
-        tx: &mut PgConnection,
-        order: &Order,
-        contact: Option<Vec<u8>>,
-    ) -> Result<(), StorageError> {
+    /// All in one statement, and so in one round trip.
+    async fn insert(at: impl PgExecutor<'_>, placement: &Placement<'_>) -> sqlx::Result<()> {
+        let order = placement.order;
+        let items = &order.items;
+        let skus: Vec<&str> = items.iter().map(|item| item.sku.as_str()).collect();
+        let quantities: Vec<i64> = items.iter().map(|item| item.quantity.into()).collect();
+        let prices: Vec<i64> = items.iter().map(|item| item.unit_price_cents).collect();
         sqlx::query(
-            "INSERT INTO orders (id, customer, currency, status, created_at, updated_at, contact)
-             VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            "WITH placed AS (
+                 INSERT INTO orders
+                        (id, customer, currency, status, created_at, updated_at, contact)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id
+             ), lines AS (
+                 INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
+                 SELECT id, line - 1, sku, quantity, price
+                 FROM placed, unnest($8::text[], $9::bigint[], $10::bigint[])
+                      WITH ORDINALITY AS item (sku, quantity, price, line)
+             )
+             INSERT INTO outbox (event, created_at) SELECT $11, $5 FROM placed",
         )
         .bind(order.id.as_uuid())
         .bind(&order.customer)
@@ -167,27 +179,35 @@ impl Postgres {
         .bind(order.status.as_str())
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
-        .bind(contact)
-        .execute(&mut *tx)
-        .await?;
-        // All lines in one statement, and so in one round trip.
-        let items = &order.items;
-        let skus: Vec<&str> = items.iter().map(|item| item.sku.as_str()).collect();
-        let quantities: Vec<i64> = items.iter().map(|item| item.quantity.into()).collect();
-        let prices: Vec<i64> = items.iter().map(|item| item.unit_price_cents).collect();
-        sqlx::query(
-            "INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
-             SELECT $1, line - 1, sku, quantity, price
-             FROM unnest($2::text[], $3::bigint[], $4::bigint[])
-                  WITH ORDINALITY AS item (sku, quantity, price, line)",
-        )
-        .bind(order.id.as_uuid())
+        .bind(&placement.contact)
         .bind(skus)
         .bind(quantities)
         .bind(prices)
-        .execute(&mut *tx)
+        .bind(&placement.event)
+        .execute(at)
         .await?;
         Ok(())
+    }
+
+    /// No transaction around it: four round trips fewer.
+    async fn insert_alone(&self, placement: &Placement<'_>) -> Result<(), StorageError> {
+        let (pool, tries) = (self.pools.shared(), AtomicUsize::new(0));
+        let insert = || {
+            let is_first = tries.fetch_add(1, Relaxed) == 0;
+            let inserted = Self::insert(&pool, placement);
+            async move {
+                match inserted.await {
+                    // It was done before the connection died.
+                    Err(sqlx::Error::Database(taken))
+                        if !is_first && taken.is_unique_violation() =>
+                    {
+                        Ok(())
+                    }
+                    inserted => inserted,
+                }
+            }
+        };
+        Ok(rows::retried(insert).await?)
     }
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {

@@ -26,7 +26,16 @@ const MOST_DEAD: u64 = 32;
 static BUDGET: LazyLock<TpsBudget> =
     LazyLock::new(|| TpsBudget::new(Duration::from_secs(10), 30, 0.2));
 
-/// Tries once more what changes nothing, and each time that the connection it got turns out to be dead,
+/// What is written where an order is placed.
+pub(super) struct Placement<'order> {
+    pub order: &'order Order,
+    /// Encrypted.
+    pub contact: Option<Vec<u8>>,
+    /// What is told of it, as JSON.
+    pub event: String,
+}
+
+/// Tries once more what changes nothing, or nothing more when it is done again, and each time that the connection it got turns out to be dead,
 /// as those are that the pool kept while the database was away.
 pub(super) async fn retried<T, F>(attempt: impl Fn() -> F) -> sqlx::Result<T>
 where

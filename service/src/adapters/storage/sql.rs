@@ -3,7 +3,8 @@
 //! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a
 //! transaction that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing
 //! has moved, where that is too long), its `NOW` and `migrations`, and whatever is said for many at once
-//! in its own way: `insert` (an order and its lines), `remove` (events from the outbox), `totals_among` (customers),
+//! in its own way: `insert` (an order, its lines and its event), `insert_alone` (the same, where that is
+//! all), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
 //! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
 //! generic function would need every bound of every query instead.
@@ -49,34 +50,35 @@ macro_rules! storage_in_sql {
                 event: &Event,
                 once: Option<&Once>,
             ) -> Result<Placed, StorageError> {
+                let contact = contacts::encrypted(self.keyring.as_ref(), order)?;
+                let placement = Placement {
+                    order,
+                    contact,
+                    event: rows::to_text(event)?,
+                };
                 watched(async {
+                    let Some(once) = once else {
+                        self.insert_alone(&placement).await?;
+                        return Ok(Placed::New);
+                    };
                     let mut tx = self.begin().await?;
-                    if let Some(once) = once {
-                        let claim = sqlx::query(rows::CLAIM_KEY)
-                            .bind(&once.client)
-                            .bind(&once.key);
-                        let claim = claim.bind(&once.fingerprint[..]).bind(order.id.as_uuid());
-                        let claim = claim.bind(order.created_at.as_millisecond());
-                        if claim.execute(&mut *tx).await?.rows_affected() == 0 {
-                            let taken =
-                                sqlx::query_as(rows::KEY).bind(&once.client).bind(&once.key);
-                            let (fingerprint, id): (Vec<u8>, Uuid) =
-                                taken.fetch_one(&mut *tx).await?;
-                            drop(tx);
-                            if fingerprint != once.fingerprint {
-                                return Ok(Placed::KeyTaken);
-                            }
-                            let before = self.find(OrderId::from(id)).await?;
-                            let lost = || StorageError::Failed("a key's order is gone".to_owned());
-                            return before.map(Placed::Before).ok_or_else(lost);
+                    let claim = sqlx::query(rows::CLAIM_KEY)
+                        .bind(&once.client)
+                        .bind(&once.key);
+                    let claim = claim.bind(&once.fingerprint[..]).bind(order.id.as_uuid());
+                    let claim = claim.bind(order.created_at.as_millisecond());
+                    if claim.execute(&mut *tx).await?.rows_affected() == 0 {
+                        let taken = sqlx::query_as(rows::KEY).bind(&once.client).bind(&once.key);
+                        let (fingerprint, id): (Vec<u8>, Uuid) = taken.fetch_one(&mut *tx).await?;
+                        drop(tx);
+                        if fingerprint != once.fingerprint {
+                            return Ok(Placed::KeyTaken);
                         }
+                        let before = self.find(OrderId::from(id)).await?;
+                        let lost = || StorageError::Failed("a key's order is gone".to_owned());
+                        return before.map(Placed::Before).ok_or_else(lost);
                     }
-                    let contact = contacts::encrypted(self.keyring.as_ref(), order)?;
-                    Self::insert(&mut tx, order, contact).await?;
-                    let tell = sqlx::query(rows::TELL).bind(rows::to_text(event)?);
-                    tell.bind(Timestamp::now().as_millisecond())
-                        .execute(&mut *tx)
-                        .await?;
+                    Self::insert(&mut *tx, &placement).await?;
                     tx.commit().await?;
                     Ok(Placed::New)
                 })

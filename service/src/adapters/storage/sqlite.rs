@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::abandoned::watched;
 use super::pools::{Both, Handed, Pools};
-use super::rows::TotalOf;
+use super::rows::{Placement, TotalOf};
 use super::sql::storage_in_sql;
 use super::turns::{Turn, Turns};
 use super::{
@@ -203,9 +203,9 @@ impl Sqlite {
 
     async fn insert(
         tx: &mut SqliteConnection,
-        order: &Order,
-        contact: Option<Vec<u8>>,
+        placement: &Placement<'_>,
     ) -> Result<(), StorageError> {
+        let order = placement.order;
         sqlx::query(
             "INSERT INTO orders (id, customer, currency, status, created_at, updated_at, contact)
              VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -216,7 +216,7 @@ impl Sqlite {
         .bind(order.status.as_str())
         .bind(order.created_at.as_millisecond())
         .bind(order.updated_at.as_millisecond())
-        .bind(contact)
+        .bind(&placement.contact)
         .execute(&mut *tx)
         .await?;
         sqlx::query(
@@ -228,7 +228,16 @@ impl Sqlite {
         .bind(rows::to_text(&order.items)?)
         .execute(&mut *tx)
         .await?;
+        let tell = sqlx::query(rows::TELL).bind(&placement.event);
+        let tell = tell.bind(order.created_at.as_millisecond());
+        tell.execute(&mut *tx).await?;
         Ok(())
+    }
+
+    async fn insert_alone(&self, placement: &Placement<'_>) -> Result<(), StorageError> {
+        let mut tx = self.begin().await?;
+        Self::insert(&mut tx, placement).await?;
+        Ok(tx.commit().await?)
     }
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
