@@ -2,22 +2,25 @@
 //! end of the process, what browsers are told, gRPC's own words for what the others refuse, CORS,
 //! panics, who calls, limits of clients and of the process, time-out, body limit.
 //!
-//! Each of axum's middleware functions copies everything inside it for every request, so there are
-//! two of them, with the panics between them.
+//! Two of these layers are ours, with the panics between them. axum's own way to write one,
+//! `middleware::from_fn`, copies and boxes everything inside it for every request.
 
 use std::any::Any;
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{self, Poll};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
 use axum::http::{HeaderName, HeaderValue, Method, header};
-use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use opentelemetry::context::FutureExt;
 use opentelemetry::trace::{Status, TraceContextExt};
 use opentelemetry::{Context, KeyValue};
-use tower::ServiceBuilder;
+use tower::layer::layer_fn;
+use tower::{Layer, Service, ServiceBuilder};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
 use tracing::{Instrument, Span};
@@ -43,51 +46,113 @@ pub fn apply(routes: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
     let config = &app.config.server;
     routes.layer(
         ServiceBuilder::new()
-            .layer(from_fn_with_state(Arc::clone(app), surround))
+            .layer(around(app, surround))
             .layer(cors(&config.allowed_origins))
             .layer(CatchPanicLayer::custom(panicked))
-            .layer(from_fn_with_state(Arc::clone(app), admit))
+            .layer(around(app, admit))
             .layer(DefaultBodyLimit::max(config.body_limit.get())),
     )
 }
 
+/// What gives answers: routes, and the layers around them. It never fails, and is always ready.
+trait Inside:
+    Service<Request, Response: IntoResponse, Error = Infallible, Future: Send + 'static>
+    + Clone
+    + Send
+    + 'static
+{
+}
+
+impl<S> Inside for S where
+    S: Service<Request, Response: IntoResponse, Error = Infallible, Future: Send + 'static>
+        + Clone
+        + Send
+        + 'static
+{
+}
+
+type Answering = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+/// A layer of ours around what is inside it.
+#[derive(Clone)]
+struct Around<S> {
+    app: Arc<App>,
+    answer: fn(&Arc<App>, &mut S, Request) -> Answering,
+    inside: S,
+}
+
+fn around<S: Inside>(
+    app: &Arc<App>,
+    answer: fn(&Arc<App>, &mut S, Request) -> Answering,
+) -> impl Layer<S, Service = Around<S>> + Clone + use<S> {
+    let app = Arc::clone(app);
+    layer_fn(move |inside| Around {
+        app: Arc::clone(&app),
+        answer,
+        inside,
+    })
+}
+
+impl<S: Inside> Service<Request> for Around<S> {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Answering;
+
+    fn poll_ready(&mut self, context: &mut task::Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inside.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request) -> Answering {
+        (self.answer)(&self.app, &mut self.inside, request)
+    }
+}
+
 /// What every answer gets, whoever gives it.
-async fn surround(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+fn surround(app: &Arc<App>, inside: &mut impl Inside, request: Request) -> Answering {
     let observed = Observed::begin(&request);
     let is_going = app.drain.notes(&request);
     let is_grpc = grpc::is_call(&request);
     let is_page = request.uri().path().starts_with(description::PAGE);
-    let answer = next.run(request).with_context(observed.trace.clone());
-    let mut response = answer.instrument(observed.span.clone()).await;
-    if is_grpc {
-        response = grpc::translated(response);
-    }
-    protect(&mut response, is_page, &app.config);
-    if is_going {
-        drain::turn_away(&mut response);
-    }
-    observed.end(&mut response);
-    response
+    let answer = inside.call(request).with_context(observed.trace.clone());
+    let answer = answer.instrument(observed.span.clone());
+    let app = Arc::clone(app);
+    Box::pin(async move {
+        let mut response = answer.await?.into_response();
+        if is_grpc {
+            response = grpc::translated(response);
+        }
+        protect(&mut response, is_page, &app.config);
+        if is_going {
+            drain::turn_away(&mut response);
+        }
+        observed.end(&mut response);
+        Ok(response)
+    })
 }
 
 /// Lets a request through, or says why not.
-async fn admit(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
-    let recognised = auth::recognise(&app, &mut request).await;
-    // Whoever tries tokens is a client like any other.
-    let admitted = match app.limits.admit(&request) {
-        Ok(admitted) => admitted,
-        Err(refusal) => return refusal,
-    };
-    let mut response = match recognised {
-        Ok(()) => {
-            let answer = next.run(request);
-            let answer = tokio::time::timeout(app.config.server.request_timeout.0, answer).await;
-            answer.unwrap_or_else(|_| Problem::new(Fault::Timeout).into_response())
-        }
-        Err(distrust) => distrust.into_response(),
-    };
-    admitted.tell(&mut response);
-    response
+fn admit(app: &Arc<App>, inside: &mut impl Inside, mut request: Request) -> Answering {
+    let (app, mut inside) = (Arc::clone(app), inside.clone());
+    Box::pin(async move {
+        let recognised = auth::recognise(&app, &mut request).await;
+        // Whoever tries tokens is a client like any other.
+        let admitted = match app.limits.admit(&request) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return Ok(refusal),
+        };
+        let mut response = match recognised {
+            Ok(()) => {
+                let (answer, limit) = (inside.call(request), app.config.server.request_timeout.0);
+                match tokio::time::timeout(limit, answer).await {
+                    Ok(response) => response?.into_response(),
+                    Err(_) => Problem::new(Fault::Timeout).into_response(),
+                }
+            }
+            Err(distrust) => distrust.into_response(),
+        };
+        admitted.tell(&mut response);
+        Ok(response)
+    })
 }
 
 /// A request's id (the client's own, where it sent a usable one), its span, its log line and its
