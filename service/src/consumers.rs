@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use opentelemetry::Context;
 use opentelemetry::context::FutureExt;
-use opentelemetry::trace::TraceContextExt;
+use opentelemetry::trace::{Status, TraceContextExt};
 use sha2::{Digest, Sha256};
 use tracing::Instrument;
 use uuid::Uuid;
@@ -138,10 +138,19 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
             Ok(event) => {
                 let (id, trace) = (event.id, trace(consumer, &event));
                 let trace_id = trace.span().span_context().trace_id();
-                let span = tracing::info_span!("consume", %trace_id, event = %id);
+                let span = tracing::info_span!(
+                    "consume",
+                    consumer = consumer.name,
+                    %trace_id,
+                    event = %id
+                );
                 let events = [event];
-                let acted = act(storage, consumer, &events).with_context(trace);
-                match acted.instrument(span).await {
+                let acted = act(storage, consumer, &events).with_context(trace.clone());
+                let acted = acted.instrument(span).await;
+                if let Err(error) = &acted {
+                    trace.span().set_status(Status::error(error.to_string()));
+                }
+                match acted {
                     Ok(new) => break outcome(new.contains(&true)),
                     Err(error) => (error, id),
                 }

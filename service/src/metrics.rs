@@ -6,6 +6,7 @@ use std::fmt::{self, Debug};
 use std::sync::{Arc, LazyLock};
 
 use metrics_process::collector::collect;
+use opentelemetry::trace::TraceId;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text, text,
@@ -16,7 +17,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Metric, Registry};
 
-/// Upper bounds of the latency buckets, in seconds.
+/// Upper bounds of the latency buckets, in seconds. OpenMetrics has the whole ones as `1.0`, which is
+/// another label to Prometheus 2.
 const LATENCY_BUCKETS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
@@ -58,6 +60,14 @@ pub struct Consumed {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Exemplar {
     pub trace_id: String,
+}
+
+impl Exemplar {
+    pub fn of(trace: TraceId) -> Self {
+        Self {
+            trace_id: trace.to_string(),
+        }
+    }
 }
 
 pub type Latency = HistogramWithExemplars<Exemplar>;

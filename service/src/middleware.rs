@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{self, Poll};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
@@ -220,13 +220,14 @@ impl Observed {
         METRICS.http_requests.get_or_create(&answer).inc();
         let trace = self.trace.span();
         let seen = trace.span_context();
-        let exemplar = seen.is_sampled().then(|| Exemplar {
-            trace_id: seen.trace_id().to_string(),
-        });
-        let duration = METRICS
+        let (exemplar, now) = seen
+            .is_sampled()
+            .then(|| (Exemplar::of(seen.trace_id()), SystemTime::now()))
+            .unzip();
+        METRICS
             .http_duration
-            .get_or_create(&Route { method, route });
-        duration.observe(seconds, exemplar, None);
+            .get_or_create(&Route { method, route })
+            .observe(seconds, exemplar, now);
         let code = i64::from(status.as_u16());
         trace.set_attribute(KeyValue::new("http.response.status_code", code));
         if status.is_server_error() {
@@ -244,7 +245,7 @@ fn protect(response: &mut Response, is_page: bool, config: &Config) {
     const NOTHING: HeaderValue =
         HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
     let policy = match is_page {
-        true => HeaderValue::try_from(description::policy(&config.auth)).unwrap_or(NOTHING),
+        true => description::policy(&config.auth),
         false => NOTHING,
     };
     let headers = response.headers_mut();

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use axum::http::HeaderValue;
 use utoipa::OpenApi as _;
 use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{
@@ -44,8 +45,13 @@ pub fn description(auth: &Auth) -> OpenApi {
     };
     let components = description.components.get_or_insert_default();
     components.add_security_scheme(SCHEME, scheme);
-    let scopes = auth.scope.split_whitespace();
-    description.security = Some(vec![SecurityRequirement::new(SCHEME, scopes)]);
+    // The tokens that it signs itself have none.
+    let scopes = match auth.mode {
+        AuthMode::Jwks => auth.scope.as_str(),
+        AuthMode::Off | AuthMode::Development => "",
+    };
+    let requirement = SecurityRequirement::new(SCHEME, scopes.split_whitespace());
+    description.security = Some(vec![requirement]);
     description
 }
 
@@ -70,16 +76,16 @@ pub fn page(description: OpenApi, auth: &Auth) -> SwaggerUi {
 }
 
 /// What browsers may do for the page: it brings scripts and styles of its own, and asks the provider
-/// for tokens. <https://www.w3.org/TR/CSP3/>
-pub fn policy(auth: &Auth) -> String {
-    let provider = match auth.mode {
-        AuthMode::Jwks => reqwest::Url::parse(&auth.issuer)
-            .map(|issuer| issuer.origin().ascii_serialization())
-            .unwrap_or_default(),
-        AuthMode::Off | AuthMode::Development => String::new(),
-    };
-    format!(
-        "default-src 'self'; connect-src 'self' {provider}; img-src 'self' data:; \
-         style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-    )
+/// for tokens, which may be at another host than its issuer. <https://www.w3.org/TR/CSP3/>
+pub fn policy(auth: &Auth) -> HeaderValue {
+    HeaderValue::from_static(match auth.mode {
+        AuthMode::Jwks => {
+            "default-src 'self'; connect-src 'self' https:; img-src 'self' data:; \
+             style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+        }
+        AuthMode::Off | AuthMode::Development => {
+            "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; \
+             frame-ancestors 'none'"
+        }
+    })
 }

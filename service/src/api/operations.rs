@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use prometheus_client::encoding::prometheus_text;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -79,7 +79,7 @@ pub async fn info(State(app): State<Arc<App>>) -> Json<Info> {
 
 /// `GET /metrics`: OpenMetrics for whoever names it, as Prometheus does, else its older text.
 /// <https://prometheus.io/docs/instrumenting/content_negotiation/>
-pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> impl IntoResponse {
+pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     app.observe();
     let mut accepted = headers.get_all(header::ACCEPT).iter();
     let is_open = accepted.any(|field| {
@@ -92,5 +92,8 @@ pub async fn metrics(State(app): State<Arc<App>>, headers: HeaderMap) -> impl In
     } else {
         (prometheus_text::CONTENT_TYPE, METRICS.prometheus())
     };
-    ([(header::CONTENT_TYPE, kind)], text.unwrap_or_default())
+    match text {
+        Ok(text) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
+        Err(_) => Problem::new(Fault::Internal).into_response(),
+    }
 }

@@ -262,6 +262,10 @@ impl Rollout {
                     if world.candidate.ready < self.plan.capacity(new, self.plan.replicas) {
                         world.violated = Some("1: weight without ready capacity");
                     }
+                    // Spelled out, as the plan's own arithmetic is what is asked about.
+                    if world.candidate.ready < self.plan.least {
+                        world.violated = Some("1: traffic to a release without a spare process");
+                    }
                     if turned {
                         world.violated = Some("4: the candidate's weight rose after turning back");
                     }
@@ -718,7 +722,18 @@ fn defects_are_found() {
         Phase::Watch if state.hold.is_some() => (state.clone(), None),
         _ => decide(plan, state, seen, now),
     };
+    let leaves_a_failed_job: Decide = |plan, state, seen, now| {
+        let mut seen = seen.clone();
+        if let Some(view) = &mut seen.platform
+            && view.candidate.broken.is_some()
+            && view.candidate.desired == 0
+        {
+            view.candidate.unfinished = false;
+        }
+        decide(plan, state, &seen, now)
+    };
     for (name, decide) in [
+        ("leaves a failed job where it is", leaves_a_failed_job),
         ("does not wait for readiness", no_readiness),
         ("takes no data for a pass", no_data_passes),
         (
@@ -738,6 +753,14 @@ fn defects_are_found() {
             "an engine that {name} was not found out"
         );
     }
+    let mut without_spare = Rollout::canary();
+    without_spare.plan.least = 2;
+    without_spare.decide = |plan, state, seen, now| {
+        let mut plan = plan.clone();
+        plan.least = 1;
+        decide(&plan, state, seen, now)
+    };
+    assert!(explore(without_spare).is_err());
     let unfenced = Rollout {
         fenced: false,
         ..Rollout::canary()

@@ -159,7 +159,7 @@ pub struct Forecast {
     /// Bounds in seconds fixed for the judge; `None` where there were too few requests.
     pub bounds: Option<Vec<f64>>,
     /// Seconds at the start of each stage that nothing is counted of.
-    pub unseen: f64,
+    unseen: f64,
     pub stages: Vec<StageForecast>,
 }
 
@@ -305,15 +305,18 @@ impl Forecast {
                  end; send traffic to {address} and start again"
             );
         }
-        if self.unseen >= max_stage {
-            bail!(
-                "the metrics are {:.0} s behind, rollout.warm_up included, and rollout.max_stage is \
-                 {max_stage:.0} s: no stage would see anything of itself; set rollout.max_stage to \
-                 more, or scrape more often (prometheus.interval)",
-                self.unseen,
-            );
-        }
         if let Some(stage) = self.stages.iter().find(|stage| stage.to_pass > max_stage) {
+            if self.unseen > max_stage / 2.0 {
+                bail!(
+                    "the stage of {} % would need {:.0} s to decide, but rollout.max_stage is \
+                     {max_stage:.0} s: nothing is counted in the first {:.0} s of each stage, which is \
+                     rollout.warm_up and what the metrics are behind; set rollout.max_stage to more, or \
+                     have them scraped more often (prometheus.interval)",
+                    stage.weight,
+                    stage.to_pass,
+                    self.unseen,
+                );
+            }
             let needs = if stage.to_pass.is_finite() {
                 format!("{:.0} s", stage.to_pass)
             } else {
@@ -445,7 +448,7 @@ mod tests {
         let check = |unseen| behind(unseen).check(60.0, "production", "http://localhost");
         check(30.0).unwrap();
         let blind = check(60.0).unwrap_err().to_string();
-        assert!(blind.contains("60 s behind"), "{blind}");
+        assert!(blind.contains("the first 60 s of each stage"), "{blind}");
         assert!(blind.contains("prometheus.interval"), "{blind}");
     }
 

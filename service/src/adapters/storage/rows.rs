@@ -35,8 +35,9 @@ pub(super) struct Placement<'order> {
     pub event: String,
 }
 
-/// Tries once more what changes nothing, or nothing more when it is done again, and each time that the connection it got turns out to be dead,
-/// as those are that the pool kept while the database was away.
+/// Tries again each time that the connection it got turns out to be dead, as those are that the pool
+/// kept while the database was away. So it is for what changes nothing, or nothing more when it is done
+/// again.
 pub(super) async fn retried<T, F>(attempt: impl Fn() -> F) -> sqlx::Result<T>
 where
     F: Future<Output = sqlx::Result<T>>,
@@ -213,7 +214,8 @@ pub(super) const FORGET: [&str; 2] = [
 ];
 
 /// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds; its token. One
-/// that lasts for longer than twice what is asked for was made before that clock was put back.
+/// that lasts for longer than twice what is asked for is nobody's: it was made before that clock was put
+/// back, or by a process whose `events.lease` is that much longer.
 pub(super) fn lease(now: &str) -> String {
     format!(
         "INSERT INTO leases (name, owner, expires_at, token) VALUES ($1, $2, {now} + $3, {now})
