@@ -59,6 +59,8 @@ pub struct Smoke {
     pub method: Method,
     pub path: String,
     pub body: Option<String>,
+    /// A bearer token, where callers must say who they are.
+    pub secret: Option<Secret>,
     /// The status wanted; any 2xx unless given.
     pub status: Option<u16>,
 }
@@ -269,6 +271,20 @@ pub enum Secret {
     /// In an environment variable of that name.
     Env(String),
     File(PathBuf),
+}
+
+impl Secret {
+    /// What it is now: a file may have a new one by then.
+    pub fn read(&self) -> Result<String> {
+        let text = match self {
+            Self::Env(name) => {
+                std::env::var(name).with_context(|| format!("reading the variable {name}"))?
+            }
+            Self::File(path) => std::fs::read_to_string(path)
+                .with_context(|| format!("reading {}", path.display()))?,
+        };
+        Ok(text.trim().to_owned())
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use reqwest::Url;
 use serde_json::json;
 use service::config::{CacheKind, LockKind, ServerUrl};
+use sqlx::Connection;
 use test_servers::Server;
 
 use crate::broker::Broker;
@@ -63,6 +64,25 @@ async fn client(url: String, name: usize, placed: Arc<AtomicUsize>, stop: Arc<At
     }
 }
 
+/// Places one order after another, and repeats none; how many it has sent, and how many it was told were
+/// placed.
+async fn careless_client(url: String, stop: Arc<AtomicBool>) -> (usize, usize) {
+    let client = reqwest::Client::new();
+    let mut order = order();
+    order["customer"] = json!("bob");
+    let (mut sent, mut told) = (0, 0);
+    while !stop.load(SeqCst) {
+        sent += 1;
+        match client.post(&url).json(&order).send().await {
+            Ok(answer) if answer.status() == 201 => told += 1,
+            Ok(answer) => assert!(answer.status().is_server_error(), "{answer:?}"),
+            Err(_) => {}
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    (sent, told)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_order_is_there_once_whatever_happens_on_the_wires() {
     let database = Database::postgres().await;
@@ -96,6 +116,7 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
         .map(|name| client(url.clone(), name, Arc::clone(&placed), Arc::clone(&stop)))
         .map(tokio::spawn)
         .collect();
+    let careless = tokio::spawn(careless_client(url, Arc::clone(&stop)));
     for (name, wire) in &wires {
         for fault in FAULTS {
             wire.becomes(fault);
@@ -122,6 +143,7 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
     for client in clients {
         client.await.unwrap();
     }
+    let (sent, told) = careless.await.unwrap();
 
     let placed = placed.load(SeqCst);
     let storage = app.app.storage();
@@ -130,11 +152,48 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
     })
     .await;
     let orders = app.number_of_orders().await;
-    assert_eq!(orders, placed);
-    let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
-    eventually("all is counted", async || {
-        app.get("/v1/customers/ada/totals").await.1 == wanted
+    // Of those that nobody sent twice, some answers were lost: none of what was told, and nothing more
+    // than was sent.
+    let bobs = orders - placed;
+    assert!((told..=sent).contains(&bobs), "{told} <= {bobs} <= {sent}");
+    for (customer, orders) in [("ada", placed), ("bob", bobs)] {
+        let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+        let totals = format!("/v1/customers/{customer}/totals");
+        let counted = async || app.get(&totals).await.1 == wanted;
+        eventually("all is counted", counted).await;
+    }
+    audited(&database, orders).await;
+}
+
+/// The database has placed it, and its answer is lost: it is looked for, and not placed once more.
+#[tokio::test]
+async fn an_order_whose_answer_was_lost_is_placed_once() {
+    let database = Database::postgres().await;
+    let wire = Wire::to(&host(database.url())).await;
+    let distant = database
+        .url()
+        .replace(&host(database.url()), &wire.address.to_string());
+    let app = TestApp::start_on(database.clone(), |config| {
+        config.database.url.0 = distant;
+        // It is the same one that knows the statement; and nothing else goes over the wire.
+        config.database.max_connections = 1.try_into().unwrap();
+        config.lock.kind = LockKind::Redis;
+        config.redis.url = ServerUrl("redis://127.0.0.1:1".to_owned());
     })
     .await;
-    audited(&database, orders).await;
+    let orders = async || {
+        let mut connection = sqlx::PgConnection::connect(database.url()).await.unwrap();
+        let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM orders");
+        count.fetch_one(&mut connection).await.unwrap()
+    };
+    for round in 0..5 {
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        wire.becomes(State::Forsaken);
+        let (status, answer) = app.post("/v1/orders", order()).await;
+        assert_eq!(status, 201, "{answer}");
+        assert_eq!(orders().await, 2 * round + 2);
+        wire.becomes(State::Whole);
+        let untold = app.app.storage().untold(100).await.unwrap();
+        assert_eq!(i64::try_from(untold.len()).unwrap(), 2 * round + 2);
+    }
 }

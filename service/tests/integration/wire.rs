@@ -22,6 +22,8 @@ pub enum State {
     Slow(Duration),
     /// The server seems to have said all; what it is sent still arrives.
     HalfClosed,
+    /// The same for the connections that there are; new ones are whole.
+    Forsaken,
 }
 
 pub struct Wire {
@@ -70,9 +72,10 @@ async fn connect(near: TcpStream, to: String, state: watch::Receiver<State>) {
     };
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
+    let is_new = *state.borrow() == State::Forsaken;
     let mut directions = JoinSet::new();
-    directions.spawn(carry(near_read, far_write, state.clone(), false));
-    directions.spawn(carry(far_read, near_write, state.clone(), true));
+    directions.spawn(carry(near_read, far_write, state.clone(), false, is_new));
+    directions.spawn(carry(far_read, near_write, state.clone(), true, is_new));
     // When a direction has ended in order, the other may still have something to say.
     while directions.join_next().await.is_some() && *state.borrow() != State::Cut {}
 }
@@ -82,6 +85,7 @@ async fn carry(
     mut to: OwnedWriteHalf,
     mut state: watch::Receiver<State>,
     is_answers: bool,
+    is_new: bool,
 ) -> std::io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
     loop {
@@ -90,11 +94,12 @@ async fn carry(
             State::Cut => return Ok(()),
             State::Lost => std::future::pending().await,
             State::HalfClosed if is_answers => return to.shutdown().await,
+            State::Forsaken if is_answers && !is_new => return to.shutdown().await,
             State::Silent => {
                 let _ = state.changed().await;
                 continue;
             }
-            State::Whole | State::Slow(_) | State::HalfClosed => {}
+            State::Whole | State::Slow(_) | State::HalfClosed | State::Forsaken => {}
         }
         let read = tokio::select! {
             read = from.read(&mut buffer) => read?,

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use async_trait::async_trait;
 use reqwest::header;
 
 use super::driver::Checks;
-use crate::config::{Method, Smoke};
+use crate::config::{Method, Secret, Smoke};
 use crate::http;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -15,26 +15,37 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SmokeChecks {
     client: reqwest::Client,
     address: String,
-    checks: Vec<Smoke>,
+    /// With the tokens that they need.
+    checks: Vec<(Smoke, Option<String>)>,
 }
 
 impl SmokeChecks {
+    /// # Errors
+    /// A check's token is not where the settings say.
     pub fn new(address: String, checks: &[Smoke]) -> Result<Self> {
+        let with_token = |check: &Smoke| {
+            let token = check.secret.as_ref().map(Secret::read).transpose();
+            let wrong = || format!("the secret of the smoke check {:?}", check.name);
+            Ok((check.clone(), token.with_context(wrong)?))
+        };
         Ok(Self {
             client: http::client()?,
             address,
-            checks: checks.to_vec(),
+            checks: checks.iter().map(with_token).collect::<Result<_>>()?,
         })
     }
 
-    async fn failure(&self, check: &Smoke) -> Option<String> {
-        let request = request(
+    async fn failure(&self, check: &Smoke, token: Option<&str>) -> Option<String> {
+        let mut request = request(
             &self.client,
             check.method,
             &self.address,
             &check.path,
             check.body.as_deref(),
         );
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
         let failed = |what: String| Some(format!("smoke check {:?}: {what}", check.name));
         match request.timeout(TIMEOUT).send().await {
             Err(error) => failed(error.to_string()),
@@ -64,8 +75,8 @@ impl SmokeChecks {
 impl Checks for SmokeChecks {
     async fn failures(&self) -> Vec<String> {
         let mut failures = Vec::new();
-        for check in &self.checks {
-            failures.extend(self.failure(check).await);
+        for (check, token) in &self.checks {
+            failures.extend(self.failure(check, token.as_deref()).await);
         }
         failures
     }

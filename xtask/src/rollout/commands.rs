@@ -202,6 +202,8 @@ impl<'a> Session<'a> {
             now,
         )?;
         self.prepare(&mut *platform, &plan).await?;
+        // What they lack must show before anything is done.
+        self.smoke_checks(&*platform, kind)?;
         self.output.step(format_args!(
             "{}: {} {} (rollout {})",
             self.name,
@@ -343,6 +345,15 @@ impl<'a> Session<'a> {
         self.pipeline.rollout.warm_up.0 + metrics.lag()
     }
 
+    /// Nothing else than a deployment must fail for what they lack.
+    fn smoke_checks(&self, platform: &dyn Platform, kind: Kind) -> Result<SmokeChecks> {
+        let checks = match kind {
+            Kind::Deploy => &self.pipeline.smoke[..],
+            Kind::Canary | Kind::Rollback => &[],
+        };
+        SmokeChecks::new(platform.address(), checks)
+    }
+
     async fn drive(
         &self,
         platform: &dyn Platform,
@@ -350,7 +361,7 @@ impl<'a> Session<'a> {
         journal: &mut Journal,
     ) -> Result<Finished> {
         let metrics = metrics::open(&self.pipeline, &self.name, platform)?;
-        let checks = SmokeChecks::new(platform.address(), &self.pipeline.smoke)?;
+        let checks = self.smoke_checks(platform, journal.plan().kind)?;
         let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
         let driver = Driver {

@@ -116,16 +116,8 @@ impl Server {
 
     /// The token, or the user's password; a file is read each time, as it may be a new one.
     fn password(&self) -> Result<Option<String>> {
-        let Some(secret) = &self.settings.secret else {
-            return Ok(None);
-        };
-        let text = match secret {
-            Secret::Env(name) => std::env::var(name)
-                .with_context(|| format!("prometheus.secret: the variable {name}"))?,
-            Secret::File(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("prometheus.secret: reading {}", path.display()))?,
-        };
-        Ok(Some(text.trim().to_owned()))
+        let secret = self.settings.secret.as_ref().map(Secret::read);
+        secret.transpose().context("prometheus.secret")
     }
 
     /// The samples that a selector matches, up to `now`.

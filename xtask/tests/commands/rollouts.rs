@@ -1,8 +1,11 @@
 //! Rollouts on the real sandbox, under load.
 
+use std::path::Path;
+use std::process::Command;
+
 use serde_json::Value;
 
-use crate::fixture::{Fixture, Load, eventually};
+use crate::fixture::{Fixture, Load, ended, eventually, root};
 
 #[test]
 fn a_good_release_replaces_stable_and_a_rollback_brings_it_back() {
@@ -302,4 +305,57 @@ fn what_is_judged_is_not_deployed_past_the_judge() {
     let refused = fixture.run(&past).expect(2, "failed");
     assert!(refused.said.contains("judged stages"), "{}", refused.said);
     assert_eq!(fixture.production(), [(first, 100, 2, 2)]);
+}
+
+/// Where callers must say who they are, a smoke check brings a token; that there is none shows before
+/// anything is done.
+#[test]
+fn a_smoke_check_says_who_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("key").display().to_string();
+    let (mode, key_file) = ("SERVICE__AUTH__MODE", "SERVICE__AUTH__DEVELOPMENT_KEY");
+    let check = toml::toml! {
+        name = "place an order"
+        method = "POST"
+        path = "/v1/orders"
+        body = r#"{"customer":"smoke","currency":"EUR","items":[{"sku":"smoke","quantity":1,"unit_price_cents":1}]}"#
+        status = 201
+        secret = { env = "TOKEN_OF_SMOKE_CHECKS" }
+    };
+    let fixture = Fixture::with(&[
+        (&format!("service.variables.{mode}"), "development".into()),
+        (&format!("service.variables.{key_file}"), key.clone().into()),
+        ("smoke", vec![toml::Value::Table(check)].into()),
+    ]);
+    let release = fixture.release("1.0.0");
+    let deploy = |token: Option<&str>| {
+        let mut command = fixture.command(&["deploy-staging", "--release", &release]);
+        command.env_remove("TOKEN_OF_SMOKE_CHECKS");
+        command.envs(token.map(|token| ("TOKEN_OF_SMOKE_CHECKS", token)));
+        ended(command.output().unwrap())
+    };
+    let none = deploy(None).expect(2, "failed");
+    for part in ["\"place an order\"", "TOKEN_OF_SMOKE_CHECKS"] {
+        assert!(none.said.contains(part), "{}", none.said);
+    }
+    let nothing = fixture.run(&["rollback", "--environment", "staging"]);
+    let nothing = nothing.expect(2, "failed");
+    assert!(
+        nothing.said.contains("nothing is in service"),
+        "{}",
+        nothing.said
+    );
+
+    let wrong = deploy(Some("x")).expect(1, "rolled-back");
+    assert!(wrong.said.contains("401"), "{}", wrong.said);
+    let service = Path::new(env!("CARGO_BIN_EXE_xtask")).with_file_name("service");
+    let token = Command::new(service)
+        .args(["token", "smoke"])
+        .env("SERVICE_CONFIG_DIR", root().join("config/service"))
+        .envs([(mode, "development"), (key_file, &key)])
+        .output()
+        .unwrap();
+    assert!(token.status.success(), "{token:?}");
+    let token = String::from_utf8(token.stdout).unwrap();
+    deploy(Some(token.trim())).expect(0, "healthy");
 }
