@@ -188,11 +188,11 @@ async fn an_order_whose_answer_was_lost_is_placed_once() {
     };
     for round in 0..5 {
         assert_eq!(app.post("/v1/orders", order()).await.0, 201);
-        wire.becomes(State::Forsaken);
+        wire.loses("INSERT 0 1");
         let (status, answer) = app.post("/v1/orders", order()).await;
         assert_eq!(status, 201, "{answer}");
         assert_eq!(orders().await, 2 * round + 2);
-        wire.becomes(State::Whole);
+        assert!(wire.has_lost_it());
         let untold = app.app.storage().untold(100).await.unwrap();
         assert_eq!(i64::try_from(untold.len()).unwrap(), 2 * round + 2);
     }
