@@ -116,7 +116,7 @@ impl Fault {
                 "timeout",
                 Http::GATEWAY_TIMEOUT,
                 Grpc::DeadlineExceeded,
-                "The request took too long",
+                "The request took too long, and may have been carried out all the same",
             ),
             Self::Internal => (
                 "internal",
