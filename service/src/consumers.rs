@@ -100,8 +100,14 @@ async fn together(
         return Ok(deliveries);
     };
     let traces: Vec<_> = events.iter().map(|event| trace(consumer, event)).collect();
-    let Ok(new) = act(app.storage(), consumer, &events).await else {
-        return Ok(deliveries);
+    let new = match act(app.storage(), consumer, &events).await {
+        Ok(new) => new,
+        Err(error) => {
+            for trace in &traces {
+                trace.span().set_status(Status::error(error.to_string()));
+            }
+            return Ok(deliveries);
+        }
     };
     drop(traces);
     for is_new in new {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cargo;
@@ -277,13 +277,23 @@ impl Secret {
     /// What it is now: a file may have a new one by then.
     pub fn read(&self) -> Result<String> {
         let text = match self {
-            Self::Env(name) => {
-                std::env::var(name).with_context(|| format!("reading the variable {name}"))?
+            Self::Env(name) => std::env::var(name).with_context(|| format!("reading {self}"))?,
+            Self::File(path) => {
+                std::fs::read_to_string(path).with_context(|| format!("reading {self}"))?
             }
-            Self::File(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("reading {}", path.display()))?,
         };
-        Ok(text.trim().to_owned())
+        let text = text.trim();
+        ensure!(!text.is_empty(), "{self} is empty");
+        Ok(text.to_owned())
+    }
+}
+
+impl fmt::Display for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Env(name) => write!(f, "the variable {name}"),
+            Self::File(path) => path.display().fmt(f),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! 100,000 orders come in while processes are killed: each is there once, told once and counted once.
+//! 100,000 orders come in while processes are killed: each is there once, told, and counted once.
 //!
 //! `cargo xtask servers run -- cargo bench --package service --bench kills [-- ORDERS]` sends them to two
 //! processes on one PostgreSQL, with RabbitMQ and then with Kafka between them and what is done about
@@ -51,7 +51,7 @@ fn main() {
             check(&database, &broker, &acknowledged).await;
             println!(
                 "{}: {} orders placed in {placed:.1?} while processes were killed {kills} times; each is \
-                 there, told, counted and in the audit log once after {:.1?}",
+                 there and counted once, and in the audit log, after {:.1?}",
                 broker.kind,
                 acknowledged.len(),
                 began.elapsed()
@@ -102,9 +102,10 @@ async fn place(database: &Database, broker: &Broker, orders: usize) -> (BTreeSet
     let (next, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let http = reqwest::Client::new();
     let mut clients = JoinSet::new();
+    let mut handles = Vec::new();
     for client in 0..CLIENTS {
         let (http, next, done) = (http.clone(), Arc::clone(&next), Arc::clone(&done));
-        clients.spawn(async move {
+        let handle = clients.spawn(async move {
             let mut ids = Vec::new();
             loop {
                 let number = next.fetch_add(1, SeqCst);
@@ -115,9 +116,10 @@ async fn place(database: &Database, broker: &Broker, orders: usize) -> (BTreeSet
                 done.fetch_add(1, SeqCst);
             }
         });
+        handles.push(handle);
     }
     let mut kills = 0;
-    while kills < KILLS && !clients.is_empty() {
+    while kills < KILLS && handles.iter().any(|client| !client.is_finished()) {
         // Each kill meets them at another point of their work.
         let due = (kills + 1) * orders / (KILLS + 1);
         if done.load(SeqCst) < due {

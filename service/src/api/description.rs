@@ -76,11 +76,13 @@ pub fn page(description: OpenApi, auth: &Auth) -> SwaggerUi {
 }
 
 /// What browsers may do for the page: it brings scripts and styles of its own, and asks the provider
-/// for tokens, which may be at another host than its issuer. <https://www.w3.org/TR/CSP3/>
+/// for tokens, which may be at another host than its issuer, or a developer's own machine.
+/// <https://www.w3.org/TR/CSP3/>
 pub fn policy(auth: &Auth) -> HeaderValue {
     HeaderValue::from_static(match auth.mode {
         AuthMode::Jwks => {
-            "default-src 'self'; connect-src 'self' https:; img-src 'self' data:; \
+            "default-src 'self'; connect-src 'self' https: http://localhost:* http://127.0.0.1:*; \
+             img-src 'self' data:; \
              style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
         }
         AuthMode::Off | AuthMode::Development => {

@@ -694,7 +694,7 @@ async fn the_page_of_the_description_knows_how_to_log_in() {
     let page = |file: &str| reqwest::get(format!("http://{}/docs/{file}", app.public));
     let setup = page("swagger-initializer.js").await.unwrap();
     let policy = setup.headers()["content-security-policy"].to_str().unwrap();
-    let may_ask = "connect-src 'self' https:;";
+    let may_ask = "connect-src 'self' https: ";
     assert!(policy.contains(may_ask), "{policy}");
     let setup = setup.text().await.unwrap();
     let (_, login) = setup.split_once("initOAuth(").unwrap();

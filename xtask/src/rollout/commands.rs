@@ -176,12 +176,7 @@ impl<'a> Session<'a> {
             ));
             return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
         }
-        platform.prepare(&candidate).await?;
-        let stable = match &status.stable {
-            Some(id) => Some(self.release(&*platform, id).await?),
-            None => None,
-        };
-        let kind = match (kind, &stable) {
+        let kind = match (kind, &status.stable) {
             (Kind::Canary, None) => {
                 self.output.warn(format_args!(
                     "nothing is in service in {}: the first release is deployed without a judge",
@@ -190,6 +185,13 @@ impl<'a> Session<'a> {
                 Kind::Deploy
             }
             _ => kind,
+        };
+        // What they lack must show before anything is done.
+        let checks = self.smoke_checks(&*platform, kind)?;
+        platform.prepare(&candidate).await?;
+        let stable = match &status.stable {
+            Some(id) => Some(self.release(&*platform, id).await?),
+            None => None,
         };
         let now = jiff::Timestamp::now();
         let plan = plan::plan(
@@ -202,8 +204,6 @@ impl<'a> Session<'a> {
             now,
         )?;
         self.prepare(&mut *platform, &plan).await?;
-        // What they lack must show before anything is done.
-        self.smoke_checks(&*platform, kind)?;
         self.output.step(format_args!(
             "{}: {} {} (rollout {})",
             self.name,
@@ -252,7 +252,7 @@ impl<'a> Session<'a> {
             ..State::start(millis(jiff::Timestamp::now()))
         };
         let mut journal = self.desk.create(writer, started, state).await?;
-        self.drive(&*platform, writer, &mut journal).await
+        self.drive(&*platform, &checks, writer, &mut journal).await
     }
 
     /// Makes the platform know every release that the rollout names.
@@ -357,17 +357,17 @@ impl<'a> Session<'a> {
     async fn drive(
         &self,
         platform: &dyn Platform,
+        checks: &SmokeChecks,
         writer: &Writer,
         journal: &mut Journal,
     ) -> Result<Finished> {
         let metrics = metrics::open(&self.pipeline, &self.name, platform)?;
-        let checks = self.smoke_checks(platform, journal.plan().kind)?;
         let narrator = Narrator::new(self.output);
         let rollout = &self.pipeline.rollout;
         let driver = Driver {
             platform,
             metrics: &*metrics,
-            checks: &checks,
+            checks,
             clock: &WallClock,
             decide: engine::decide,
             desk: &*self.desk,
@@ -470,13 +470,20 @@ impl<'a> Session<'a> {
                 self.name
             );
         };
-        self.take_over(writer, &mut journal).await
+        let kind = journal.plan().kind;
+        self.take_over(writer, &mut journal, kind).await
     }
 
-    /// Goes on with a rollout that another command began.
-    async fn take_over(&self, writer: &Writer, journal: &mut Journal) -> Result<Finished> {
+    /// Goes on with a rollout that another command began; `kind` says which checks it needs.
+    async fn take_over(
+        &self,
+        writer: &Writer,
+        journal: &mut Journal,
+        kind: Kind,
+    ) -> Result<Finished> {
         let plan = journal.plan().clone();
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
+        let checks = self.smoke_checks(&*platform, kind)?;
         self.prepare(&mut *platform, &plan).await?;
         self.output.step(format_args!(
             "{}: going on with rollout {}",
@@ -487,7 +494,7 @@ impl<'a> Session<'a> {
                 token: writer.token,
             }])
             .await?;
-        self.drive(&*platform, writer, journal).await
+        self.drive(&*platform, &checks, writer, journal).await
     }
 
     async fn promote(&self) -> Result<Finished> {
@@ -512,7 +519,8 @@ impl<'a> Session<'a> {
             .await?;
         if let Some(writer) = self.desk.lock().await? {
             let mut journal = self.desk.for_writing(&writer, journal).await?;
-            let moved = self.take_over(&writer, &mut journal).await;
+            let kind = journal.plan().kind;
+            let moved = self.take_over(&writer, &mut journal, kind).await;
             writer.release().await;
             return moved;
         }
@@ -542,7 +550,11 @@ impl<'a> Session<'a> {
                 let journal = self.desk.read(&rollout).await?;
                 let mut journal = self.desk.for_writing(&writer, journal).await?;
                 let given_up = match journal.state().outcome() {
-                    None => self.take_over(&writer, &mut journal).await.map(|_| ()),
+                    // It only goes back, and nothing is checked for that.
+                    None => self
+                        .take_over(&writer, &mut journal, Kind::Rollback)
+                        .await
+                        .map(|_| ()),
                     Some(_) => Ok(()),
                 };
                 writer.release().await;

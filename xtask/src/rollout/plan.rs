@@ -306,7 +306,7 @@ impl Forecast {
             );
         }
         if let Some(stage) = self.stages.iter().find(|stage| stage.to_pass > max_stage) {
-            if self.unseen > max_stage / 2.0 {
+            if self.unseen > max_stage / 2.0 && stage.to_pass.is_finite() {
                 bail!(
                     "the stage of {} % would need {:.0} s to decide, but rollout.max_stage is \
                      {max_stage:.0} s: nothing is counted in the first {:.0} s of each stage, which is \

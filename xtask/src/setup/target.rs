@@ -65,13 +65,14 @@ fn candidates(target: &Path) -> Vec<PathBuf> {
     }
     let incremental = profiles.iter().map(|dir| dir.join("incremental"));
     let mut removable: Vec<PathBuf> = incremental.filter(|dir| dir.is_dir()).collect();
-    let age = |dir: &PathBuf| {
-        let metadata = fs::metadata(dir.join(".cargo-lock"));
+    // It changes with each thing that is built in it; the lock stays as it was made.
+    let built = |dir: &PathBuf| {
+        let metadata = fs::metadata(dir.join("deps"));
         metadata
             .and_then(|m| m.modified())
             .unwrap_or(SystemTime::UNIX_EPOCH)
     };
-    profiles.sort_by_key(age);
+    profiles.sort_by_key(built);
     removable.extend(profiles);
     removable
 }
@@ -111,4 +112,35 @@ fn measure(dir: &Path) -> u64 {
 
 pub fn gibibytes(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_was_built_longest_ago_goes_first() {
+        let target = tempfile::tempdir().unwrap();
+        let now = SystemTime::now();
+        // In the order in which they were made, with the hours since something was built in them.
+        let profiles = [("debug", 1), ("release", 3), ("triple/release", 2)];
+        for (profile, hours) in profiles {
+            let dir = target.path().join(profile);
+            fs::create_dir_all(dir.join("deps")).unwrap();
+            fs::create_dir_all(dir.join("incremental")).unwrap();
+            fs::write(dir.join(".cargo-lock"), "").unwrap();
+            let deps = fs::File::open(dir.join("deps")).unwrap();
+            deps.set_modified(now - Duration::from_secs(hours * 3600))
+                .unwrap();
+        }
+        let order = candidates(target.path());
+        let order = order.iter().map(|dir| dir.strip_prefix(target.path()));
+        let order: Vec<&Path> = order.map(Result::unwrap).collect();
+        let (incremental, profiles) = order.split_at(3);
+        assert!(incremental.iter().all(|dir| dir.ends_with("incremental")));
+        let wanted = ["release", "triple/release", "debug"];
+        assert_eq!(profiles, wanted.map(Path::new));
+    }
 }

@@ -1,6 +1,6 @@
 //! Rollouts on the real sandbox, under load.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
@@ -348,8 +348,7 @@ fn a_smoke_check_says_who_it_is() {
 
     let wrong = deploy(Some("x")).expect(1, "rolled-back");
     assert!(wrong.said.contains("401"), "{}", wrong.said);
-    let service = Path::new(env!("CARGO_BIN_EXE_xtask")).with_file_name("service");
-    let token = Command::new(service)
+    let token = Command::new(built_for_images())
         .args(["token", "smoke"])
         .env("SERVICE_CONFIG_DIR", root().join("config/service"))
         .envs([(mode, "development"), (key_file, &key)])
@@ -358,4 +357,13 @@ fn a_smoke_check_says_who_it_is() {
     assert!(token.status.success(), "{token:?}");
     let token = String::from_utf8(token.stdout).unwrap();
     deploy(Some(token.trim())).expect(0, "healthy");
+}
+
+/// The service's program, as `image` builds it: TARGET/TRIPLE/release/service.
+fn built_for_images() -> PathBuf {
+    let target = Path::new(env!("CARGO_BIN_EXE_xtask")).ancestors().nth(2);
+    let dirs = std::fs::read_dir(target.unwrap()).unwrap().flatten();
+    let programs = dirs.map(|dir| dir.path().join("release/service"));
+    let mut programs = programs.filter(|program| program.is_file());
+    programs.next().unwrap()
 }
