@@ -104,7 +104,7 @@ async fn together(
         Ok(new) => new,
         Err(error) => {
             for trace in &traces {
-                trace.span().set_status(Status::error(error.to_string()));
+                mark_failed(trace, &error);
             }
             return Ok(deliveries);
         }
@@ -154,7 +154,7 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
                 let acted = act(storage, consumer, &events).with_context(trace.clone());
                 let acted = acted.instrument(span).await;
                 if let Err(error) = &acted {
-                    trace.span().set_status(Status::error(error.to_string()));
+                    mark_failed(&trace, error);
                 }
                 match acted {
                     Ok(new) => break outcome(new.contains(&true)),
@@ -187,6 +187,10 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
 fn trace(consumer: &Consumer, event: &Event) -> Context {
     let name = format!("{} {}", consumer.name, event.kind.as_str());
     traces::event(name, event.traceparent.as_deref())
+}
+
+fn mark_failed(trace: &Context, error: &StorageError) {
+    trace.span().set_status(Status::error(error.to_string()));
 }
 
 /// The id of something that has none: the same for the same text.

@@ -22,13 +22,6 @@ use tokio_rustls::server::TlsStream;
 use crate::config::Tls;
 use crate::metrics::METRICS;
 
-fn count_renewal(result: &'static str) {
-    METRICS
-        .tls_renewals
-        .get_or_create(&[("result", result)])
-        .inc();
-}
-
 /// Clients that take longer to agree on a connection are let go.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that are being agreed on at a time; more wait in the system's queue.
@@ -89,6 +82,13 @@ impl Certificates {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         TlsAcceptor::from(Arc::clone(&current.1))
     }
+}
+
+fn count_renewal(result: &'static str) {
+    METRICS
+        .tls_renewals
+        .get_or_create(&[("result", result)])
+        .inc();
 }
 
 impl Contents {

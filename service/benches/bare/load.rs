@@ -167,6 +167,12 @@ pub async fn idle(address: SocketAddr, number: usize) -> Vec<TcpStream> {
     open
 }
 
+/// Where nobody listens yet.
+pub fn free_address() -> SocketAddr {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap()
+}
+
 /// As many open files as this user may have.
 pub fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);

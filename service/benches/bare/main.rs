@@ -124,7 +124,7 @@ impl Contestant {
         let mut connection = PgConnection::connect(&url).await.unwrap();
         let drop = "DROP TRIGGER outbox_is_audited ON outbox";
         connection.execute(drop).await.unwrap();
-        let address = free_address();
+        let address = load::free_address();
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.env(ROLE, &url).env("LISTEN", address.to_string());
         Self::ready(address, None, command).await
@@ -134,7 +134,7 @@ impl Contestant {
         let url = database(server).await;
         let dir = std::env::temp_dir().join(format!("service-bench-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let address = free_address();
+        let address = load::free_address();
         let collector = handler::collector().await;
         let configure = |command: &mut Command| {
             for (key, value) in [
@@ -216,9 +216,4 @@ async fn database(server: &Lease) -> String {
     admin.execute(create.as_str()).await.unwrap();
     let (place, _) = server.address.rsplit_once('/').unwrap();
     format!("{place}/{name}")
-}
-
-fn free_address() -> SocketAddr {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap()
 }

@@ -14,9 +14,12 @@ mod broker;
 #[expect(dead_code, reason = "some of it is for tests only")]
 #[path = "../../tests/integration/database.rs"]
 mod database;
+#[expect(dead_code, reason = "some of it is for the other benchmarks only")]
+#[path = "../bare/load.rs"]
+mod load;
 
 use std::collections::BTreeSet;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -94,10 +97,7 @@ fn start(database: &Database, broker: &Broker, address: SocketAddr) -> Service {
 
 /// Places them; their ids as they were acknowledged, and how often a process was killed meanwhile.
 async fn place(database: &Database, broker: &Broker, orders: usize) -> (BTreeSet<Uuid>, usize) {
-    let addresses = [(); 2].map(|()| {
-        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-        socket.local_addr().unwrap()
-    });
+    let addresses = [(); 2].map(|()| load::free_address());
     let mut services = addresses.map(|address| Some(start(database, broker, address)));
     let (next, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let http = reqwest::Client::new();
@@ -169,10 +169,7 @@ async fn order(
 
 /// What is there, once nothing waits any more, is what was acknowledged.
 async fn check(database: &Database, broker: &Broker, acknowledged: &BTreeSet<Uuid>) {
-    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = socket.local_addr().unwrap();
-    drop(socket);
-    let _last = start(database, broker, address);
+    let _last = start(database, broker, load::free_address());
     let mut connection = PgConnection::connect(database.url()).await.unwrap();
     let began = Instant::now();
     let wanted = i64::try_from(acknowledged.len()).unwrap();

@@ -64,9 +64,7 @@ impl Drop for Service {
 impl Service {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = socket.local_addr().unwrap();
-        drop(socket);
+        let address = load::free_address();
         let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/service");
         let database = format!("sqlite://{}", dir.path().join("orders.db").display());
         let process = Command::new(env!("CARGO_BIN_EXE_service"))

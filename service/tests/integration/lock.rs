@@ -98,17 +98,29 @@ async fn whoever_does_not_come_back_is_replaced() {
     }
 }
 
+/// Takes orders, of which there is one, and does nothing about them.
+async fn with_an_untold_order(database: &Database) -> TestApp {
+    let app = TestApp::start_on(database.clone(), |config| {
+        config.lock.kind = LockKind::Redis;
+        config.redis.url = ServerUrl("redis://127.0.0.1:1".to_owned());
+    })
+    .await;
+    assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+    app
+}
+
+fn relay(token: i64) -> Fence {
+    Fence {
+        name: "relay",
+        token,
+    }
+}
+
 /// Processes' clocks say nothing about leases, but the database's may be put forward or back.
 #[tokio::test]
 async fn a_clock_that_is_put_forward_or_back_keeps_no_lock_for_ever() {
     for database in Database::each().await {
-        let app = TestApp::start_on(database.clone(), |config| {
-            // It takes orders and does nothing about them.
-            config.lock.kind = LockKind::Redis;
-            config.redis.url = ServerUrl("redis://127.0.0.1:1".to_owned());
-        })
-        .await;
-        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        let app = with_an_untold_order(&database).await;
         let storage = app.app.storage();
         let untold = storage.untold(1).await.unwrap();
         let mut token = 0;
@@ -122,12 +134,8 @@ async fn a_clock_that_is_put_forward_or_back_keeps_no_lock_for_ever() {
             assert!(before <= held && held < taken, "{}", database.kind);
             token = taken;
             // Its former holder believes that it still has it.
-            let fence = |token| Fence {
-                name: "relay",
-                token,
-            };
-            storage.told(&[], fence(taken)).await.unwrap();
-            let refused = storage.told(&[untold[0].seq], fence(held)).await;
+            storage.told(&[], relay(taken)).await.unwrap();
+            let refused = storage.told(&[untold[0].seq], relay(held)).await;
             let is_fenced = matches!(refused, Err(StorageError::Fenced("relay")));
             assert!(is_fenced, "{refused:?}");
             app.execute("UPDATE leases SET expires_at = 0").await;
@@ -168,24 +176,9 @@ async fn of_many_one_gets_it() {
 #[tokio::test]
 async fn whoever_was_the_holder_writes_nothing_more() {
     for database in Database::each().await {
-        let app = TestApp::start_on(database.clone(), |config| {
-            // It takes orders and does nothing about them.
-            config.lock.kind = LockKind::Redis;
-            config.redis.url = ServerUrl("redis://127.0.0.1:1".to_owned());
-        })
-        .await;
-        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        let app = with_an_untold_order(&database).await;
         let storage = app.app.storage();
-        let (paused, next) = (
-            Fence {
-                name: "relay",
-                token: 7,
-            },
-            Fence {
-                name: "relay",
-                token: 8,
-            },
-        );
+        let (paused, next) = (relay(7), relay(8));
         let untold = storage.untold(10).await.unwrap();
         assert_eq!(untold.len(), 1);
         storage.told(&[], next).await.unwrap();
