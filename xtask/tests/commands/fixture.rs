@@ -361,11 +361,18 @@ struct Failure {
 impl Load {
     /// Two reads for each write, 300 requests a second.
     pub fn start(address: String) -> Self {
-        Self::with(address, reqwest::Client::new(), 300)
+        Self::with(address, Self::client(), 300)
+    }
+
+    /// It keeps no connection for as long as a gateway does: a request that is on its way when that
+    /// closes one would be lost by nobody's fault but the client's.
+    pub fn client() -> reqwest::ClientBuilder {
+        reqwest::Client::builder().pool_idle_timeout(Duration::from_secs(20))
     }
 
     /// The same with a client of the caller's, and at this rate, in requests a second.
-    pub fn with(address: String, client: reqwest::Client, rate: u32) -> Self {
+    pub fn with(address: String, client: reqwest::ClientBuilder, rate: u32) -> Self {
+        let client = client.build().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {

@@ -310,7 +310,7 @@ impl Namespace {
 
     /// Requests that go on until they are stopped; two environments at a time leave the cluster room.
     pub fn load(&self) -> Load {
-        Load::with(self.address.clone(), reqwest::Client::new(), 120)
+        Load::with(self.address.clone(), Load::client(), 120)
     }
 
     pub fn kubectl(&self, words: &[&str]) -> Output {

@@ -177,8 +177,8 @@ fn behind_a_plain_service() {
     let namespace = Namespace::with("replicas", "replicas", &[]);
     let first = namespace.in_service("1.0.0");
     // A plain Service splits connections, so each request has one of its own.
-    let client = reqwest::Client::builder().pool_max_idle_per_host(0);
-    let load = Load::with(namespace.address.clone(), client.build().unwrap(), 120);
+    let client = Load::client().pool_max_idle_per_host(0);
+    let load = Load::with(namespace.address.clone(), client, 120);
     let second = namespace.release("1.1.0");
     let good = namespace.run(&start(&second)).expect(0, "healthy");
     // 25 % are wanted, a third is what two pods and one more make.
