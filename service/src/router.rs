@@ -13,15 +13,14 @@ use crate::middleware;
 
 /// What clients reach: every interface on one port.
 pub fn public(app: &Arc<App>) -> anyhow::Result<Router> {
-    let auth = &app.config.auth;
-    let (rest, description) = OpenApiRouter::with_openapi(description::description(auth))
+    let (rest, description) = OpenApiRouter::with_openapi(description::description())
         .routes(routes!(rest::create, rest::list))
         .routes(routes!(rest::get))
         .routes(routes!(rest::cancel))
         .routes(routes!(rest::totals))
         .split_for_parts();
     let routes = rest
-        .merge(description::page(description, auth))
+        .merge(description::routes(description, &app.config.auth))
         .merge(grpc::routes(app)?)
         .route("/v1/events", get(websocket::events))
         .route("/graphql", get(graphql::subscribe).post(graphql::execute))

@@ -26,6 +26,8 @@ pub struct Keys(Arc<Inner>);
 struct Inner {
     known: RwLock<Arc<Known>>,
     source: Option<Source>,
+    /// What the provider last said of itself.
+    provider: RwLock<Option<Provider>>,
 }
 
 /// Where keys are.
@@ -55,6 +57,7 @@ impl Keys {
         Ok(Self(Arc::new(Inner {
             known: RwLock::new(Arc::new(usable(set)?)),
             source: None,
+            provider: RwLock::default(),
         })))
     }
 
@@ -68,6 +71,7 @@ impl Keys {
                 http,
                 last: Mutex::default(),
             }),
+            provider: RwLock::default(),
         })))
     }
 
@@ -103,6 +107,18 @@ impl Keys {
         }
     }
 
+    /// What the provider says of itself; `None` while it has said nothing, or is not asked.
+    pub async fn provider(&self) -> Option<Provider> {
+        let known = || {
+            let provider = self.0.provider.read();
+            provider.unwrap_or_else(PoisonError::into_inner).clone()
+        };
+        if known().is_none() {
+            let _ = self.ask(true).await;
+        }
+        known()
+    }
+
     fn known(&self) -> Arc<Known> {
         Arc::clone(&self.0.known.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -135,7 +151,7 @@ impl Keys {
             return;
         }
         last.asked = Some(Instant::now());
-        match fetch(source).await {
+        match self.fetch(source).await {
             Ok(known) => {
                 *self.0.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
                 last.answered = last.asked;
@@ -149,16 +165,26 @@ impl Keys {
             }
         }
     }
-}
 
-async fn fetch(source: &Source) -> anyhow::Result<Known> {
-    let http = &source.http;
-    let url = match &source.place {
-        Place::Url(url) => url.clone(),
-        Place::Provider(issuer) => Provider::discover(http, issuer).await?.jwks_uri,
-    };
-    let set = provider::ask(http, &url).await?;
-    usable(set).with_context(|| format!("in the key set of {url}"))
+    async fn fetch(&self, source: &Source) -> anyhow::Result<Known> {
+        let http = &source.http;
+        let url = match &source.place {
+            Place::Url(url) => url.clone(),
+            Place::Provider(issuer) => {
+                let provider = Provider::discover(http, issuer).await?;
+                let url = provider.jwks_uri.clone();
+                let mut known = self
+                    .0
+                    .provider
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *known = Some(provider);
+                url
+            }
+        };
+        let set = provider::ask(http, &url).await?;
+        usable(set).with_context(|| format!("in the key set of {url}"))
+    }
 }
 
 /// The keys that sign, by name. Those that nothing here can use are somebody else's.

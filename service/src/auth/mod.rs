@@ -4,7 +4,7 @@
 pub mod development;
 mod keys;
 pub mod login;
-mod provider;
+pub mod provider;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,6 +24,7 @@ use crate::config::{self, AuthMode};
 use crate::limits::Client;
 use crate::metrics::METRICS;
 use keys::{Keys, Place};
+use provider::Provider;
 
 /// Signatures that are accepted. `none`, and secrets that both sides know, are not among them.
 const ALGORITHMS: [Algorithm; 3] = [Algorithm::EdDSA, Algorithm::ES256, Algorithm::RS256];
@@ -180,6 +181,11 @@ impl Auth {
             Some(keys) => keys.trouble().await,
             None => None,
         }
+    }
+
+    /// What the provider of tokens says of itself, where one was asked and has answered.
+    pub async fn provider(&self) -> Option<Provider> {
+        self.keys.as_ref()?.provider().await
     }
 
     /// Who sent these fields. Without a token that is nobody in particular.

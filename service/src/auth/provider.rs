@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 const MAX_ANSWER: usize = 1 << 20;
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Provider {
     issuer: String,
     pub jwks_uri: String,

@@ -682,7 +682,8 @@ async fn the_page_of_the_description_knows_how_to_log_in() {
     })
     .await;
     let (_, description) = app.get("/openapi.json").await;
-    assert_eq!(description["security"], json!([{ "token": ["openid"] }]));
+    assert_eq!(description["security"], json!([{ "token": [] }]));
+    // The provider has not answered, so clients are told where to ask it themselves.
     let wanted = json!({
         "type": "openIdConnect",
         "openIdConnectUrl": "https://login.example/tenant/.well-known/openid-configuration",

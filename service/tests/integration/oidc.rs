@@ -7,13 +7,17 @@ use std::process::Stdio;
 use reqwest::header::{COOKIE, LOCATION, SET_COOKIE};
 use reqwest::redirect::Policy;
 use reqwest::{Client, Method, Response, Url};
-use service::config::AuthMode;
+use serde_json::{Value, json};
+use service::config::{AuthMode, Config};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
 use crate::test_app::{TestApp, config_dir, eventually, order};
 
 const AUDIENCE: &str = "https://orders.example";
+/// <https://www.rfc-editor.org/rfc/rfc7636#appendix-B>
+const VERIFIER: &str = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk";
+const CHALLENGE: &str = "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM";
 
 /// `tests/oidc-provider`, running.
 struct Provider {
@@ -49,10 +53,15 @@ impl Provider {
 
     /// A service that believes this provider, and knows no more of it than its name.
     async fn service(&self) -> TestApp {
+        self.service_with(|_| ()).await
+    }
+
+    async fn service_with(&self, change: impl FnOnce(&mut Config)) -> TestApp {
         TestApp::start_with(|config| {
             config.auth.mode = AuthMode::Jwks;
             config.auth.issuer.clone_from(&self.issuer);
             config.auth.audience = AUDIENCE.to_owned();
+            change(config);
         })
         .await
     }
@@ -122,12 +131,21 @@ impl Browser {
 
     /// Logs in under this name, consents, and returns the page that there is in the end.
     async fn log_in(&mut self, url: &str, name: &str) -> String {
+        let (_, page) = self.consent(url, name).await;
+        page.text().await.unwrap()
+    }
+
+    /// The same; where that page is.
+    async fn come_back(&mut self, url: &str, name: &str) -> Url {
+        self.consent(url, name).await.0
+    }
+
+    async fn consent(&mut self, url: &str, name: &str) -> (Url, Response) {
         let (form, _) = self.go(Method::GET, url, &[]).await;
         let login = [("prompt", "login"), ("login", name), ("password", "any")];
         let (form, _) = self.go(Method::POST, form.as_str(), &login).await;
         let consent = [("prompt", "consent")];
-        let (_, page) = self.go(Method::POST, form.as_str(), &consent).await;
-        page.text().await.unwrap()
+        self.go(Method::POST, form.as_str(), &consent).await
     }
 }
 
@@ -166,6 +184,59 @@ async fn people_log_in_with_a_browser() {
         assert_eq!(place(&app, token.trim()).await, allowed, "{name}");
     }
     assert_eq!(place(&app, "x").await, 401);
+}
+
+/// As the page of the API's description does it: nothing but its address says for whom a token is asked,
+/// and the token must be one for the service all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_of_the_description_log_in_on_its_page() {
+    let provider = Provider::start().await;
+    let app = provider
+        .service_with(|config| config.auth.scope = "openid orders".to_owned())
+        .await;
+    let (_, description) = app.get("/openapi.json").await;
+    assert_eq!(
+        description["security"],
+        json!([{ "token": ["orders"] }]),
+        "{description}"
+    );
+    let scheme = &description["components"]["securitySchemes"]["token"];
+    let flow = &scheme["flows"]["authorizationCode"];
+    let scopes = flow["scopes"].as_object().unwrap().keys();
+    let scopes: Vec<&str> = scopes.map(String::as_str).collect();
+    let endpoint = |name: &str| Url::parse(flow[name].as_str().unwrap()).unwrap();
+    let page = reqwest::get(format!("http://{}/docs/swagger-initializer.js", app.public));
+    let page = page.await.unwrap().text().await.unwrap();
+    assert!(page.contains(r#""url": "/openapi.json""#), "{page}");
+
+    let back = format!("http://{}/callback", app.public);
+    let mut address = endpoint("authorizationUrl");
+    address.query_pairs_mut().extend_pairs([
+        ("response_type", "code"),
+        ("client_id", "people"),
+        ("redirect_uri", &back),
+        ("scope", &scopes.join(" ")),
+        ("code_challenge", CHALLENGE),
+        ("code_challenge_method", "S256"),
+        ("resource", AUDIENCE),
+    ]);
+    let mut browser = Browser::new();
+    let came_to = browser.come_back(address.as_str(), "ada-clerk").await;
+    let (_, code) = came_to
+        .query_pairs()
+        .find(|(name, _)| name == "code")
+        .unwrap();
+    let form = [
+        ("grant_type", "authorization_code"),
+        ("client_id", "people"),
+        ("redirect_uri", &back),
+        ("code", &code),
+        ("code_verifier", VERIFIER),
+    ];
+    let answer = browser.client.post(endpoint("tokenUrl")).form(&form).send();
+    let answer: Value = answer.await.unwrap().json().await.unwrap();
+    let token = answer["access_token"].as_str().unwrap();
+    assert_eq!(place(&app, token).await, 201);
 }
 
 /// Whoever makes a browser come back with a code of theirs has not logged anybody in, nor ended it. The
