@@ -1,4 +1,4 @@
-//! `deploy-staging`, `canary …` and `rollback`: preflight, plan, then drive.
+//! One command on one environment: preflight, plan, then drive.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,143 +6,37 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::checks::SmokeChecks;
-use super::desk::{Desk, Writer};
-use super::driver::{Driver, End, Pace, WallClock, view};
-use super::engine::{self, Kind, Outcome, Request, RequestKind, State};
-use super::journal::{Entry, Journal, Started, millis};
-use super::judge_file;
-use super::metrics::{self, Metrics};
-use super::narrator::Narrator;
-use super::plan::{self, Forecast};
-use super::report::Summary;
-use super::status;
-use super::windows::Counts;
-use crate::cli::{CanaryCommand, CanaryStartArgs, Cli, DeployArgs, EnvironmentArgs, RollbackArgs};
+use crate::cli::Cli;
 use crate::config::{Environment, Pipeline};
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
 use crate::release::{Recorded, ReleaseId, Store};
+use crate::rollout::checks::SmokeChecks;
+use crate::rollout::desk::{Desk, Writer};
+use crate::rollout::driver::{Driver, End, Pace, WallClock};
+use crate::rollout::engine::{self, Kind, Outcome, State};
+use crate::rollout::journal::{Entry, Journal, Started, millis};
+use crate::rollout::metrics::{self, Metrics};
+use crate::rollout::narrator::Narrator;
+use crate::rollout::plan::{self, Forecast};
+use crate::rollout::report::Summary;
+use crate::rollout::status;
+use crate::rollout::windows::Counts;
 
-/// How often a journal that another command writes is read.
-const POLL: Duration = Duration::from_millis(200);
 /// How long what is only reported may keep a rollback from beginning.
 const COUNTED_WITHIN: Duration = Duration::from_millis(500);
-/// How long `promote` waits to be heard.
-const HEARD_WITHIN: Duration = Duration::from_secs(10);
-
-/// `cargo xtask deploy-staging`
-pub fn deploy(args: &DeployArgs, cli: &Cli, output: &Output) -> Result<Finished> {
-    block_on(async {
-        let session = Session::open(cli, &args.environment, output).await?;
-        let release = session.store.resolve(&args.release)?;
-        if session.settings.promotes_from.is_some() {
-            let status = platform::open(&session.pipeline, &session.name)
-                .await?
-                .status()
-                .await?;
-            if status.stable.is_some_and(|stable| stable != release.id) {
-                bail!(
-                    "{0} is moved in judged stages: `cargo xtask canary start --environment {0} \
-                     --release {1}`",
-                    session.name,
-                    release.id.short()
-                );
-            }
-        }
-        session.begin(Kind::Deploy, release).await
-    })
-}
-
-/// `cargo xtask rollback`
-pub fn rollback(args: &RollbackArgs, cli: &Cli, output: &Output) -> Result<Finished> {
-    block_on(async {
-        let session = Session::open(cli, &args.environment.environment, output).await?;
-        session.check_idle().await?;
-        let wanted = args
-            .to
-            .as_ref()
-            .map(|text| session.store.resolve(text))
-            .transpose()?;
-        let platform = platform::open(&session.pipeline, &session.name).await?;
-        let status = platform.status().await?;
-        let target = plan::rollback_target(&status, wanted.as_ref().map(|recorded| &recorded.id))?;
-        let target = session.release(&*platform, &target).await?;
-        session.begin(Kind::Rollback, target).await
-    })
-}
-
-/// `cargo xtask canary …`
-pub fn canary(command: &CanaryCommand, cli: &Cli, output: &Output) -> Result<Finished> {
-    match command {
-        CanaryCommand::Start(args) => block_on(start(args, cli, output)),
-        CanaryCommand::Resume(args) => in_session(args, cli, output, Session::resume),
-        CanaryCommand::Promote(args) => in_session(args, cli, output, Session::promote),
-        CanaryCommand::Abort(args) => in_session(args, cli, output, Session::abort),
-        CanaryCommand::Status(args) => in_session(args, cli, output, Session::status),
-        CanaryCommand::Retire(args) => {
-            in_session(&args.environment, cli, output, async |session| {
-                session.retire(args.now).await
-            })
-        }
-        CanaryCommand::Judge(args) => judge_file::run(args, cli, output),
-    }
-}
-
-/// Does one thing in the environment that was named.
-fn in_session<'a>(
-    args: &EnvironmentArgs,
-    cli: &Cli,
-    output: &'a Output,
-    work: impl AsyncFnOnce(&Session<'a>) -> Result<Finished>,
-) -> Result<Finished> {
-    block_on(async {
-        let session = Session::open(cli, &args.environment, output).await?;
-        work(&session).await
-    })
-}
-
-async fn start(args: &CanaryStartArgs, cli: &Cli, output: &Output) -> Result<Finished> {
-    let session = Session::open(cli, &args.environment.environment, output).await?;
-    let release = match (&args.release, &session.settings.promotes_from) {
-        (Some(text), _) => session.store.resolve(text)?,
-        (None, Some(from)) => {
-            let platform = platform::open(&session.pipeline, from).await?;
-            let status = platform.status().await?;
-            let Some(stable) = status.stable else {
-                bail!(
-                    "nothing is in service in {from}, which {} is promoted from; deploy there \
-                     first (`cargo xtask deploy-staging`), or name a release with --release",
-                    session.name
-                );
-            };
-            session.release(&*platform, &stable).await?
-        }
-        (None, None) => session.store.resolve("latest")?,
-    };
-    session.begin(Kind::Canary, release).await
-}
-
-/// Runs what waits for others on this thread.
-pub fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    runtime.context("starting the runtime")?.block_on(work)
-}
-
 /// One command on one environment.
-struct Session<'a> {
-    pipeline: Arc<Pipeline>,
-    name: String,
-    settings: Environment,
-    store: Store,
-    desk: Box<dyn Desk>,
-    output: &'a Output,
+pub struct Session<'a> {
+    pub pipeline: Arc<Pipeline>,
+    pub name: String,
+    pub settings: Environment,
+    pub store: Store,
+    pub desk: Box<dyn Desk>,
+    pub output: &'a Output,
 }
 
 impl<'a> Session<'a> {
-    async fn open(cli: &Cli, name: &str, output: &'a Output) -> Result<Self> {
+    pub async fn open(cli: &Cli, name: &str, output: &'a Output) -> Result<Self> {
         let pipeline = Arc::new(Pipeline::load(&cli.pipeline)?);
         let settings = pipeline.environment(name)?.clone();
         let store = Store::open(&pipeline);
@@ -158,7 +52,7 @@ impl<'a> Session<'a> {
     }
 
     /// Starts a rollout and drives it to its end.
-    async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
+    pub async fn begin(&self, kind: Kind, candidate: Recorded) -> Result<Finished> {
         let writer = self.become_writer().await?;
         let ended = self.begin_as(&writer, kind, candidate).await;
         writer.release().await;
@@ -269,7 +163,7 @@ impl<'a> Session<'a> {
 
     /// What is known of a release that only has to be stopped; less must not keep that from being
     /// done.
-    async fn prepare_to_stop(&self, platform: &mut dyn Platform, id: &ReleaseId) {
+    pub async fn prepare_to_stop(&self, platform: &mut dyn Platform, id: &ReleaseId) {
         let prepared = match self.release(platform, id).await {
             Ok(recorded) => platform.prepare(&recorded).await,
             Err(error) => Err(error),
@@ -283,7 +177,7 @@ impl<'a> Session<'a> {
     }
 
     /// A release of this environment, from this machine or from the platform, which keeps it.
-    async fn release(&self, platform: &dyn Platform, id: &ReleaseId) -> Result<Recorded> {
+    pub async fn release(&self, platform: &dyn Platform, id: &ReleaseId) -> Result<Recorded> {
         match self.store.get(id) {
             Ok(recorded) => Ok(recorded),
             Err(error) => platform.recall(id).await?.ok_or(error),
@@ -291,7 +185,7 @@ impl<'a> Session<'a> {
     }
 
     /// Refuses to begin while a rollout has not ended.
-    async fn check_idle(&self) -> Result<()> {
+    pub async fn check_idle(&self) -> Result<()> {
         if let Some(journal) = self.desk.unfinished().await? {
             bail!(
                 "the rollout {} has not ended; go on with it by `cargo xtask canary resume \
@@ -304,7 +198,7 @@ impl<'a> Session<'a> {
     }
 
     /// The right to change the environment, or a word on who has it.
-    async fn become_writer(&self) -> Result<Writer> {
+    pub async fn become_writer(&self) -> Result<Writer> {
         match self.desk.lock().await? {
             Some(writer) => Ok(writer),
             None => bail!(
@@ -456,7 +350,7 @@ impl<'a> Session<'a> {
         finished.with("outcome", outcome)
     }
 
-    async fn resume(&self) -> Result<Finished> {
+    pub async fn resume(&self) -> Result<Finished> {
         let writer = self.become_writer().await?;
         let resumed = self.resume_as(&writer).await;
         writer.release().await;
@@ -475,7 +369,7 @@ impl<'a> Session<'a> {
     }
 
     /// Goes on with a rollout that another command began; `kind` says which checks it needs.
-    async fn take_over(
+    pub async fn take_over(
         &self,
         writer: &Writer,
         journal: &mut Journal,
@@ -495,207 +389,6 @@ impl<'a> Session<'a> {
             }])
             .await?;
         self.drive(&*platform, &checks, writer, journal).await
-    }
-
-    async fn promote(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.unfinished().await? else {
-            bail!(
-                "there is nothing to promote in {}: no rollout is unfinished",
-                self.name
-            );
-        };
-        let asked = self
-            .desk
-            .request()
-            .await?
-            .filter(|asked| asked.number > journal.state().request);
-        if asked.is_some_and(|asked| asked.kind == RequestKind::Abort) {
-            bail!("the rollout is being given up: abort was asked for, and wins");
-        }
-        let number = self
-            .ask(RequestKind::Promote {
-                stage: journal.state().stage,
-            })
-            .await?;
-        if let Some(writer) = self.desk.lock().await? {
-            let mut journal = self.desk.for_writing(&writer, journal).await?;
-            let kind = journal.plan().kind;
-            let moved = self.take_over(&writer, &mut journal, kind).await;
-            writer.release().await;
-            return moved;
-        }
-        let deadline = Instant::now() + HEARD_WITHIN;
-        let rollout = &journal.plan().rollout;
-        while self.desk.read(rollout).await?.state().request < number {
-            if Instant::now() > deadline {
-                bail!("asked for, but not yet heard: the candidate is not ready for its weight");
-            }
-            tokio::time::sleep(POLL).await;
-        }
-        self.output
-            .good(format_args!("{} moves on", journal.plan().rollout));
-        Ok(Finished::passed().with("rollout", &journal.plan().rollout))
-    }
-
-    async fn abort(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.unfinished().await? else {
-            self.output
-                .line(format_args!("there is nothing to abort in {}", self.name));
-            return Ok(Finished::new(Exit::Yes, "idle"));
-        };
-        self.ask(RequestKind::Abort).await?;
-        let rollout = journal.plan().rollout.clone();
-        let ended = loop {
-            if let Some(writer) = self.desk.lock().await? {
-                let journal = self.desk.read(&rollout).await?;
-                let mut journal = self.desk.for_writing(&writer, journal).await?;
-                let given_up = match journal.state().outcome() {
-                    // It only goes back, and nothing is checked for that.
-                    None => self
-                        .take_over(&writer, &mut journal, Kind::Rollback)
-                        .await
-                        .map(|_| ()),
-                    Some(_) => Ok(()),
-                };
-                writer.release().await;
-                given_up?;
-                break journal;
-            }
-            let journal = self.desk.read(&rollout).await?;
-            if journal.state().outcome().is_some() {
-                break journal;
-            }
-            self.output
-                .progress("waiting for the command that drives the rollout");
-            tokio::time::sleep(POLL).await;
-        };
-        let outcome = match ended.state().outcome() {
-            Some(Outcome::Healthy) => {
-                self.output.warn(
-                    "too late: the release had its place already; `cargo xtask rollback` goes back",
-                );
-                return Ok(Finished::new(Exit::No, "healthy"));
-            }
-            Some(Outcome::Aborted) => "aborted",
-            Some(Outcome::RolledBack) => "rolled-back",
-            Some(Outcome::Failed) => "failed",
-            None => bail!("the rollout is held; see `cargo xtask canary status`"),
-        };
-        self.output.good(match &ended.started().stable_name {
-            Some(stable) => format!("all traffic of {} is on {stable}", self.name),
-            None => format!("nothing is in service in {}", self.name),
-        });
-        Ok(Finished::new(Exit::Yes, outcome).with("rollout", &ended.plan().rollout))
-    }
-
-    /// Ends what was kept to go back to, once its time is over or at once.
-    async fn retire(&self, at_once: bool) -> Result<Finished> {
-        let writer = self.become_writer().await?;
-        let retired = self.retire_as(&writer, at_once).await;
-        writer.release().await;
-        retired
-    }
-
-    async fn retire_as(&self, writer: &Writer, at_once: bool) -> Result<Finished> {
-        self.check_idle().await?;
-        let mut platform = platform::open(&self.pipeline, &self.name).await?;
-        let status = platform.status().await?;
-        let now = jiff::Timestamp::now();
-        let named = |id: &ReleaseId| {
-            let version = status.release(id).map_or("", |release| &release.version);
-            format!("{version} ({})", id.short())
-        };
-        let mut retired = Vec::new();
-        for (id, until) in plan::kept(&status, self.keep_previous()) {
-            if until > now && !at_once {
-                self.output.line(format_args!(
-                    "{} is kept until {until:.0}; --now ends it",
-                    named(&id)
-                ));
-            } else {
-                retired.push(id);
-            }
-        }
-        if retired.is_empty() {
-            let name = &self.name;
-            self.output
-                .line(format_args!("nothing is to be stopped in {name}"));
-        } else {
-            for id in status.stable.iter().chain(&retired) {
-                self.prepare_to_stop(&mut *platform, id).await;
-            }
-            platform.claim(writer.token).await?;
-        }
-        for id in &retired {
-            platform.stop(id, writer.token).await?;
-            self.output.good(format_args!(
-                "{} is stopped; a rollback to it starts it again",
-                named(id)
-            ));
-        }
-        Ok(Finished::passed()
-            .with("environment", &self.name)
-            .with("retired", retired))
-    }
-
-    /// How long a replaced release is kept; without the setting its time is over at once.
-    fn keep_previous(&self) -> Duration {
-        let time = self.pipeline.rollout.keep_previous;
-        time.map_or(Duration::ZERO, |time| time.0)
-    }
-
-    async fn ask(&self, kind: RequestKind) -> Result<u64> {
-        // Clocks differ: whoever asks later has the higher number all the same.
-        let last = self.desk.request().await?.map_or(0, |asked| asked.number);
-        let now = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
-        let number = now.max(last + 1);
-        self.desk.ask(Request { number, kind }).await?;
-        Ok(number)
-    }
-
-    async fn status(&self) -> Result<Finished> {
-        let Some(journal) = self.desk.newest().await? else {
-            self.output
-                .line(format_args!("there has been no rollout in {}", self.name));
-            return Ok(Finished::new(Exit::Yes, "idle"));
-        };
-        let looked = platform::look(&self.pipeline, &self.name).await?;
-        let driven = self.desk.is_busy().await?;
-        let now = looked.as_ref().map(|(now, _)| now);
-        let seen = now.map(|now| view(journal.plan(), now));
-        status::rollout(&journal, seen.as_ref(), driven, self.output);
-        match &looked {
-            Some((now, address)) => {
-                let mut kept = plan::kept(now, self.keep_previous());
-                // One that is on its way up is not kept.
-                if journal.state().outcome().is_none() {
-                    kept.retain(|(id, _)| *id != journal.plan().candidate);
-                }
-                status::running(now, &kept, address, self.output);
-            }
-            None => self
-                .output
-                .line("the sandbox is stopped; what it had is kept for its next start"),
-        }
-        let state = journal.state();
-        let judgement = journal
-            .judgements()
-            .next_back()
-            .map(|(_, judgement)| judgement);
-        self.output.event(
-            "status",
-            json!({ "plan": journal.plan(), "state": state, "judgement": judgement, "platform": now, "driven": driven }),
-        );
-        let outcome = match (state.outcome(), &state.hold) {
-            (Some(Outcome::Healthy), _) => "healthy",
-            (Some(Outcome::RolledBack), _) => "rolled-back",
-            (Some(Outcome::Aborted), _) => "aborted",
-            (Some(Outcome::Failed), _) => "failed",
-            (None, Some(_)) => "held",
-            (None, None) if driven => "running",
-            (None, None) => "interrupted",
-        };
-        Ok(Finished::new(Exit::Yes, outcome).with("rollout", &journal.plan().rollout))
     }
 }
 

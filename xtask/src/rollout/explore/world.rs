@@ -1,18 +1,12 @@
-//! Every interleaving of the engine with a world that fails, to a stated depth.
-//!
-//! The model is the real `decide` over an in-memory platform. What can happen at any moment: the
-//! command is killed before or after it wrote or acted, an action fails, its reply is lost, a
-//! stalled command wakes up and acts late, processes get ready, die or break, metrics give any
-//! verdict or none, the platform is away, time passes, a person promotes or aborts. Budgets make
-//! this finite; within them it is exhaustive. (Checker: stateright.)
+//! The model: an environment, the journal of its rollout, and what can happen to both.
 
 use std::hash::Hash;
 
-use stateright::{Checker, Model, Property};
+use stateright::{Model, Property};
 
-use super::engine::{
-    Action, Arm, Decide, Kind, Limits, Mark, Observation, Outcome, Phase, Plan, Reason, Request,
-    RequestKind, State, Verdict, View, decide,
+use super::super::engine::{
+    Action, Arm, Decide, HoldReason, Kind, Limits, Mark, Observation, Outcome, Phase, Plan, Reason,
+    Request, RequestKind, State, Verdict, View, decide,
 };
 use crate::config::Stage;
 use crate::release::ReleaseId;
@@ -21,45 +15,45 @@ use crate::release::ReleaseId;
 const FAIR_STEPS: usize = 60;
 
 #[derive(Clone)]
-struct Rollout {
-    plan: Plan,
-    decide: Decide,
+pub struct Rollout {
+    pub plan: Plan,
+    pub decide: Decide,
     /// Whether the platform refuses a writer whose token is old.
-    fenced: bool,
-    budget: Budget,
+    pub fenced: bool,
+    pub budget: Budget,
 }
 
 /// How often each kind of trouble may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Budget {
-    faults: u8,
+pub struct Budget {
+    pub faults: u8,
     elapses: u8,
     aborts: u8,
     promotes: u8,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct World {
+pub struct World {
     /// The environment.
-    stable: Arm,
-    candidate: Arm,
+    pub stable: Arm,
+    pub candidate: Arm,
     recorded: Option<Mark>,
     /// What an earlier rollout has left running.
     others: Vec<ReleaseId>,
     /// The journal.
-    state: State,
+    pub state: State,
     request: Option<Request>,
     /// What a stalled command is still going to do.
     stalled: Option<Action>,
-    now: u64,
+    pub now: u64,
     left: Budget,
     /// Whether anything happened that may end a rollout of a good release badly.
     excused: bool,
-    violated: Option<&'static str>,
+    pub violated: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Event {
+pub enum Event {
     /// The driver goes once around its loop; what became of the action it chose.
     Step {
         verdict: Option<Verdict>,
@@ -79,7 +73,7 @@ enum Event {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+pub enum Fate {
     Done,
     /// Killed before the state was written: nothing happened at all.
     KilledBefore,
@@ -107,7 +101,7 @@ const VERDICTS: [Option<Verdict>; 8] = [
 ];
 
 impl Rollout {
-    fn new(kind: Kind, stable: bool, stages: &[(u8, Option<&str>)]) -> Self {
+    pub fn new(kind: Kind, stable: bool, stages: &[(u8, Option<&str>)]) -> Self {
         let stage = |(weight, gate): &(u8, Option<&str>)| Stage {
             weight: *weight,
             gate: gate.map(str::to_owned),
@@ -143,7 +137,7 @@ impl Rollout {
         }
     }
 
-    fn canary() -> Self {
+    pub fn canary() -> Self {
         Self::new(
             Kind::Canary,
             true,
@@ -284,7 +278,7 @@ impl Rollout {
         }
     }
 
-    fn step(&self, world: &mut World, verdict: Option<Verdict>, fate: Fate) {
+    pub fn step(&self, world: &mut World, verdict: Option<Verdict>, fate: Fate) {
         if fate == Fate::KilledBefore {
             return;
         }
@@ -318,7 +312,7 @@ impl Rollout {
             if world.state.outcome().is_some() {
                 return Some(world);
             }
-            if matches!(&world.state.hold, Some(hold) if matches!(hold.reason, super::engine::HoldReason::Gate(_)))
+            if matches!(&world.state.hold, Some(hold) if matches!(hold.reason, HoldReason::Gate(_)))
             {
                 world.request = Some(Request {
                     number: 2,
@@ -584,218 +578,5 @@ impl Model for Rollout {
                 )
             }),
         ]
-    }
-}
-
-/// The number of states in which all properties hold, or what was broken and how.
-fn explore(model: Rollout) -> Result<usize, String> {
-    explore_with(2, model)
-}
-
-/// With one thread, what is found first is always the same.
-fn explore_with(threads: usize, model: Rollout) -> Result<usize, String> {
-    let checker = model.checker().threads(threads).spawn_bfs().join();
-    let broken: Vec<String> = checker
-        .discoveries()
-        .into_iter()
-        .filter(|(name, _)| !matches!(*name, "healthy" | "back again"))
-        .map(|(name, path)| {
-            let end = path.last_state().clone();
-            format!(
-                "{name}: {:?}\n{:#?}\n{end:#?}",
-                end.violated,
-                path.into_actions()
-            )
-        })
-        .collect();
-    if !broken.is_empty() {
-        return Err(broken.join("\n"));
-    }
-    for name in ["healthy", "back again"] {
-        assert!(
-            checker.discovery(name).is_some(),
-            "the exploration never got {name}"
-        );
-    }
-    Ok(checker.unique_state_count())
-}
-
-/// Where the test's output is read by people.
-#[expect(
-    clippy::print_stderr,
-    reason = "the number of states belongs into the test's log"
-)]
-fn tell(what: &str, states: usize) {
-    eprintln!("{what}: {states} states, all invariants hold");
-}
-
-#[test]
-fn a_canary_keeps_every_invariant() {
-    tell("canary with a gate", explore(Rollout::canary()).unwrap());
-}
-
-#[test]
-fn deployments_and_rollbacks_keep_every_invariant() {
-    for (name, kind, stable) in [
-        ("first deployment", Kind::Deploy, false),
-        ("deployment", Kind::Deploy, true),
-        ("rollback", Kind::Rollback, true),
-    ] {
-        let mut model = Rollout::new(kind, stable, &[(100, None)]);
-        model.budget.faults = 3;
-        tell(name, explore(model).unwrap());
-    }
-}
-
-#[test]
-fn a_kept_release_keeps_every_invariant() {
-    let mut model = Rollout::new(Kind::Canary, true, &[(10, None), (100, None)]);
-    model.plan.keeps_previous = true;
-    model.plan.others = vec!["older".into()];
-    tell("canary that keeps stable", explore(model).unwrap());
-}
-
-/// Where one process may be taken away at any time, a release with traffic has two.
-#[test]
-fn a_release_with_a_spare_process_keeps_every_invariant() {
-    let mut model = Rollout::new(Kind::Canary, true, &[(10, None), (100, None)]);
-    model.plan.least = 2;
-    tell("canary with a spare process", explore(model).unwrap());
-}
-
-/// Engines and platforms with one defect each: the exploration must find it.
-#[test]
-fn defects_are_found() {
-    let no_readiness: Decide = |plan, state, seen, now| {
-        let mut seen = seen.clone();
-        if let Some(view) = &mut seen.platform {
-            view.candidate.ready = view.candidate.desired;
-        }
-        decide(plan, state, &seen, now)
-    };
-    let no_data_passes: Decide = |plan, state, seen, now| {
-        let mut seen = seen.clone();
-        if seen.verdict == Some(Verdict::NoData) {
-            seen.verdict = Some(Verdict::NonInferior);
-        }
-        decide(plan, state, &seen, now)
-    };
-    let provider_down_rolls_back: Decide = |plan, state, seen, now| {
-        let mut seen = seen.clone();
-        if seen.verdict == Some(Verdict::ProviderDown) {
-            seen.verdict = Some(Verdict::Regressed);
-        }
-        decide(plan, state, &seen, now)
-    };
-    let stable_goes_first: Decide = |plan, state, seen, now| {
-        let (next, action) = decide(plan, state, seen, now);
-        match (&plan.stable, action) {
-            (
-                Some(stable),
-                Some(Action::Record {
-                    mark: Mark::Healthy,
-                }),
-            ) => (
-                next,
-                Some(Action::Scale {
-                    release: stable.clone(),
-                    replicas: 0,
-                }),
-            ),
-            (_, action) => (next, action),
-        }
-    };
-    let forgets_the_abort: Decide = |plan, state, seen, now| {
-        let (mut next, action) = decide(plan, state, seen, now);
-        if matches!(
-            next.phase,
-            Phase::Back {
-                reason: Reason::Aborted
-            }
-        ) && action.is_none()
-        {
-            next.phase = Phase::Shift;
-        }
-        (next, action)
-    };
-    let gives_up_waiting: Decide = |plan, state, seen, now| match state.phase {
-        Phase::Watch if state.hold.is_some() => (state.clone(), None),
-        _ => decide(plan, state, seen, now),
-    };
-    let leaves_a_failed_job: Decide = |plan, state, seen, now| {
-        let mut seen = seen.clone();
-        if let Some(view) = &mut seen.platform
-            && view.candidate.broken.is_some()
-            && view.candidate.desired == 0
-        {
-            view.candidate.unfinished = false;
-        }
-        decide(plan, state, &seen, now)
-    };
-    for (name, decide) in [
-        ("leaves a failed job where it is", leaves_a_failed_job),
-        ("does not wait for readiness", no_readiness),
-        ("takes no data for a pass", no_data_passes),
-        (
-            "rolls back when the metrics are away",
-            provider_down_rolls_back,
-        ),
-        ("removes stable before the record", stable_goes_first),
-        ("goes forward after an abort", forgets_the_abort),
-        ("never leaves a hold", gives_up_waiting),
-    ] {
-        let model = Rollout {
-            decide,
-            ..Rollout::canary()
-        };
-        assert!(
-            explore(model).is_err(),
-            "an engine that {name} was not found out"
-        );
-    }
-    let mut without_spare = Rollout::canary();
-    without_spare.plan.least = 2;
-    without_spare.decide = |plan, state, seen, now| {
-        let mut plan = plan.clone();
-        plan.least = 1;
-        decide(&plan, state, seen, now)
-    };
-    assert!(explore(without_spare).is_err());
-    let unfenced = Rollout {
-        fenced: false,
-        ..Rollout::canary()
-    };
-    let found = explore_with(1, unfenced).unwrap_err();
-    assert!(found.contains("4: the candidate's weight rose"), "{found}");
-}
-
-/// Traffic that comes and goes must not keep a hold from ever ending.
-#[test]
-fn troubles_that_alternate_are_one_hold() {
-    let model = Rollout::canary();
-    let mut world = model.init_states().remove(0);
-    world.candidate = Arm {
-        desired: 1,
-        ready: 1,
-        weight: 10,
-        broken: None,
-        unfinished: false,
-    };
-    world.stable.weight = 90;
-    world.state = State {
-        phase: Phase::Watch,
-        exposed: true,
-        ..State::start(0)
-    };
-    for now in 2..6 {
-        world.now = now;
-        let verdict = if now % 2 == 0 {
-            Verdict::NoData
-        } else {
-            Verdict::Undecided
-        };
-        model.step(&mut world, Some(verdict), Fate::Done);
-        let hold = world.state.hold.as_ref().unwrap();
-        assert_eq!((hold.since, hold.deadline), (2, 4), "{hold:?}");
     }
 }
