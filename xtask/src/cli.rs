@@ -283,6 +283,10 @@ pub struct ServersRunArgs {
 
 #[derive(Debug, Args)]
 pub struct ClusterUpArgs {
+    /// Only etcd and the API server: no pods can run, and no root is needed.
+    #[arg(long)]
+    pub api_only: bool,
+
     /// Make no namespaces: whoever has called sudo does that, by their own settings.
     #[arg(long, hide = true)]
     pub bare: bool,
@@ -305,7 +309,10 @@ pub enum ClusterCommand {
     Run(ClusterRunArgs),
     /// Its node; started by `up`.
     #[command(hide = true)]
-    Node(ClusterNodeArgs),
+    Node(ClusterPlaceArgs),
+    /// Its API server alone; started by `up --api-only`.
+    #[command(hide = true)]
+    Api(ClusterPlaceArgs),
 }
 
 #[derive(Debug, Args)]
@@ -317,13 +324,17 @@ pub struct ClusterLoadArgs {
 
 #[derive(Debug, Args)]
 pub struct ClusterRunArgs {
+    /// Where none runs, start only etcd and the API server: no pods can run, and no root is needed.
+    #[arg(long)]
+    pub api_only: bool,
+
     /// The command.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
-pub struct ClusterNodeArgs {
+pub struct ClusterPlaceArgs {
     /// Where its files are.
     #[arg(long)]
     pub dir: PathBuf,
@@ -500,6 +511,7 @@ impl Command {
             Self::Cluster(ClusterCommand::Load(_)) => "cluster load",
             Self::Cluster(ClusterCommand::Run(_)) => "cluster run",
             Self::Cluster(ClusterCommand::Node(_)) => "cluster node",
+            Self::Cluster(ClusterCommand::Api(_)) => "cluster api",
             Self::Image(_) => "image",
             Self::Releases => "releases",
             Self::DeployStaging(_) => "deploy-staging",

@@ -25,7 +25,8 @@ struct Module {
     files: &'static [(&'static str, &'static str, &'static str)],
 }
 
-/// The largest first: its build fills both cores for minutes.
+/// The largest first: its build fills both cores for minutes. The API server alone needs the first
+/// [`OF_API`] of them.
 const MODULES: [Module; 4] = [
     Module {
         name: "kubernetes",
@@ -60,6 +61,9 @@ const MODULES: [Module; 4] = [
     },
 ];
 
+/// Kubernetes, and the definitions that come with Contour.
+const OF_API: usize = 2;
+
 /// What only tests need: another implementation of the Gateway API, and a reader of manifests with
 /// the schemas of other versions of Kubernetes.
 const FOR_TESTS: [Module; 2] = [TRAEFIK, KUBECONFORM];
@@ -80,26 +84,34 @@ const TRAEFIK: Module = Module {
     )],
 };
 
-/// The files, read when the cluster is started, of what a module's build has left.
+/// What the API server is made of: files that modules' builds have left.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Programs {
     pub kubernetes: PathBuf,
+    /// Definitions of the gateway's resources.
+    pub definitions: Vec<PathBuf>,
+}
+
+/// What a node needs more.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodePrograms {
     pub coredns: PathBuf,
     pub contour: PathBuf,
     pub envoy: PathBuf,
     /// Where it has been built.
     pub traefik: Option<PathBuf>,
     pub pause: PathBuf,
-    /// Definitions of the gateway's resources.
-    pub definitions: Vec<PathBuf>,
 }
 
 impl Programs {
     pub fn built() -> Result<Self> {
         let contour = home("contour")?;
-        let traefik = TRAEFIK.is_built().then(|| home(TRAEFIK.name)).transpose()?;
         // Traefik wants the newer ones, and Contour does not mind.
-        let newest = traefik.as_ref().unwrap_or(&contour).join("gateway-api");
+        let newest = match TRAEFIK.is_built() {
+            true => home(TRAEFIK.name)?,
+            false => contour.clone(),
+        };
+        let newest = newest.join("gateway-api");
         let mut definitions: Vec<PathBuf> = fs::read_dir(newest)
             .context("the cluster's programs are missing; `cargo xtask cluster up` builds them")?
             .flatten()
@@ -111,12 +123,20 @@ impl Programs {
         definitions.push(contour.join("contour.yaml"));
         Ok(Self {
             kubernetes: program("kubernetes")?,
+            definitions,
+        })
+    }
+}
+
+impl NodePrograms {
+    pub fn built() -> Result<Self> {
+        let traefik = TRAEFIK.is_built().then(|| program(TRAEFIK.name));
+        Ok(Self {
             coredns: program("coredns")?,
             contour: program("contour")?,
             envoy: Tools::open()?.program("envoy")?,
-            traefik: traefik.map(|home| home.join(TRAEFIK.name)),
+            traefik: traefik.transpose()?,
             pause: program("pause")?,
-            definitions,
         })
     }
 }
@@ -132,14 +152,14 @@ impl Module {
     }
 }
 
-/// The modules that are not built.
-fn unbuilt() -> impl Iterator<Item = &'static Module> {
-    MODULES.iter().filter(|module| !module.is_built())
+/// Those that are not built.
+fn unbuilt(modules: &'static [Module]) -> impl Iterator<Item = &'static Module> {
+    modules.iter().filter(|module| !module.is_built())
 }
 
 /// What is not built, for people.
 pub fn missing() -> Vec<&'static str> {
-    unbuilt().map(|module| module.name).collect()
+    unbuilt(&MODULES).map(|module| module.name).collect()
 }
 
 /// The versions that are built, by the modules' hashes.
@@ -165,7 +185,15 @@ pub fn kubeconform() -> Result<PathBuf> {
 pub fn ensure(output: &Output) -> Result<()> {
     let tools = Tools::open()?;
     tools.install("envoy", output)?;
-    for module in unbuilt() {
+    for module in unbuilt(&MODULES) {
+        ensure_module(module, output)?;
+    }
+    Ok(())
+}
+
+/// Builds what the API server alone needs and is not there.
+pub fn ensure_api(output: &Output) -> Result<()> {
+    for module in unbuilt(&MODULES[..OF_API]) {
         ensure_module(module, output)?;
     }
     Ok(())
@@ -173,7 +201,7 @@ pub fn ensure(output: &Output) -> Result<()> {
 
 /// Builds what only tests need and is not there.
 pub fn ensure_for_tests(output: &Output) -> Result<()> {
-    for module in FOR_TESTS.iter().filter(|module| !module.is_built()) {
+    for module in unbuilt(&FOR_TESTS) {
         ensure_module(module, output)?;
     }
     Ok(())

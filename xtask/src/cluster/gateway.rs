@@ -11,8 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use xshell::{Shell, cmd};
 
-use super::build::Programs;
-use super::node::{Node, Part};
+use super::build::{NodePrograms, Programs};
+use super::node::Node;
 use super::places;
 use super::{Kubectl, POLL};
 
@@ -46,7 +46,7 @@ const PAIRS: [Pair; 2] = [
     },
 ];
 
-/// Installs the definitions of its resources, its class and the gateway itself.
+/// Installs the definitions of gateways' resources.
 pub fn define(kubectl: &Kubectl<'_>, programs: &Programs) -> Result<()> {
     let mut definitions = String::new();
     for path in &programs.definitions {
@@ -68,7 +68,11 @@ pub fn define(kubectl: &Kubectl<'_>, programs: &Programs) -> Result<()> {
         ])
         .ignore_stdout()
         .run()
-        .context("waiting for the gateway's definitions")?;
+        .context("waiting for the gateway's definitions")
+}
+
+/// Asks for the gateways, each with its class.
+pub fn declare(kubectl: &Kubectl<'_>, programs: &NodePrograms) -> Result<()> {
     kubectl.apply(include_str!("node/gateway.yaml"))?;
     match programs.traefik {
         Some(_) => kubectl.apply(include_str!("node/traefik.yaml")),
@@ -97,21 +101,20 @@ pub fn wait(kubectl: &Kubectl<'_>, deadline: Instant) -> Result<()> {
 }
 
 /// Starts all of them.
-pub fn start(node: &Node, shell: &Shell) -> Result<Vec<Part>> {
-    let mut parts = Vec::new();
+pub fn start(node: &mut Node, shell: &Shell) -> Result<()> {
     for pair in &PAIRS {
-        parts.extend(start_pair(node, shell, pair)?);
+        start_pair(node, shell, pair)?;
     }
-    if let Some(traefik) = &node.programs.traefik {
-        parts.push(start_traefik(node, traefik)?);
+    match node.programs.traefik.clone() {
+        Some(program) => start_traefik(node, &program),
+        None => Ok(()),
     }
-    Ok(parts)
 }
 
-fn start_traefik(node: &Node, program: &Path) -> Result<Part> {
+fn start_traefik(node: &mut Node, program: &Path) -> Result<()> {
     let mut traefik = Command::new(program);
     traefik
-        .env("KUBECONFIG", node.places.kubeconfig())
+        .env("KUBECONFIG", node.parts.places.kubeconfig())
         .args(["--global.checknewversion=false", "--log.level=WARN"])
         .args(["--entrypoints.traefik.address=127.0.0.1:18020", "--ping"])
         .arg("--providers.kubernetesgateway")
@@ -127,11 +130,11 @@ fn start_traefik(node: &Node, program: &Path) -> Result<Part> {
             18190 + number
         ));
     }
-    node.part("traefik", &mut traefik)
+    node.parts.start("traefik", &mut traefik)
 }
 
-fn start_pair(node: &Node, shell: &Shell, pair: &Pair) -> Result<[Part; 2]> {
-    let places = &node.places;
+fn start_pair(node: &mut Node, shell: &Shell, pair: &Pair) -> Result<()> {
+    let places = &node.parts.places;
     let contour = &node.programs.contour;
     let bootstrap = places.dir.join(pair.envoy).with_extension("json");
     let admin = places.dir.join(pair.envoy).with_extension("sock");
@@ -178,8 +181,6 @@ fn start_pair(node: &Node, shell: &Shell, pair: &Pair) -> Result<[Part; 2]> {
             "warn",
             "--disable-hot-restart",
         ]);
-    Ok([
-        node.part(pair.contour, &mut serve)?,
-        node.part(pair.envoy, &mut envoy)?,
-    ])
+    node.parts.start(pair.contour, &mut serve)?;
+    node.parts.start(pair.envoy, &mut envoy)
 }

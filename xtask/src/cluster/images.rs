@@ -18,6 +18,7 @@ const SERVERS: [&str; 2] = ["postgres", "prometheus"];
 impl Cluster {
     /// Makes the images of an archive known to the node: `docker save`'s, or an OCI layout's.
     pub fn load(&self, archive: &Path, output: &Output) -> Result<()> {
+        self.check_node()?;
         let archive = std::path::absolute(archive).context("resolving the archive's path")?;
         if !system::is_root() {
             return root::run(&["load".as_ref(), archive.as_ref()]);
@@ -36,7 +37,7 @@ impl Cluster {
 
     /// What the node has under the name of a server: a repository and a digest.
     pub fn image(&self, server: &str) -> Result<String> {
-        self.check_running()?;
+        self.check_node()?;
         let images: BTreeMap<String, String> = files::read_json(&self.places.images())?;
         images
             .get(server)

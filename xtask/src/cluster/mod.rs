@@ -3,16 +3,20 @@
 //! One node, with real pods, Services and DNS, in namespaces of its own: private mounts, processes
 //! and network. Nothing of the machine's own network or container engine is touched, nothing in
 //! it can leave the machine, and ending one process ends all of it. Its programs are built once
-//! from Go modules ([`build`]); the node's packages are the distribution's.
+//! from Go modules ([`build`]); the node's packages are the distribution's. For what needs no pods its
+//! API server can be had alone ([`api`]), without root.
 
+mod api;
 mod build;
 mod gateway;
 mod images;
 mod node;
+mod parts;
 pub mod places;
 mod root;
 mod schemas;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -31,8 +35,9 @@ use crate::output::{Exit, Finished, Output};
 use crate::setup::system::{self, Package};
 use crate::setup::tools::Tools;
 use crate::setup::{engine, images as server_images};
-use build::Programs;
-use places::Places;
+use api::Endpoints;
+use build::{NodePrograms, Programs};
+use places::{Init, Places};
 
 /// The variable that names the kubeconfig of a cluster for tests; what it names is used instead of
 /// a cluster of our own. A user's current context is never taken.
@@ -71,10 +76,13 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
             Cluster::open()?.up(output)?;
             Ok(Finished::new(Exit::Yes, "running"))
         }
-        ClusterCommand::Up(_) => {
+        ClusterCommand::Up(args) => {
             let pipeline = Pipeline::load(&cli.pipeline)?;
             let cluster = Cluster::open()?;
-            cluster.up(output)?;
+            match args.api_only {
+                true => cluster.up_alone(output)?,
+                false => cluster.up(output)?,
+            }
             cluster.make_namespaces(&pipeline)?;
             output.line(format_args!("export KUBECONFIG={}", cluster.kubeconfig()));
             Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", cluster.places.kubeconfig()))
@@ -89,12 +97,13 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
         }
         ClusterCommand::Load(args) => {
             let cluster = Cluster::open()?;
-            cluster.check_running()?;
+            cluster.check_node()?;
             cluster.load(&args.archive, output)?;
             Ok(Finished::passed())
         }
         ClusterCommand::Run(args) => run_with(args, cli, output),
         ClusterCommand::Node(args) => node::run(&args.dir),
+        ClusterCommand::Api(args) => api::run(&args.dir),
     }
 }
 
@@ -105,7 +114,10 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
     let cluster = Cluster::open()?;
     let ours = given.is_none() && !cluster.is_running();
     if given.is_none() {
-        cluster.up(output)?;
+        match args.api_only {
+            true => cluster.up_alone(output)?,
+            false => cluster.up(output)?,
+        }
         cluster.make_namespaces(&pipeline)?;
     }
     let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
@@ -202,13 +214,25 @@ fn check_machine() -> Result<()> {
              its kubeconfig in {KUBECONFIG}"
         );
     }
+    // For what needs no pods there is `--api-only`.
     if !system::is_root() && !system::has_sudo() {
         bail!(
             "only root, or who has sudo without a password, can start a cluster of its own; start \
-             one (kind, k3s, …) and name its kubeconfig in {KUBECONFIG}"
+             one (kind, k3s, …) and name its kubeconfig in {KUBECONFIG}, or do without pods, by \
+             `--api-only`"
         );
     }
     Ok(())
+}
+
+/// Installs and builds what the API server alone needs.
+fn install_api(output: &Output) -> Result<()> {
+    if !cfg!(target_os = "linux") {
+        bail!("the API server can be started on Linux only");
+    }
+    let tools = Tools::open()?;
+    tools.install("kubectl", output)?;
+    build::ensure_api(output)
 }
 
 /// The machine's one cluster of its own.
@@ -240,15 +264,69 @@ impl Cluster {
         bail!("the cluster is not running; `cargo xtask cluster up` starts it");
     }
 
+    /// The process that holds the API server, where that runs alone.
+    fn alone(&self) -> Option<Init> {
+        let init = self.places.init()?;
+        (init.is_alone && init.is_alive()).then_some(init)
+    }
+
+    fn check_node(&self) -> Result<()> {
+        self.check_running()?;
+        if self.alone().is_none() {
+            return Ok(());
+        }
+        bail!(
+            "only the API server is running, and no node; `cargo xtask cluster down` ends it, and \
+             `cargo xtask cluster up` starts a whole cluster"
+        );
+    }
+
+    /// Starts the API server and its etcd, unless a cluster runs. Nothing in it is root's.
+    pub fn up_alone(&self, output: &Output) -> Result<()> {
+        let _lock = self.lock()?;
+        if self.is_running() {
+            output.good(format_args!(
+                "the cluster is running: {}",
+                self.kubeconfig()
+            ));
+            return Ok(());
+        }
+        install_api(output)?;
+        let began = Instant::now();
+        let programs = Programs::built()?;
+        self.clear()?;
+        let endpoints = Endpoints::free()?;
+        self.prepare(&programs, &endpoints)?;
+        let started = self.start_alone(&programs, &endpoints, output);
+        if started.is_err() {
+            self.quote_logs(output);
+            self.clear()?;
+        }
+        started?;
+        output.good(format_args!(
+            "the API server is running after {:.1} s, and nothing else: {}",
+            began.elapsed().as_secs_f64(),
+            self.kubeconfig()
+        ));
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<File> {
+        files::try_lock(&self.places.lock())?
+            .context("another command is starting or stopping the cluster")
+    }
+
     /// Starts the cluster, unless it runs.
     pub fn up(&self, output: &Output) -> Result<()> {
+        if self.is_running() {
+            self.check_node()?;
+        }
         if !system::is_root() {
             // What is installed and built is the user's, and root finds it there.
             install(output)?;
             return root::run(&["up".as_ref(), "--bare".as_ref()]);
         }
-        let _lock = files::try_lock(&self.places.lock())?
-            .context("another command is starting or stopping the cluster")?;
+        let _lock = self.lock()?;
         if self.is_running() {
             output.good(format_args!(
                 "the cluster is running: {}",
@@ -260,7 +338,8 @@ impl Cluster {
         let began = Instant::now();
         let programs = Programs::built()?;
         self.clear()?;
-        self.prepare(&programs)?;
+        self.prepare(&programs, &Endpoints::NODE)?;
+        self.prepare_node(&NodePrograms::built()?)?;
         let started = self
             .start(&programs, output)
             .and_then(|()| self.load_servers(output));
@@ -278,15 +357,15 @@ impl Cluster {
         Ok(())
     }
 
-    /// Files that the node's parts read.
-    fn prepare(&self, programs: &Programs) -> Result<()> {
+    /// Files that the API server reads, and whoever calls it.
+    fn prepare(&self, programs: &Programs, endpoints: &Endpoints) -> Result<()> {
         let places = &self.places;
         places.create()?;
         let kubernetes = &programs.kubernetes;
         let pki = cmd!(self.shell, "{kubernetes} pki")
             .arg("-dir")
             .arg(places.pki())
-            .args(["-node", places::NODE, "-server", &places::server()])
+            .args(["-node", places::NODE, "-server", &endpoints.server()])
             .args([
                 "-names",
                 &format!("127.0.0.1,{},{}", places::ADDRESS, places::API),
@@ -294,7 +373,13 @@ impl Cluster {
         pki.quiet()
             .run()
             .context("making the cluster's certificates")?;
-        files::write_json(&places.programs(), programs)?;
+        files::write_json(&places.programs(), programs)
+    }
+
+    /// Files that the node's other parts read.
+    fn prepare_node(&self, programs: &NodePrograms) -> Result<()> {
+        let places = &self.places;
+        files::write_json(&places.node_programs(), programs)?;
         for (path, template) in places::FILES {
             files::replace(&places.dir.join(path), places.fill(template).as_bytes())?;
         }
@@ -302,7 +387,7 @@ impl Cluster {
     }
 
     /// The image that holds pods' namespaces: the one program, and nothing else.
-    fn assemble_pause(&self, programs: &Programs) -> Result<()> {
+    fn assemble_pause(&self, programs: &NodePrograms) -> Result<()> {
         let content = std::fs::read(&programs.pause)
             .with_context(|| format!("reading {}", programs.pause.display()))?;
         let layout = Layout::open(self.places.dir.join("layout"))?;
@@ -343,36 +428,43 @@ impl Cluster {
             .run()?;
         cmd!(shell, "ip link set {host} up").quiet().run()?;
         for range in [places::PODS, places::SERVICES] {
-            let via = places::ADDRESS;
+            let via = places::ADDRESS.to_string();
             cmd!(shell, "ip route add {range} via {via}")
                 .quiet()
                 .run()?;
         }
         let kubectl = Kubectl::administrator(shell, places, programs);
-        let wait = |what: &str, words: &[&str], wanted: &str| -> Result<()> {
-            output.progress(format_args!("waiting for {what}"));
-            while !kubectl
-                .read(words)
-                .is_some_and(|said| said.contains(wanted))
-            {
-                if !init.is_alive() {
-                    bail!("the cluster ended while it was starting");
-                }
-                if Instant::now() > deadline {
-                    bail!("{what}: not there within {} s", PATIENCE.as_secs());
-                }
-                std::thread::sleep(POLL);
-            }
-            Ok(())
+        let starting = Starting {
+            init,
+            kubectl: &kubectl,
+            deadline,
+            output,
         };
-        wait("the API server", &["get", "--raw", "/readyz"], "ok")?;
-        wait("the node", &["get", "nodes", "--no-headers"], " Ready ")?;
-        wait(
+        starting.wait_for("the API server", &["get", "--raw", "/readyz"], "ok")?;
+        starting.wait_for("the node", &["get", "nodes", "--no-headers"], " Ready ")?;
+        starting.wait_for(
             "the first service account",
             &["--namespace", "default", "get", "serviceaccount", "default"],
             "default",
         )?;
         gateway::wait(&kubectl, deadline)
+    }
+
+    fn start_alone(
+        &self,
+        programs: &Programs,
+        endpoints: &Endpoints,
+        output: &Output,
+    ) -> Result<()> {
+        let kubectl = Kubectl::administrator(&self.shell, &self.places, programs);
+        let starting = Starting {
+            init: api::start(&self.places, endpoints)?,
+            kubectl: &kubectl,
+            deadline: Instant::now() + PATIENCE,
+            output,
+        };
+        starting.wait_for("the API server", &["get", "--raw", "/readyz"], "ok")?;
+        gateway::define(&kubectl, programs)
     }
 
     fn quote_logs(&self, output: &Output) {
@@ -386,12 +478,11 @@ impl Cluster {
     }
 
     fn down(&self, output: &Output) -> Result<Finished> {
-        if !system::is_root() {
+        if !system::is_root() && self.places.init().is_some_and(|init| !init.is_alone) {
             root::run(&["down".as_ref()])?;
             return Ok(Finished::new(Exit::Yes, "stopped"));
         }
-        let _lock = files::try_lock(&self.places.lock())?
-            .context("another command is starting or stopping the cluster")?;
+        let _lock = self.lock()?;
         let was_running = self.is_running();
         self.clear()?;
         output.good(match was_running {
@@ -405,6 +496,10 @@ impl Cluster {
     fn clear(&self) -> Result<()> {
         if let Some(init) = self.places.init() {
             init.kill()?;
+        }
+        if !system::is_root() {
+            // Then only an API server was here.
+            return self.places.remove();
         }
         let link = places::HOST_LINK;
         if Path::new("/sys/class/net").join(link).exists() {
@@ -428,11 +523,17 @@ impl Cluster {
             "the cluster is running: {}",
             self.kubeconfig()
         ));
+        let finished =
+            || Finished::new(Exit::Yes, "running").with("kubeconfig", self.places.kubeconfig());
+        if self.alone().is_some() {
+            output.line("only its API server: no pods can run");
+            return Ok(finished());
+        }
         let programs = self.places.running_programs()?;
         let kubectl = Kubectl::administrator(&self.shell, &self.places, &programs);
         let pods = ["get", "nodes,pods", "--all-namespaces", "--output", "wide"];
         output.line(kubectl.read(&pods).context("asking the cluster")?);
-        Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", self.places.kubeconfig()))
+        Ok(finished())
     }
 
     /// The namespaces of the environments that run here, in which only restricted pods may.
@@ -484,6 +585,35 @@ impl Cluster {
             self.shell,
             "nsenter --target {pid} --mount --net --pid --uts --ipc -- {program}"
         ))
+    }
+}
+
+/// A cluster on its way.
+struct Starting<'a> {
+    init: Init,
+    kubectl: &'a Kubectl<'a>,
+    deadline: Instant,
+    output: &'a Output,
+}
+
+impl Starting<'_> {
+    /// Asks by kubectl's `words` until it says what is `wanted`.
+    fn wait_for(&self, what: &str, words: &[&str], wanted: &str) -> Result<()> {
+        self.output.progress(format_args!("waiting for {what}"));
+        let is_there = || {
+            let said = self.kubectl.read(words);
+            said.is_some_and(|said| said.contains(wanted))
+        };
+        while !is_there() {
+            if !self.init.is_alive() {
+                bail!("the cluster ended while it was starting");
+            }
+            if Instant::now() > self.deadline {
+                bail!("{what}: not there within {} s", PATIENCE.as_secs());
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 }
 

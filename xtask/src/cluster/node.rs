@@ -2,21 +2,22 @@
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::WaitOptions;
 use xshell::{Shell, cmd};
 
-use super::build::Programs;
+use super::api::{self, Endpoints};
+use super::build::NodePrograms;
+use super::parts::{self, Parts, wait_for};
 use super::places::{self, Init, Places};
 use super::{Kubectl, gateway};
 use crate::files;
 use crate::output::Finished;
 
-/// How long a part of the node may take until another part can be started.
+/// How long the first process of its namespaces may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -48,7 +49,7 @@ pub fn start(places: &Places) -> Result<Init> {
         .spawn()
         .context("starting unshare")?;
     let pid = child_of(unshare.id())?;
-    let init = Init::of(pid);
+    let init = Init::node(pid);
     // It has its own network from the moment on that it waits for the link.
     let own = || fs::read_link(format!("/proc/{pid}/ns/net"));
     let ours = fs::read_link("/proc/self/ns/net").context("reading this network's name")?;
@@ -78,16 +79,21 @@ pub fn run(dir: &Path) -> Result<Finished> {
     let places = Places::at(dir.to_owned());
     let shell = Shell::new().context("finding the current directory")?;
     separate(&shell, &places)?;
-    let node = Node {
-        programs: places.running_programs()?,
-        places,
+    let programs = places.running_programs()?;
+    let mut node = Node {
+        kubernetes: programs.kubernetes.clone(),
+        programs: places.running_node_programs()?,
+        parts: Parts::of(places),
     };
-    let mut parts = vec![node.etcd()?, node.api_server()?, node.containerd()?];
-    parts.extend([node.controller_manager()?, node.scheduler()?]);
+    api::start_etcd(&mut node.parts, &node.kubernetes, &Endpoints::NODE)?;
+    api::start_server(&mut node.parts, &node.kubernetes, &Endpoints::NODE)?;
+    node.start_containerd()?;
+    node.start_controller_manager()?;
+    node.start_scheduler()?;
     wait_for("containerd", || {
         Path::new("/run/containerd/containerd.sock").exists()
     })?;
-    let pause = node.places.pause();
+    let pause = node.parts.places.pause();
     cmd!(
         shell,
         "ctr --namespace k8s.io images import --snapshotter overlayfs {pause}"
@@ -96,15 +102,19 @@ pub fn run(dir: &Path) -> Result<Finished> {
     .ignore_stdout()
     .run()
     .context("loading the image that holds pods' namespaces")?;
-    let kubectl = Kubectl::administrator(&shell, &node.places, &node.programs);
+    let kubectl = Kubectl::administrator(&shell, &node.parts.places, &programs);
     wait_for("the API server", || {
         kubectl.read(&["get", "--raw", "/readyz"]).is_some()
     })?;
-    kubectl.apply(&node.places.fill(include_str!("node/dns.yaml")))?;
-    parts.extend([node.kubelet()?, node.proxy()?, node.dns()?]);
-    gateway::define(&kubectl, &node.programs)?;
-    parts.extend(gateway::start(&node, &shell)?);
-    node.watch(&parts)
+    let dns = node.parts.places.fill(include_str!("node/dns.yaml"));
+    kubectl.apply(&dns)?;
+    node.start_kubelet()?;
+    node.start_proxy()?;
+    node.start_dns()?;
+    gateway::define(&kubectl, &programs)?;
+    gateway::declare(&kubectl, &node.programs)?;
+    gateway::start(&mut node, &shell)?;
+    node.parts.watch()
 }
 
 /// Makes this process's mounts, name and network its own.
@@ -160,116 +170,18 @@ fn separate(shell: &Shell, places: &Places) -> Result<()> {
     Ok(())
 }
 
-fn wait_for(what: &str, mut there: impl FnMut() -> bool) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !there() {
-        if Instant::now() > deadline {
-            bail!("{what}: not there within {} s", PATIENCE.as_secs());
-        }
-        std::thread::sleep(POLL);
-    }
-    Ok(())
-}
-
-/// A process without which the cluster is none.
-pub struct Part {
-    name: &'static str,
-    pid: u32,
-}
-
 pub struct Node {
-    pub places: Places,
-    pub programs: Programs,
+    pub parts: Parts,
+    pub kubernetes: PathBuf,
+    pub programs: NodePrograms,
 }
 
 impl Node {
-    /// Starts a part, with a log of its own.
-    pub fn part(&self, name: &'static str, command: &mut Command) -> Result<Part> {
-        let log = self.places.log(name);
-        let log = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-        let child = files::log_into(command.current_dir("/"), log)?
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
-        let pid = child.id();
-        Ok(Part { name, pid })
-    }
-
-    fn kubernetes(&self, part: &str) -> Command {
-        let mut command = Command::new(&self.programs.kubernetes);
-        command.arg(part);
-        command
-    }
-
-    /// `--NAME=FILE` for files of the cluster's keys and certificates.
-    fn pki(&self, command: &mut Command, files: &[(&str, &str)]) {
-        for (name, file) in files {
-            let path = self.places.pki().join(file);
-            command.arg(format!("--{name}={}", path.display()));
-        }
-    }
-
-    fn etcd(&self) -> Result<Part> {
-        let (client, peer) = ("http://127.0.0.1:12379", "http://127.0.0.1:12380");
-        let mut command = self.kubernetes("etcd");
-        command
-            .arg(format!(
-                "--data-dir={}",
-                self.places.dir.join("etcd").display()
-            ))
-            // It is only for tests: a power cut may take it.
-            .args(["--name=xtask", "--unsafe-no-fsync", "--log-level=warn"])
-            .arg(format!("--listen-client-urls={client}"))
-            .arg(format!("--advertise-client-urls={client}"))
-            .arg(format!("--listen-peer-urls={peer}"))
-            .arg(format!("--initial-advertise-peer-urls={peer}"))
-            .arg(format!("--initial-cluster=xtask={peer}"));
-        self.part("etcd", &mut command)
-    }
-
-    fn api_server(&self) -> Result<Part> {
-        let mut command = self.kubernetes("kube-apiserver");
-        command
-            .args([
-                "--etcd-servers=http://127.0.0.1:12379",
-                "--bind-address=0.0.0.0",
-            ])
-            .arg(format!("--secure-port={}", places::API_PORT))
-            .arg(format!("--advertise-address={}", places::ADDRESS))
-            .arg(format!("--service-cluster-ip-range={}", places::SERVICES))
-            .args([
-                "--kubelet-preferred-address-types=InternalIP",
-                "--allow-privileged=true",
-            ])
-            .arg("--service-account-issuer=https://kubernetes.default.svc.cluster.local")
-            .args(["--requestheader-allowed-names=front-proxy-client"])
-            .args(["--requestheader-extra-headers-prefix=X-Remote-Extra-"])
-            .args(["--requestheader-group-headers=X-Remote-Group"])
-            .args(["--requestheader-username-headers=X-Remote-User"])
-            .args(["--authorization-mode=Node,RBAC"])
-            .args(["--enable-admission-plugins=NodeRestriction"]);
-        self.pki(
-            &mut command,
-            &[
-                ("client-ca-file", "ca.crt"),
-                ("tls-cert-file", "apiserver.crt"),
-                ("tls-private-key-file", "apiserver.key"),
-                ("kubelet-client-certificate", "apiserver-kubelet-client.crt"),
-                ("kubelet-client-key", "apiserver-kubelet-client.key"),
-                ("service-account-key-file", "sa.pub"),
-                ("service-account-signing-key-file", "sa.key"),
-                ("requestheader-client-ca-file", "front-proxy-ca.crt"),
-                ("proxy-client-cert-file", "front-proxy-client.crt"),
-                ("proxy-client-key-file", "front-proxy-client.key"),
-            ],
-        );
-        self.part("kube-apiserver", &mut command)
-    }
-
-    fn containerd(&self) -> Result<Part> {
+    fn start_containerd(&mut self) -> Result<()> {
         let mut command = Command::new("containerd");
         command
             .arg("--config")
-            .arg(self.places.dir.join("containerd.toml"))
+            .arg(self.parts.places.dir.join("containerd.toml"))
             .args([
                 "--root",
                 "/var/lib/containerd",
@@ -277,11 +189,11 @@ impl Node {
                 "/run/containerd",
             ])
             .args(["--address", "/run/containerd/containerd.sock"]);
-        self.part("containerd", &mut command)
+        self.parts.start("containerd", &mut command)
     }
 
-    fn controller_manager(&self) -> Result<Part> {
-        let mut command = self.kubernetes("kube-controller-manager");
+    fn start_controller_manager(&mut self) -> Result<()> {
+        let mut command = parts::kubernetes(&self.kubernetes, "kube-controller-manager");
         command
             .args([
                 "--use-service-account-credentials=true",
@@ -291,7 +203,7 @@ impl Node {
             .args(["--bind-address=127.0.0.1"])
             // The default of 15 s is half a test's time.
             .args(["--horizontal-pod-autoscaler-sync-period=1s"]);
-        self.pki(
+        self.parts.pki(
             &mut command,
             &[
                 ("kubeconfig", "controller-manager.kubeconfig"),
@@ -305,13 +217,13 @@ impl Node {
                 ("cluster-signing-key-file", "ca.key"),
             ],
         );
-        self.part("kube-controller-manager", &mut command)
+        self.parts.start("kube-controller-manager", &mut command)
     }
 
-    fn scheduler(&self) -> Result<Part> {
-        let mut command = self.kubernetes("kube-scheduler");
+    fn start_scheduler(&mut self) -> Result<()> {
+        let mut command = parts::kubernetes(&self.kubernetes, "kube-scheduler");
         command.args(["--leader-elect=false", "--bind-address=127.0.0.1"]);
-        self.pki(
+        self.parts.pki(
             &mut command,
             &[
                 ("kubeconfig", "scheduler.kubeconfig"),
@@ -319,50 +231,40 @@ impl Node {
                 ("authorization-kubeconfig", "scheduler.kubeconfig"),
             ],
         );
-        self.part("kube-scheduler", &mut command)
+        self.parts.start("kube-scheduler", &mut command)
     }
 
-    fn kubelet(&self) -> Result<Part> {
-        let mut command = self.kubernetes("kubelet");
+    fn start_kubelet(&mut self) -> Result<()> {
+        let mut command = parts::kubernetes(&self.kubernetes, "kubelet");
         command
             .arg(format!(
                 "--config={}",
-                self.places.dir.join("kubelet.yaml").display()
+                self.parts.places.dir.join("kubelet.yaml").display()
             ))
             .args(["--cert-dir=/var/lib/kubelet/pki", "-v=2"])
             .arg(format!("--hostname-override={}", places::NODE))
             .arg(format!("--node-ip={}", places::ADDRESS));
-        self.pki(&mut command, &[("kubeconfig", "kubelet.kubeconfig")]);
-        self.part("kubelet", &mut command)
+        self.parts
+            .pki(&mut command, &[("kubeconfig", "kubelet.kubeconfig")]);
+        self.parts.start("kubelet", &mut command)
     }
 
-    fn proxy(&self) -> Result<Part> {
-        let mut command = self.kubernetes("kube-proxy");
+    fn start_proxy(&mut self) -> Result<()> {
+        let mut command = parts::kubernetes(&self.kubernetes, "kube-proxy");
         command
             .arg(format!(
                 "--config={}",
-                self.places.dir.join("proxy.yaml").display()
+                self.parts.places.dir.join("proxy.yaml").display()
             ))
             .arg("-v=2");
-        self.part("kube-proxy", &mut command)
+        self.parts.start("kube-proxy", &mut command)
     }
 
-    fn dns(&self) -> Result<Part> {
+    fn start_dns(&mut self) -> Result<()> {
         let mut command = Command::new(&self.programs.coredns);
-        command.arg("-conf").arg(self.places.dir.join("Corefile"));
-        self.part("coredns", &mut command)
-    }
-
-    /// Takes the exit codes of whatever is orphaned to process 1, until a part ends.
-    fn watch(&self, parts: &[Part]) -> Result<Finished> {
-        loop {
-            let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::empty()) else {
-                bail!("there is no process left");
-            };
-            let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
-            if let Some(part) = parts.iter().find(|part| part.pid == pid) {
-                bail!("{} ended ({status:?}), and with it the cluster", part.name);
-            }
-        }
+        command
+            .arg("-conf")
+            .arg(self.parts.places.dir.join("Corefile"));
+        self.parts.start("coredns", &mut command)
     }
 }

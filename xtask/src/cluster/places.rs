@@ -1,6 +1,8 @@
 //! Where a cluster's files are, and the names and addresses that are its own on this machine.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
-use super::build::Programs;
+use super::build::{NodePrograms, Programs};
 use crate::files;
 use crate::owner;
 use crate::setup;
@@ -21,7 +23,7 @@ pub const PAUSE: &str = "xtask.local/pause:1";
 pub const HOST_LINK: &str = "xtask-host";
 pub const NODE_LINK: &str = "xtask-node";
 pub const GATEWAY: &str = "172.31.77.1";
-pub const ADDRESS: &str = "172.31.77.2";
+pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(172, 31, 77, 2);
 pub const PODS: &str = "10.244.77.0/24";
 pub const SERVICES: &str = "10.96.77.0/24";
 /// The first address of the services is the API server's.
@@ -50,11 +52,6 @@ pub const FILES: [(&str, &str); 8] = [
     ("resolv.conf", "nameserver @dns@\nsearch cluster.local\n"),
 ];
 
-/// The address of the API server.
-pub fn server() -> String {
-    format!("https://{ADDRESS}:{API_PORT}")
-}
-
 /// The directories of a running cluster.
 pub struct Places {
     pub dir: PathBuf,
@@ -78,10 +75,22 @@ impl Places {
     }
 
     pub fn remove(&self) -> Result<()> {
-        if !self.dir.exists() {
-            return Ok(());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match fs::remove_dir_all(&self.dir) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                // What was just killed may still have written something.
+                Err(error)
+                    if error.kind() == ErrorKind::DirectoryNotEmpty
+                        && Instant::now() < deadline =>
+                {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                ended => {
+                    return ended.with_context(|| format!("removing {}", self.dir.display()));
+                }
+            }
         }
-        fs::remove_dir_all(&self.dir).with_context(|| format!("removing {}", self.dir.display()))
     }
 
     /// Outlives the directory.
@@ -121,6 +130,20 @@ impl Places {
         files::read_json(&self.programs())
     }
 
+    /// And those of its node.
+    pub fn node_programs(&self) -> PathBuf {
+        self.dir.join("node-programs.json")
+    }
+
+    pub fn running_node_programs(&self) -> Result<NodePrograms> {
+        files::read_json(&self.node_programs())
+    }
+
+    /// Where etcd and the API server listen.
+    pub fn endpoints(&self) -> PathBuf {
+        self.dir.join("endpoints.json")
+    }
+
     /// The images that the node was given, by name.
     pub fn images(&self) -> PathBuf {
         self.dir.join("images.json")
@@ -143,7 +166,7 @@ impl Places {
             ("@pki@", self.pki().display().to_string()),
             ("@cgroup@", CGROUP.to_owned()),
             ("@node@", NODE.to_owned()),
-            ("@address@", ADDRESS.to_owned()),
+            ("@address@", ADDRESS.to_string()),
             ("@pods@", PODS.to_owned()),
             ("@dns@", DNS.to_owned()),
             ("@files@", files.unwrap_or(1 << 20).to_string()),
@@ -155,18 +178,32 @@ impl Places {
     }
 }
 
-/// The first process of the cluster's namespaces, by its number on the machine.
+/// The process that holds a cluster, by its number on the machine: the first of the cluster's namespaces,
+/// or the parent of an API server that runs alone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Init {
     pub pid: u32,
     /// Its own name: numbers of processes are used again.
     owner: String,
+    /// There is no node.
+    pub is_alone: bool,
 }
 
 impl Init {
-    pub fn of(pid: u32) -> Self {
+    pub fn node(pid: u32) -> Self {
         let owner = owner::of(pid);
-        Self { pid, owner }
+        Self {
+            pid,
+            owner,
+            is_alone: false,
+        }
+    }
+
+    pub fn alone(pid: u32) -> Self {
+        Self {
+            is_alone: true,
+            ..Self::node(pid)
+        }
     }
 
     pub fn is_alive(&self) -> bool {

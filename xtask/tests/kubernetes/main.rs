@@ -8,6 +8,7 @@ mod namespace;
 mod proxy;
 
 mod faults;
+mod manifests;
 mod prometheus;
 mod rights;
 mod rollouts;

@@ -1,13 +1,9 @@
 //! What goes wrong in a cluster: each ends as documented, and says what it is.
 
-use std::io::Write;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use serde_json::json;
 
-use serde_json::{Value, json};
-
-use crate::fixture::{eventually, root};
-use crate::namespace::{Namespace, ends_with, kubectl, short, variable};
+use crate::fixture::eventually;
+use crate::namespace::{Namespace, ends_with, short};
 
 /// Each of `parts` must have been said.
 #[track_caller]
@@ -315,89 +311,6 @@ fn what_is_deleted_by_hand_is_put_back_or_named() {
     assert_eq!(namespace.running(), [(short(&third), 2, 2)]);
     let failed = load.stop();
     assert_eq!(failed.keys().collect::<Vec<_>>(), [&short(&bad)]);
-}
-
-/// The manifests for teams, with a horizontal autoscaler, and the deployer's rights.
-const SHIPPED: [&str; 4] = [
-    "overlays/staging",
-    "overlays/production",
-    "deployer",
-    "deployer-contour",
-];
-
-#[test]
-fn what_ships_is_what_the_api_server_takes() {
-    let namespace = Namespace::new("ships");
-    for dir in SHIPPED {
-        let dir = namespace.manifests.join(dir);
-        let dir = dir.to_str().unwrap();
-        let apply = [
-            "apply",
-            "--server-side",
-            "--dry-run=server",
-            "--validate=strict",
-        ];
-        let said = namespace.ask(&[&apply[..], &["--kustomize", dir]].concat());
-        assert!(said.lines().count() > 2, "{said}");
-    }
-}
-
-/// And what the oldest and the newest supported version of Kubernetes would take.
-#[test]
-fn what_ships_fits_every_supported_version() {
-    let program = PathBuf::from(variable("XTASK_KUBECONFORM"));
-    let schemas = program.with_file_name("schemas");
-    let versions = std::fs::read_dir(&schemas).unwrap_or_else(|error| {
-        panic!("{}: {error}; cargo xtask setup", schemas.display());
-    });
-    let versions: Vec<String> = versions
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    assert_eq!(versions.len(), 2, "{versions:?}");
-    let location = format!(
-        "{}/{{{{.NormalizedKubernetesVersion}}}}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json",
-        schemas.display()
-    );
-    let check = |version: &str, manifests: &[u8]| {
-        let mut child = Command::new(&program)
-            .args(["-strict", "-summary", "-output", "json"])
-            // What comes with a gateway has no schema there; the API server's own test has it.
-            .args(["-skip", "HTTPRoute"])
-            .args(["-schema-location", &location])
-            .args(["-kubernetes-version", version.trim_start_matches('v')])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(manifests).unwrap();
-        let output = child.wait_with_output().unwrap();
-        serde_json::from_slice::<Value>(&output.stdout).unwrap()
-    };
-    for version in versions {
-        for dir in SHIPPED {
-            let dir = root().join("k8s").join(dir);
-            let rendered = Command::new(kubectl())
-                .arg("kustomize")
-                .arg(dir)
-                .output()
-                .unwrap();
-            let result = check(&version, &rendered.stdout);
-            let count = |key: &str| result["summary"][key].as_u64().unwrap();
-            assert!(
-                count("valid") > 2 && count("invalid") + count("errors") == 0,
-                "{version}: {result:#}"
-            );
-            assert!(count("skipped") <= 1, "{version}: {result:#}");
-            let broken = String::from_utf8(rendered.stdout)
-                .unwrap()
-                .replace("metadata:", "metadatum:");
-            let result = check(&version, broken.as_bytes());
-            assert!(
-                result["summary"]["invalid"].as_u64() > Some(2),
-                "{result:#}"
-            );
-        }
-    }
 }
 
 /// Every process waits for the same database: none of them is taken out of service for it, and what was

@@ -1,0 +1,236 @@
+//! What ships in `k8s/`, as an API server takes it. No pods are needed: `cargo xtask cluster run --api-only`
+//! is enough for these tests, without root.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::fixture::{Ended, Fixture, ended, eventually, root};
+use crate::namespace::{Namespace, kubectl, variable};
+
+/// The manifests for teams, with a horizontal autoscaler, and the deployer's rights.
+const SHIPPED: [&str; 4] = [
+    "overlays/staging",
+    "overlays/production",
+    "deployer",
+    "deployer-contour",
+];
+
+#[test]
+fn what_ships_is_what_the_api_server_takes() {
+    let namespace = Namespace::new("ships");
+    for dir in SHIPPED {
+        let dir = namespace.manifests.join(dir);
+        let dir = dir.to_str().unwrap();
+        let apply = [
+            "apply",
+            "--server-side",
+            "--dry-run=server",
+            "--validate=strict",
+        ];
+        let said = namespace.ask(&[&apply[..], &["--kustomize", dir]].concat());
+        assert!(said.lines().count() > 2, "{said}");
+    }
+}
+
+/// And what the oldest and the newest supported version of Kubernetes would take.
+#[test]
+fn what_ships_fits_every_supported_version() {
+    let program = PathBuf::from(variable("XTASK_KUBECONFORM"));
+    let schemas = program.with_file_name("schemas");
+    let versions = std::fs::read_dir(&schemas).unwrap_or_else(|error| {
+        panic!("{}: {error}; cargo xtask setup", schemas.display());
+    });
+    let versions: Vec<String> = versions
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(versions.len(), 2, "{versions:?}");
+    let location = format!(
+        "{}/{{{{.NormalizedKubernetesVersion}}}}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json",
+        schemas.display()
+    );
+    let check = |version: &str, manifests: &[u8]| {
+        let mut child = Command::new(&program)
+            .args(["-strict", "-summary", "-output", "json"])
+            // What comes with a gateway has no schema there; the API server's own test has it.
+            .args(["-skip", "HTTPRoute"])
+            .args(["-schema-location", &location])
+            .args(["-kubernetes-version", version.trim_start_matches('v')])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(manifests).unwrap();
+        let output = child.wait_with_output().unwrap();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    for version in versions {
+        for dir in SHIPPED {
+            let dir = root().join("k8s").join(dir);
+            let rendered = Command::new(kubectl())
+                .arg("kustomize")
+                .arg(dir)
+                .output()
+                .unwrap();
+            let result = check(&version, &rendered.stdout);
+            let count = |key: &str| result["summary"][key].as_u64().unwrap();
+            assert!(
+                count("valid") > 2 && count("invalid") + count("errors") == 0,
+                "{version}: {result:#}"
+            );
+            assert!(count("skipped") <= 1, "{version}: {result:#}");
+            let broken = String::from_utf8(rendered.stdout)
+                .unwrap()
+                .replace("metadata:", "metadatum:");
+            let result = check(&version, broken.as_bytes());
+            assert!(
+                result["summary"]["invalid"].as_u64() > Some(2),
+                "{result:#}"
+            );
+        }
+    }
+}
+
+/// The API server can be had alone by whoever is not root: here by a user in a namespace that has no
+/// other, so that nothing can be done in root's name. It ends with the process that holds it.
+#[test]
+fn the_api_server_alone_needs_no_root() {
+    let alone = Alone::new();
+    alone.run(&["up", "--api-only"]).expect(0, "running");
+    let status = alone.run(&["status"]).expect(0, "running");
+    assert!(status.said.contains("no pods can run"), "{}", status.said);
+    let kubeconfig = alone.run(&["kubeconfig"]).expect(0, "passed");
+    let kubeconfig = kubeconfig.finished()["kubeconfig"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let apply = |manifests: &str| {
+        let words = "apply --server-side --dry-run=server --validate=strict --filename -";
+        let mut child = Command::new(kubectl())
+            .args(["--kubeconfig", &kubeconfig, "--namespace", "default"])
+            .args(words.split(' '))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(manifests.as_bytes())
+            .unwrap();
+        child.wait().unwrap().success()
+    };
+    let route =
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: { name: a }\n";
+    assert!(apply(&format!("{route}spec: {{ hostnames: [a.example] }}")));
+    assert!(!apply(&format!("{route}spec: {{ hostname: a.example }}")));
+
+    for (words, why) in [
+        (&["up"][..], "only the API server is running"),
+        (&["load", "image.tar"], "only the API server is running"),
+    ] {
+        let refused = alone.run(words).expect(2, "failed");
+        assert!(refused.said.contains(why), "{}", refused.said);
+    }
+    let holder = alone.holder();
+    assert_eq!(
+        alone.processes().len(),
+        3,
+        "itself, etcd and the API server"
+    );
+    let killed = Command::new("kill").args(["-KILL", &holder]).status();
+    assert!(killed.unwrap().success());
+    eventually("its parts end with it", || alone.processes().is_empty());
+
+    let run = [
+        "run",
+        "--api-only",
+        "--",
+        "sh",
+        "-c",
+        "test -s $XTASK_KUBECONFIG",
+    ];
+    alone.run(&run).expect(0, "passed");
+    assert!(
+        alone.processes().is_empty(),
+        "it was there for that command"
+    );
+    assert!(!alone.dir().exists());
+}
+
+/// A cache of its own, with what this machine has built.
+struct Alone {
+    fixture: Fixture,
+    cache: tempfile::TempDir,
+}
+
+impl Alone {
+    fn new() -> Self {
+        let cache = tempfile::tempdir().unwrap();
+        let program = PathBuf::from(variable("XTASK_KUBECONFORM"));
+        let built = program.ancestors().nth(2).unwrap();
+        let link = |there: &Path, name: &str| {
+            std::os::unix::fs::symlink(there.join(name), cache.path().join(name)).unwrap();
+        };
+        link(built.parent().unwrap(), "tools");
+        std::fs::create_dir(cache.path().join("cluster")).unwrap();
+        for entry in std::fs::read_dir(built).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            if !name.starts_with("run") {
+                link(built.parent().unwrap(), &format!("cluster/{name}"));
+            }
+        }
+        Self {
+            fixture: Fixture::new(),
+            cache,
+        }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.cache.path().join("cluster/run")
+    }
+
+    fn run(&self, words: &[&str]) -> Ended {
+        let command = self.fixture.command(&[&["cluster"], words].concat());
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args(["--user", "--map-user=1000", "--"])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .current_dir(root())
+            .env("XTASK_CACHE_DIR", self.cache.path())
+            .env_remove("XTASK_KUBECONFIG")
+            .stdin(Stdio::null());
+        ended(unshare.output().unwrap())
+    }
+
+    /// The number of the process that holds it.
+    fn holder(&self) -> String {
+        let init = std::fs::read(self.dir().join("init.json")).unwrap();
+        let init: Value = serde_json::from_slice(&init).unwrap();
+        init["pid"].to_string()
+    }
+
+    /// Those that were started for it.
+    fn processes(&self) -> Vec<PathBuf> {
+        let dir = self.dir().display().to_string();
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let processes = processes.map(|entry| entry.path().join("cmdline"));
+        // One that ends while it is looked at is none.
+        let belongs = |path: &PathBuf| {
+            let words = std::fs::read(path).unwrap_or_default();
+            String::from_utf8_lossy(&words).contains(&dir)
+        };
+        processes.filter(belongs).collect()
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = self.run(&["down"]);
+    }
+}
