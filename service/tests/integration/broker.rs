@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use reqwest::{Method, RequestBuilder};
+use serde_json::{Value, json};
 use service::config::{BusKind, Config, ServerUrl};
 use test_servers::{Lease, Server};
 
@@ -12,7 +14,7 @@ pub struct Broker {
     url: String,
     /// No other test has an exchange of this name.
     exchange: String,
-    _server: Option<Arc<Lease>>,
+    server: Option<Arc<Lease>>,
 }
 
 impl Broker {
@@ -21,19 +23,18 @@ impl Broker {
             kind: "in-process",
             url: String::new(),
             exchange: String::new(),
-            _server: None,
+            server: None,
         }
     }
 
     pub async fn rabbitmq() -> Self {
         let server = test_servers::lease(Server::RabbitMq).await.unwrap();
-        // The query tells tests where the management is.
-        let (url, _) = server.address.split_once('?').unwrap();
+        let (url, _management) = test_servers::rabbitmq(&server.address).unwrap();
         Self {
             kind: "rabbitmq",
-            url: url.trim_end_matches('/').to_owned(),
+            url,
             exchange: format!("orders-{}", uuid::Uuid::now_v7().simple()),
-            _server: Some(Arc::new(server)),
+            server: Some(Arc::new(server)),
         }
     }
 
@@ -43,7 +44,7 @@ impl Broker {
             kind: "kafka",
             url: server.address.clone(),
             exchange: format!("orders-{}", uuid::Uuid::now_v7().simple()),
-            _server: Some(Arc::new(server)),
+            server: Some(Arc::new(server)),
         }
     }
 
@@ -54,6 +55,29 @@ impl Broker {
             Self::rabbitmq().await,
             Self::kafka().await,
         ]
+    }
+
+    /// RabbitMQ's management of a consumer's queue.
+    fn queue(&self, method: Method, consumer: &str) -> RequestBuilder {
+        let server = self.server.as_ref().unwrap();
+        let (_, management) = test_servers::rabbitmq(&server.address).unwrap();
+        let url = format!("{management}/api/queues/%2f/{}.{consumer}", self.exchange);
+        let request = reqwest::Client::new().request(method, url);
+        request.basic_auth("guest", Some("guest"))
+    }
+
+    /// Makes RabbitMQ's queue for a consumer, before the service does.
+    pub async fn make_queue(&self, consumer: &str, arguments: &Value) {
+        let queue = self.queue(Method::PUT, consumer);
+        let queue = queue.json(&json!({ "durable": true, "arguments": arguments }));
+        assert_eq!(queue.send().await.unwrap().status(), 201);
+    }
+
+    /// What that queue was made with.
+    pub async fn arguments(&self, consumer: &str) -> Value {
+        let answer = self.queue(Method::GET, consumer).send().await.unwrap();
+        let mut queue: Value = answer.json().await.unwrap();
+        queue["arguments"].take()
     }
 
     /// Reached at another address.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use service::adapters::bus::{self, Bus};
+use serde_json::json;
+use service::adapters::bus::{self, Bus, Delivery, Subscription};
 use service::domain::events::{Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderRequest};
 
@@ -157,6 +158,77 @@ async fn every_process_hears_everything() {
             consumer.abort();
         }
     }
+}
+
+/// A consumer that crashes again and again, such as where its database is away for long, loses nothing.
+/// From RabbitMQ 4.0 on that depends on how the queue was made.
+#[tokio::test]
+async fn what_is_returned_again_and_again_stays() {
+    for broker in [Broker::in_process(), Broker::rabbitmq().await] {
+        let mut config = shipped_config();
+        broker.use_in(&mut config);
+        let bus = bus::open(&config);
+        let event = event();
+        let mut consumer = bus.subscribe("totals").await.unwrap();
+        let published = publish(&bus, std::slice::from_ref(&event));
+        for _ in 0..25 {
+            drop(next(&mut consumer).await);
+            drop(consumer);
+            consumer = bus.subscribe("totals").await.unwrap();
+        }
+        let delivery = next(&mut consumer).await;
+        assert_eq!(id(&delivery), event.id, "{}", broker.kind);
+        delivery.done().await.unwrap();
+        published.await.unwrap();
+        if broker.kind == "rabbitmq" {
+            let arguments = broker.arguments("totals").await;
+            assert_eq!(arguments["x-delivery-limit"], i32::MAX, "{arguments}");
+        }
+    }
+}
+
+/// A release from before queues had a limit has made it.
+#[tokio::test]
+async fn the_queue_of_an_older_release_is_used() {
+    let broker = Broker::rabbitmq().await;
+    let mut config = shipped_config();
+    broker.use_in(&mut config);
+    let older = json!({ "x-queue-type": "quorum", "x-single-active-consumer": true });
+    broker.make_queue("totals", &older).await;
+    let bus = bus::open(&config);
+    let event = event();
+    bus.publish(std::slice::from_ref(&event)).await.unwrap();
+    let mut consumer = bus.subscribe("totals").await.unwrap();
+    let delivery = next(&mut consumer).await;
+    assert_eq!(id(&delivery), event.id);
+    delivery.done().await.unwrap();
+}
+
+/// Where several could consume at once, or a full queue forgets, nothing is promised.
+#[tokio::test]
+async fn a_queue_that_promises_less_is_refused() {
+    let broker = Broker::rabbitmq().await;
+    let mut config = shipped_config();
+    broker.use_in(&mut config);
+    let other = json!({ "x-queue-type": "quorum", "x-max-length": 1000 });
+    broker.make_queue("totals", &other).await;
+    let bus = bus::open(&config);
+    for failed in [
+        bus.publish(&[event()]).await.err(),
+        bus.subscribe("totals").await.err(),
+    ] {
+        let error = failed.unwrap().to_string();
+        assert!(error.contains("inequivalent arg"), "{error}");
+    }
+}
+
+async fn next(consumer: &mut Box<dyn Subscription>) -> Delivery {
+    let next = tokio::time::timeout(Duration::from_secs(30), consumer.next()).await;
+    next.expect("an event within 30 s").unwrap()
+}
+
+fn id(delivery: &Delivery) -> uuid::Uuid {
+    serde_json::from_str::<Event>(&delivery.event).unwrap().id
 }
 
 #[tokio::test]

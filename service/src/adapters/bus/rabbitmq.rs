@@ -2,8 +2,10 @@
 //! events until they are done. One process consumes a queue at a time, so that the order stays.
 //! <https://www.rabbitmq.com/docs/confirms>, <https://www.rabbitmq.com/docs/consumers#single-active-consumer>
 
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::str::FromStr;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,7 +18,7 @@ use lapin::tcp::OwnedTLSConfig;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::AMQPUri;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, ErrorKind,
     ExchangeKind,
 };
 use tokio::sync::Mutex;
@@ -33,6 +35,15 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const HEARTBEAT: u16 = 5;
 /// AMQP's delivery mode for messages that outlive a restart of the broker.
 const PERSISTENT: u8 = 2;
+/// How often a message may come back, such as from consumers that crash, before the broker drops it: it is
+/// done or put aside in the end. From 4.0 on the default is 20, and -1 is no limit; 3 would drop with -1
+/// what comes back once. A policy with a lower limit wins.
+/// <https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling>
+const DELIVERY_LIMIT: i32 = i32::MAX;
+/// AMQP's code for the end of a channel that is not needed any more.
+const REPLY_SUCCESS: u16 = 200;
+/// AMQP's reply where a queue is there, and was made with other arguments.
+const PRECONDITION_FAILED: u16 = 406;
 /// Of all orders.
 const EVERYTHING: &str = "order.#";
 
@@ -40,6 +51,8 @@ pub struct RabbitMq {
     config: Config,
     /// Who must have a queue before anything is published.
     consumers: Vec<&'static str>,
+    /// What each queue is declared with.
+    arguments: std::sync::Mutex<HashMap<ShortString, FieldTable>>,
     /// What events are published on, until it breaks.
     publisher: Mutex<Option<Line>>,
 }
@@ -47,7 +60,7 @@ pub struct RabbitMq {
 /// A channel, and the connection that it ends with.
 struct Line {
     channel: Channel,
-    _connection: Connection,
+    connection: Connection,
 }
 
 struct Queue {
@@ -62,6 +75,7 @@ impl RabbitMq {
         Self {
             config: config.clone(),
             consumers,
+            arguments: std::sync::Mutex::default(),
             publisher: Mutex::default(),
         }
     }
@@ -91,7 +105,7 @@ impl RabbitMq {
                 .await?;
             Ok::<_, lapin::Error>(Line {
                 channel,
-                _connection: connection,
+                connection,
             })
         };
         let connecting = |error| BusError(format!("connecting to {}: {error}", self.config.url));
@@ -166,7 +180,7 @@ impl Bus for RabbitMq {
         // An event that anybody has a queue for does not come back, so each must have one, even where
         // somebody has tidied up meanwhile.
         for consumer in &self.consumers {
-            self.make_queue(&line.channel, consumer).await?;
+            self.make_queue(&line, consumer).await?;
         }
         self.send(&line.channel, events).await?;
         *publisher = Some(line);
@@ -184,14 +198,11 @@ impl Bus for RabbitMq {
 
 impl RabbitMq {
     /// Makes a consumer's queue, unless it is there; its name.
-    async fn make_queue(&self, channel: &Channel, consumer: &str) -> Result<ShortString, BusError> {
-        let name = format!("{}.{consumer}", self.config.exchange);
-        let mut arguments = FieldTable::default();
-        let quorum = AMQPValue::LongString("quorum".into());
-        arguments.insert("x-queue-type".into(), quorum);
-        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    async fn make_queue(&self, line: &Line, consumer: &str) -> Result<ShortString, BusError> {
+        let queue = ShortString::from(format!("{}.{consumer}", self.config.exchange));
+        let arguments = self.arguments(&line.connection, &queue).await?;
+        let channel = &line.channel;
         let (durable, none) = (QueueDeclareOptions::durable(), FieldTable::default());
-        let queue = ShortString::from(name.as_str());
         channel
             .queue_declare(queue.clone(), durable, arguments)
             .await?;
@@ -203,10 +214,49 @@ impl RabbitMq {
         Ok(queue)
     }
 
+    /// What to declare a queue with. One that is there keeps what it was made with, and releases from before
+    /// the limit made theirs without. It is found out on channels of its own, as the broker closes those
+    /// on which it refuses.
+    async fn arguments(
+        &self,
+        connection: &Connection,
+        queue: &ShortString,
+    ) -> Result<FieldTable, BusError> {
+        let known = || {
+            self.arguments
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        if let Some(arguments) = known().get(queue) {
+            return Ok(arguments.clone());
+        }
+        let older = older_arguments();
+        let mut arguments = older.clone();
+        let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
+        arguments.insert("x-delivery-limit".into(), limit);
+        if let Err(refused) = declare(connection, queue, &arguments).await {
+            let is_other = matches!(
+                refused.kind(),
+                ErrorKind::ProtocolError(reply) if reply.get_id() == PRECONDITION_FAILED
+            );
+            if !is_other || declare(connection, queue, &older).await.is_err() {
+                return Err(refused.into());
+            }
+            tracing::warn!(
+                %queue,
+                "the queue was made without a delivery-limit: from RabbitMQ 4.0 on it drops what comes \
+                 back 20 times, unless a policy sets a higher one"
+            );
+            arguments = older;
+        }
+        known().insert(queue.clone(), arguments.clone());
+        Ok(arguments)
+    }
+
     async fn open_queue(&self, consumer: &str) -> Result<Box<dyn Subscription>, BusError> {
         let line = self.connect().await?;
         let channel = &line.channel;
-        let queue = self.make_queue(channel, consumer).await?;
+        let queue = self.make_queue(&line, consumer).await?;
         let prefetch = BasicQosOptions::default();
         channel
             .basic_qos(self.config.prefetch.get(), prefetch)
@@ -255,6 +305,27 @@ impl RabbitMq {
             _line: line,
         }))
     }
+}
+
+fn older_arguments() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    let quorum = AMQPValue::LongString("quorum".into());
+    arguments.insert("x-queue-type".into(), quorum);
+    arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    arguments
+}
+
+async fn declare(
+    connection: &Connection,
+    queue: &ShortString,
+    arguments: &FieldTable,
+) -> Result<(), lapin::Error> {
+    let channel = connection.create_channel().await?;
+    let durable = QueueDeclareOptions::durable();
+    channel
+        .queue_declare(queue.clone(), durable, arguments.clone())
+        .await?;
+    channel.close(REPLY_SUCCESS, "".into()).await
 }
 
 /// The consumer is done with what was delivered, and perhaps with all that was before it.
