@@ -26,8 +26,6 @@ pub struct Keys(Arc<Inner>);
 struct Inner {
     known: RwLock<Arc<Known>>,
     source: Option<Source>,
-    /// What the provider last said of itself.
-    provider: RwLock<Option<Provider>>,
 }
 
 /// Where keys are.
@@ -43,6 +41,8 @@ struct Source {
     http: reqwest::Client,
     /// When it was asked last, whatever came of it, and what went wrong.
     last: Mutex<Last>,
+    /// What the provider last said of itself.
+    provider: RwLock<Option<Provider>>,
 }
 
 #[derive(Default)]
@@ -57,7 +57,6 @@ impl Keys {
         Ok(Self(Arc::new(Inner {
             known: RwLock::new(Arc::new(usable(set)?)),
             source: None,
-            provider: RwLock::default(),
         })))
     }
 
@@ -70,8 +69,8 @@ impl Keys {
                 refresh,
                 http,
                 last: Mutex::default(),
+                provider: RwLock::default(),
             }),
-            provider: RwLock::default(),
         })))
     }
 
@@ -107,10 +106,14 @@ impl Keys {
         }
     }
 
-    /// What the provider says of itself; `None` while it has said nothing, or is not asked.
+    /// What the provider says of itself; `None` while it has said nothing, and where it is not asked.
     pub async fn provider(&self) -> Option<Provider> {
+        let source = self.0.source.as_ref()?;
+        if let Place::Url(_) = source.place {
+            return None;
+        }
         let known = || {
-            let provider = self.0.provider.read();
+            let provider = source.provider.read();
             provider.unwrap_or_else(PoisonError::into_inner).clone()
         };
         if known().is_none() {
@@ -151,7 +154,7 @@ impl Keys {
             return;
         }
         last.asked = Some(Instant::now());
-        match self.fetch(source).await {
+        match fetch(source).await {
             Ok(known) => {
                 *self.0.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
                 last.answered = last.asked;
@@ -165,26 +168,25 @@ impl Keys {
             }
         }
     }
+}
 
-    async fn fetch(&self, source: &Source) -> anyhow::Result<Known> {
-        let http = &source.http;
-        let url = match &source.place {
-            Place::Url(url) => url.clone(),
-            Place::Provider(issuer) => {
-                let provider = Provider::discover(http, issuer).await?;
-                let url = provider.jwks_uri.clone();
-                let mut known = self
-                    .0
-                    .provider
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner);
-                *known = Some(provider);
-                url
-            }
-        };
-        let set = provider::ask(http, &url).await?;
-        usable(set).with_context(|| format!("in the key set of {url}"))
-    }
+async fn fetch(source: &Source) -> anyhow::Result<Known> {
+    let http = &source.http;
+    let url = match &source.place {
+        Place::Url(url) => url.clone(),
+        Place::Provider(issuer) => {
+            let provider = Provider::discover(http, issuer).await?;
+            let url = provider.jwks_uri.clone();
+            let mut known = source
+                .provider
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            *known = Some(provider);
+            url
+        }
+    };
+    let set = provider::ask(http, &url).await?;
+    usable(set).with_context(|| format!("in the key set of {url}"))
 }
 
 /// The keys that sign, by name. Those that nothing here can use are somebody else's.

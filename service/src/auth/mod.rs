@@ -4,7 +4,7 @@
 pub mod development;
 mod keys;
 pub mod login;
-pub mod provider;
+pub(crate) mod provider;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

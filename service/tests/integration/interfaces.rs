@@ -697,10 +697,7 @@ async fn the_page_of_the_description_knows_how_to_log_in() {
     let policy = setup.headers()["content-security-policy"].to_str().unwrap();
     let may_ask = "connect-src 'self' https: ";
     assert!(policy.contains(may_ask), "{policy}");
-    let setup = setup.text().await.unwrap();
-    let (_, login) = setup.split_once("initOAuth(").unwrap();
-    let (login, _) = login.split_once(");").unwrap();
-    let login: Value = serde_json::from_str(login).unwrap();
+    let login = app.page_login().await;
     assert_eq!(login["clientId"], "page");
     assert_eq!(login["usePkceWithAuthorizationCodeGrant"], true);
     let resource = &login["additionalQueryStringParams"]["resource"];

@@ -116,6 +116,16 @@ impl TestApp {
         self.send(Method::POST, path, Some(body)).await
     }
 
+    /// How the page of the API's description has its readers log in.
+    pub async fn page_login(&self) -> Value {
+        let file = format!("http://{}/docs/swagger-initializer.js", self.public);
+        let answer = self.client.get(file).send().await.unwrap();
+        let setup = answer.text().await.unwrap();
+        let (_, login) = setup.split_once("initOAuth(").unwrap();
+        let (login, _) = login.split_once(");").unwrap();
+        serde_json::from_str(login).unwrap()
+    }
+
     pub async fn admin_text(&self, path: &str) -> String {
         let url = format!("http://{}{path}", self.admin);
         self.client
