@@ -284,7 +284,7 @@ pub struct ServersRunArgs {
 #[derive(Debug, Args)]
 pub struct ClusterUpArgs {
     /// Only etcd and the API server: no pods can run, and no root is needed.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "bare")]
     pub api_only: bool,
 
     /// Make no namespaces: whoever has called sudo does that, by their own settings.
@@ -294,11 +294,12 @@ pub struct ClusterUpArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
-    /// Start it, building it first where that was never done: real pods, Services, DNS, a gateway.
+    /// Start it, building it first where that was never done: real pods, Services, DNS, a gateway; or its
+    /// API server alone.
     Up(ClusterUpArgs),
     /// End it, with everything that runs in it.
     Down,
-    /// Show its node and its pods.
+    /// Show its node and its pods, where it has any.
     Status,
     /// Print where its kubeconfig is.
     Kubeconfig,

@@ -1,7 +1,7 @@
 //! Files that are either the old ones or the new ones, never half of either.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -72,8 +72,13 @@ pub fn try_lock(path: &Path) -> Result<Option<File>> {
         .create(true)
         .truncate(false)
         .write(true)
-        .open(path)
-        .with_context(context)?;
+        .open(path);
+    let lock = match lock {
+        // A lock needs no right to write, and root may have been first.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => File::open(path),
+        lock => lock,
+    };
+    let lock = lock.with_context(context)?;
     match lock.try_lock() {
         Ok(()) => Ok(Some(lock)),
         Err(fs::TryLockError::WouldBlock) => Ok(None),

@@ -9,7 +9,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use xshell::Shell;
 
+use super::gateway;
+use super::kubectl::Kubectl;
 use super::parts::{self, Parts};
 use super::places::{self, Init, Places};
 use crate::files;
@@ -72,23 +75,37 @@ pub fn start(places: &Places, endpoints: &Endpoints) -> Result<Init> {
         .args(["cluster", "api", "--dir"])
         .arg(&places.dir)
         .process_group(0);
-    let child = files::log_into(&mut command, log)?
+    let mut child = files::log_into(&mut command, log)?
         .spawn()
         .context("starting the cluster's process")?;
     let init = Init::alone(child.id());
-    files::write_json(&places.init_file(), &init)?;
-    Ok(init)
+    let noted = files::write_json(&places.init_file(), &init);
+    if noted.is_err() {
+        // Nobody would find it again.
+        let _ = child.kill();
+    }
+    noted.map(|()| init)
 }
 
 /// What `start` starts: it ends when one of the two does, or is killed, and takes the others along.
 pub fn run(dir: &Path) -> Result<Finished> {
     let places = Places::at(dir.to_owned());
+    let shell = Shell::new().context("finding the current directory")?;
     let endpoints = files::read_json(&places.endpoints())?;
-    let program = places.running_programs()?.kubernetes;
+    let programs = places.running_programs()?;
     let mut parts = Parts::of(places);
-    start_etcd(&mut parts, &program, &endpoints)?;
-    start_server(&mut parts, &program, &endpoints)?;
+    start_etcd(&mut parts, &programs.kubernetes, &endpoints)?;
+    start_server(&mut parts, &programs.kubernetes, &endpoints)?;
+    let kubectl = Kubectl::administrator(&shell, &parts.places, &programs);
+    wait_for_server(&kubectl)?;
+    gateway::define(&kubectl, &programs)?;
     parts.watch()
+}
+
+pub fn wait_for_server(kubectl: &Kubectl<'_>) -> Result<()> {
+    parts::wait_for("the API server", || {
+        kubectl.read(&["get", "--raw", "/readyz"]).is_some()
+    })
 }
 
 fn part(program: &Path, name: &str, endpoints: &Endpoints) -> Command {

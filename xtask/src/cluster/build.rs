@@ -23,15 +23,17 @@ struct Module {
     package: &'static str,
     /// Files of modules that come along: the module, where they are in it, and as what.
     files: &'static [(&'static str, &'static str, &'static str)],
+    /// Whether the API server alone needs it, or what comes along.
+    is_of_api: bool,
 }
 
-/// The largest first: its build fills both cores for minutes. The API server alone needs the first
-/// [`OF_API`] of them.
+/// The largest first: its build fills both cores for minutes.
 const MODULES: [Module; 4] = [
     Module {
         name: "kubernetes",
         package: ".",
         files: &[],
+        is_of_api: true,
     },
     Module {
         name: "contour",
@@ -48,21 +50,21 @@ const MODULES: [Module; 4] = [
                 "contour.yaml",
             ),
         ],
+        is_of_api: true,
     },
     Module {
         name: "coredns",
         package: ".",
         files: &[],
+        is_of_api: false,
     },
     Module {
         name: "pause",
         package: ".",
         files: &[],
+        is_of_api: false,
     },
 ];
-
-/// Kubernetes, and the definitions that come with Contour.
-const OF_API: usize = 2;
 
 /// What only tests need: another implementation of the Gateway API, and a reader of manifests with
 /// the schemas of other versions of Kubernetes.
@@ -72,6 +74,7 @@ const KUBECONFORM: Module = Module {
     name: "kubeconform",
     package: "github.com/yannh/kubeconform/cmd/kubeconform",
     files: &[],
+    is_of_api: false,
 };
 
 const TRAEFIK: Module = Module {
@@ -82,6 +85,7 @@ const TRAEFIK: Module = Module {
         "config/crd/standard",
         "gateway-api",
     )],
+    is_of_api: false,
 };
 
 /// What the API server is made of: files that modules' builds have left.
@@ -193,10 +197,18 @@ pub fn ensure(output: &Output) -> Result<()> {
 
 /// Builds what the API server alone needs and is not there.
 pub fn ensure_api(output: &Output) -> Result<()> {
-    for module in unbuilt(&MODULES[..OF_API]) {
+    for module in unbuilt(&MODULES).filter(|module| module.is_of_api) {
         ensure_module(module, output)?;
     }
     Ok(())
+}
+
+/// Builds what reads manifests, which takes seconds.
+pub fn ensure_kubeconform(output: &Output) -> Result<()> {
+    match KUBECONFORM.is_built() {
+        true => Ok(()),
+        false => ensure_module(&KUBECONFORM, output),
+    }
 }
 
 /// Builds what only tests need and is not there.

@@ -11,10 +11,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use xshell::{Shell, cmd};
 
+use super::POLL;
 use super::build::{NodePrograms, Programs};
+use super::kubectl::Kubectl;
 use super::node::Node;
 use super::places;
-use super::{Kubectl, POLL};
 
 /// A Contour and an Envoy.
 struct Pair {
@@ -70,6 +71,14 @@ pub fn define(kubectl: &Kubectl<'_>, programs: &Programs) -> Result<()> {
         .run()
         .context("waiting for the gateway's definitions")
 }
+
+/// kubectl's words, which it answers with "condition met" once they are there.
+pub const DEFINED: [&str; 4] = [
+    "wait",
+    "--for=condition=Established",
+    "--timeout=1s",
+    "customresourcedefinition/httpproxies.projectcontour.io",
+];
 
 /// Asks for the gateways, each with its class.
 pub fn declare(kubectl: &Kubectl<'_>, programs: &NodePrograms) -> Result<()> {

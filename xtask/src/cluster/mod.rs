@@ -10,6 +10,8 @@ mod api;
 mod build;
 mod gateway;
 mod images;
+mod install;
+mod kubectl;
 mod node;
 mod parts;
 pub mod places;
@@ -32,11 +34,12 @@ use crate::files;
 use crate::image::layer;
 use crate::image::layout::{ImageConfig, Layout};
 use crate::output::{Exit, Finished, Output};
-use crate::setup::system::{self, Package};
+use crate::setup::system;
 use crate::setup::tools::Tools;
-use crate::setup::{engine, images as server_images};
 use api::Endpoints;
 use build::{NodePrograms, Programs};
+pub use install::{for_tests, install, install_for_tests, missing, version};
+use kubectl::{Kubectl, Starting};
 use places::{Init, Places};
 
 /// The variable that names the kubeconfig of a cluster for tests; what it names is used instead of
@@ -50,25 +53,6 @@ const KUBECONFORM: &str = "XTASK_KUBECONFORM";
 /// How long the cluster may take to answer, and then its node to be ready.
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
-
-const NODE_PACKAGES: [Package; 8] = [
-    package("containerd", &["containerd"]),
-    package("runc", &["runc"]),
-    package("bridge", &["containernetworking-plugins"]),
-    package("nft", &["nftables"]),
-    package("conntrack", &["conntrack"]),
-    package("ip", &["iproute2"]),
-    package("unshare", &["util-linux"]),
-    package("sysctl", &["procps"]),
-];
-
-const fn package(program: &'static str, debian: &'static [&'static str]) -> Package {
-    Package {
-        program,
-        debian,
-        brew: &[],
-    }
-}
 
 pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finished> {
     match command {
@@ -85,7 +69,7 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
             }
             cluster.make_namespaces(&pipeline)?;
             output.line(format_args!("export KUBECONFIG={}", cluster.kubeconfig()));
-            Ok(Finished::new(Exit::Yes, "running").with("kubeconfig", cluster.places.kubeconfig()))
+            Ok(cluster.running())
         }
         ClusterCommand::Down => Cluster::open()?.down(output),
         ClusterCommand::Status => Cluster::open()?.status(output),
@@ -97,7 +81,6 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
         }
         ClusterCommand::Load(args) => {
             let cluster = Cluster::open()?;
-            cluster.check_node()?;
             cluster.load(&args.archive, output)?;
             Ok(Finished::passed())
         }
@@ -120,6 +103,10 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
         }
         cluster.make_namespaces(&pipeline)?;
     }
+    if args.api_only {
+        // Whoever looks at manifests may want it, and it takes seconds.
+        build::ensure_kubeconform(output)?;
+    }
     let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
     let (program, arguments) = args.command.split_first().context("there is no command")?;
     output.command(args.command.join(" "));
@@ -138,101 +125,6 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
         Some(2) => Finished::new(Exit::Unknown, "failed"),
         _ => Finished::new(Exit::No, "failed"),
     })
-}
-
-/// What a machine lacks for a cluster; `None` where one could be started.
-pub fn missing() -> Option<String> {
-    if std::env::var_os(KUBECONFIG).is_some() {
-        return None;
-    }
-    let missing: Vec<&str> = NODE_PACKAGES
-        .iter()
-        .filter(|package| !is_installed(**package))
-        .flat_map(|package| package.debian)
-        .copied()
-        .collect();
-    let built = build::missing();
-    let missing = [missing, built].concat();
-    (!missing.is_empty()).then(|| missing.join(" "))
-}
-
-/// Which versions the cluster's programs are of.
-pub fn version() -> Option<String> {
-    missing()
-        .is_none()
-        .then(|| match std::env::var(KUBECONFIG) {
-            Ok(given) => format!("the one of {given}"),
-            Err(_) => build::version(),
-        })
-}
-
-/// Installs and builds what a cluster needs; starts none.
-pub fn install(output: &Output) -> Result<()> {
-    if std::env::var_os(KUBECONFIG).is_some() {
-        return Ok(());
-    }
-    check_machine()?;
-    for package in NODE_PACKAGES {
-        if !is_installed(package) {
-            system::install_anyway(package, output)?;
-        }
-    }
-    let tools = Tools::open()?;
-    tools.install("kubectl", output)?;
-    engine::ensure(output)?;
-    server_images::ensure(&tools, output)?;
-    build::ensure(output)?;
-    output.detail(format_args!(
-        "a cluster can be started: {}",
-        build::version()
-    ));
-    Ok(())
-}
-
-/// The versions of what only tests need, where it is built.
-pub fn for_tests() -> Option<String> {
-    build::for_tests()
-}
-
-/// Builds what only tests need.
-pub fn install_for_tests(output: &Output) -> Result<()> {
-    build::ensure_for_tests(output)
-}
-
-fn is_installed(package: Package) -> bool {
-    match package.program {
-        "bridge" => Path::new("/usr/lib/cni/bridge").is_file(),
-        program => system::find(program).is_some(),
-    }
-}
-
-/// Refuses a machine on which no node can be started.
-fn check_machine() -> Result<()> {
-    if !cfg!(target_os = "linux") {
-        bail!(
-            "a cluster of its own can be started on Linux only; start one (kind, k3s, …) and name \
-             its kubeconfig in {KUBECONFIG}"
-        );
-    }
-    // For what needs no pods there is `--api-only`.
-    if !system::is_root() && !system::has_sudo() {
-        bail!(
-            "only root, or who has sudo without a password, can start a cluster of its own; start \
-             one (kind, k3s, …) and name its kubeconfig in {KUBECONFIG}, or do without pods, by \
-             `--api-only`"
-        );
-    }
-    Ok(())
-}
-
-/// Installs and builds what the API server alone needs.
-fn install_api(output: &Output) -> Result<()> {
-    if !cfg!(target_os = "linux") {
-        bail!("the API server can be started on Linux only");
-    }
-    let tools = Tools::open()?;
-    tools.install("kubectl", output)?;
-    build::ensure_api(output)
 }
 
 /// The machine's one cluster of its own.
@@ -270,7 +162,8 @@ impl Cluster {
         (init.is_alone && init.is_alive()).then_some(init)
     }
 
-    fn check_node(&self) -> Result<()> {
+    /// Refuses where no pods can run.
+    pub fn check_node(&self) -> Result<()> {
         self.check_running()?;
         if self.alone().is_none() {
             return Ok(());
@@ -281,23 +174,24 @@ impl Cluster {
         );
     }
 
-    /// Starts the API server and its etcd, unless a cluster runs. Nothing in it is root's.
+    /// Starts the API server and its etcd, unless a cluster runs.
     pub fn up_alone(&self, output: &Output) -> Result<()> {
+        if self.is_running() {
+            return self.greet(output);
+        }
+        self.leave_to_owner()?;
         let _lock = self.lock()?;
         if self.is_running() {
-            output.good(format_args!(
-                "the cluster is running: {}",
-                self.kubeconfig()
-            ));
-            return Ok(());
+            return self.greet(output);
         }
-        install_api(output)?;
+        install::install_api(output)?;
         let began = Instant::now();
         let programs = Programs::built()?;
         self.clear()?;
         let endpoints = Endpoints::free()?;
         self.prepare(&programs, &endpoints)?;
-        let started = self.start_alone(&programs, &endpoints, output);
+        let started = api::start(&self.places, &endpoints)
+            .and_then(|init| self.wait_alone(init, &programs, output));
         if started.is_err() {
             self.quote_logs(output);
             self.clear()?;
@@ -309,6 +203,43 @@ impl Cluster {
             self.kubeconfig()
         ));
         Ok(())
+    }
+
+    /// Says what is there already. Whoever has started it may have been interrupted.
+    fn greet(&self, output: &Output) -> Result<()> {
+        let kubeconfig = self.kubeconfig();
+        match self.alone() {
+            Some(init) => {
+                self.wait_alone(init, &self.places.running_programs()?, output)?;
+                output.good(format_args!("the API server is running: {kubeconfig}"));
+            }
+            None => output.good(format_args!("the cluster is running: {kubeconfig}")),
+        }
+        Ok(())
+    }
+
+    fn wait_alone(&self, init: Init, programs: &Programs, output: &Output) -> Result<()> {
+        let kubectl = Kubectl::administrator(&self.shell, &self.places, programs);
+        let starting = Starting {
+            init,
+            kubectl: &kubectl,
+            deadline: Instant::now() + PATIENCE,
+            output,
+        };
+        starting.wait_for("the API server", &["get", "--raw", "/readyz"], "ok")?;
+        starting.wait_for(
+            "the gateway's definitions",
+            &gateway::DEFINED,
+            "condition met",
+        )
+    }
+
+    /// What another user has left, root that is, only they can remove.
+    fn leave_to_owner(&self) -> Result<()> {
+        match self.places.are_mine() {
+            true => Ok(()),
+            false => root::run(&["down".as_ref()]),
+        }
     }
 
     fn lock(&self) -> Result<File> {
@@ -328,11 +259,7 @@ impl Cluster {
         }
         let _lock = self.lock()?;
         if self.is_running() {
-            output.good(format_args!(
-                "the cluster is running: {}",
-                self.kubeconfig()
-            ));
-            return Ok(());
+            return self.greet(output);
         }
         install(output)?;
         let began = Instant::now();
@@ -450,23 +377,6 @@ impl Cluster {
         gateway::wait(&kubectl, deadline)
     }
 
-    fn start_alone(
-        &self,
-        programs: &Programs,
-        endpoints: &Endpoints,
-        output: &Output,
-    ) -> Result<()> {
-        let kubectl = Kubectl::administrator(&self.shell, &self.places, programs);
-        let starting = Starting {
-            init: api::start(&self.places, endpoints)?,
-            kubectl: &kubectl,
-            deadline: Instant::now() + PATIENCE,
-            output,
-        };
-        starting.wait_for("the API server", &["get", "--raw", "/readyz"], "ok")?;
-        gateway::define(&kubectl, programs)
-    }
-
     fn quote_logs(&self, output: &Output) {
         for name in self.places.logs() {
             let lines = files::last_lines(&name, 5);
@@ -478,7 +388,7 @@ impl Cluster {
     }
 
     fn down(&self, output: &Output) -> Result<Finished> {
-        if !system::is_root() && self.places.init().is_some_and(|init| !init.is_alone) {
+        if !self.places.are_mine() {
             root::run(&["down".as_ref()])?;
             return Ok(Finished::new(Exit::Yes, "stopped"));
         }
@@ -498,7 +408,7 @@ impl Cluster {
             init.kill()?;
         }
         if !system::is_root() {
-            // Then only an API server was here.
+            // Whose files these are could start nothing but an API server.
             return self.places.remove();
         }
         let link = places::HOST_LINK;
@@ -523,17 +433,22 @@ impl Cluster {
             "the cluster is running: {}",
             self.kubeconfig()
         ));
-        let finished =
-            || Finished::new(Exit::Yes, "running").with("kubeconfig", self.places.kubeconfig());
         if self.alone().is_some() {
             output.line("only its API server: no pods can run");
-            return Ok(finished());
+            return Ok(self.running());
         }
         let programs = self.places.running_programs()?;
         let kubectl = Kubectl::administrator(&self.shell, &self.places, &programs);
         let pods = ["get", "nodes,pods", "--all-namespaces", "--output", "wide"];
         output.line(kubectl.read(&pods).context("asking the cluster")?);
-        Ok(finished())
+        Ok(self.running())
+    }
+
+    /// `node`: whether pods can run.
+    fn running(&self) -> Finished {
+        Finished::new(Exit::Yes, "running")
+            .with("kubeconfig", self.places.kubeconfig())
+            .with("node", self.alone().is_none())
     }
 
     /// The namespaces of the environments that run here, in which only restricted pods may.
@@ -585,70 +500,5 @@ impl Cluster {
             self.shell,
             "nsenter --target {pid} --mount --net --pid --uts --ipc -- {program}"
         ))
-    }
-}
-
-/// A cluster on its way.
-struct Starting<'a> {
-    init: Init,
-    kubectl: &'a Kubectl<'a>,
-    deadline: Instant,
-    output: &'a Output,
-}
-
-impl Starting<'_> {
-    /// Asks by kubectl's `words` until it says what is `wanted`.
-    fn wait_for(&self, what: &str, words: &[&str], wanted: &str) -> Result<()> {
-        self.output.progress(format_args!("waiting for {what}"));
-        let is_there = || {
-            let said = self.kubectl.read(words);
-            said.is_some_and(|said| said.contains(wanted))
-        };
-        while !is_there() {
-            if !self.init.is_alive() {
-                bail!("the cluster ended while it was starting");
-            }
-            if Instant::now() > self.deadline {
-                bail!("{what}: not there within {} s", PATIENCE.as_secs());
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
-    }
-}
-
-/// kubectl, with a certain user's rights.
-struct Kubectl<'a> {
-    shell: &'a Shell,
-    program: &'a Path,
-    kubeconfig: PathBuf,
-}
-
-impl<'a> Kubectl<'a> {
-    fn administrator(shell: &'a Shell, places: &Places, programs: &'a Programs) -> Self {
-        Self {
-            shell,
-            program: &programs.kubernetes,
-            kubeconfig: places.kubeconfig(),
-        }
-    }
-
-    fn command(&self) -> Cmd<'_> {
-        let (program, kubeconfig) = (self.program, &self.kubeconfig);
-        cmd!(self.shell, "{program} kubectl --kubeconfig {kubeconfig}").quiet()
-    }
-
-    /// What it prints; `None` where it fails.
-    fn read(&self, words: &[&str]) -> Option<String> {
-        self.command().args(words).ignore_stderr().read().ok()
-    }
-
-    fn apply(&self, manifests: &str) -> Result<()> {
-        self.command()
-            .args(["apply", "--server-side", "--filename", "-"])
-            .stdin(manifests)
-            .ignore_stdout()
-            .run()
-            .context("applying what the cluster needs")
     }
 }

@@ -4,22 +4,18 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use xshell::{Shell, cmd};
 
 use super::api::{self, Endpoints};
 use super::build::NodePrograms;
+use super::gateway;
+use super::kubectl::Kubectl;
 use super::parts::{self, Parts, wait_for};
 use super::places::{self, Init, Places};
-use super::{Kubectl, gateway};
 use crate::files;
 use crate::output::Finished;
-
-/// How long the first process of its namespaces may take to start.
-const PATIENCE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(20);
 
 /// Settings of the whole machine that the kubelet wants to make. It writes only where a value is
 /// another one, so it is shown private files that already hold what it wants.
@@ -61,17 +57,16 @@ pub fn start(places: &Places) -> Result<Init> {
 /// The process that `parent` has forked.
 fn child_of(parent: u32) -> Result<u32> {
     let file = format!("/proc/{parent}/task/{parent}/children");
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let children = fs::read_to_string(&file).context("unshare ended: are you root?")?;
-        if let Some(child) = children.split_whitespace().next() {
-            return child.parse().context("reading a process's number");
-        }
-        if Instant::now() > deadline {
-            bail!("unshare started nothing");
-        }
-        std::thread::sleep(POLL);
-    }
+    let children = || fs::read_to_string(&file).context("unshare ended: are you root?");
+    // One that has ended has no such file any more.
+    wait_for("what unshare starts", || {
+        children().map_or(true, |children| !children.trim().is_empty())
+    })?;
+    let children = children()?;
+    let child = children.split_whitespace().next();
+    child
+        .and_then(|child| child.parse().ok())
+        .context("unshare started nothing")
 }
 
 /// The node itself: process 1 of its namespaces. It ends only when one of its parts does.
@@ -103,9 +98,7 @@ pub fn run(dir: &Path) -> Result<Finished> {
     .run()
     .context("loading the image that holds pods' namespaces")?;
     let kubectl = Kubectl::administrator(&shell, &node.parts.places, &programs);
-    wait_for("the API server", || {
-        kubectl.read(&["get", "--raw", "/readyz"]).is_some()
-    })?;
+    api::wait_for_server(&kubectl)?;
     let dns = node.parts.places.fill(include_str!("node/dns.yaml"));
     kubectl.apply(&dns)?;
     node.start_kubelet()?;

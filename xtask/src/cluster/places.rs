@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,13 @@ impl Places {
             fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         }
         Ok(())
+    }
+
+    /// Whether what is there, if anything is, can be removed by whoever runs this.
+    pub fn are_mine(&self) -> bool {
+        let me = rustix::process::geteuid();
+        let owner = fs::metadata(&self.dir).map(|dir| dir.uid());
+        me.is_root() || owner.is_ok_and(|owner| owner == me.as_raw()) || !self.dir.exists()
     }
 
     pub fn remove(&self) -> Result<()> {
@@ -186,6 +194,7 @@ pub struct Init {
     /// Its own name: numbers of processes are used again.
     owner: String,
     /// There is no node.
+    #[serde(default)]
     pub is_alone: bool,
 }
 

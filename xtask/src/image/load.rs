@@ -32,9 +32,7 @@ impl Target {
         let node = match &settings.context {
             None => {
                 let cluster = Cluster::open()?;
-                if !cluster.is_running() {
-                    bail!("the cluster is not running; `cargo xtask cluster up` starts it");
-                }
+                cluster.check_node()?;
                 Node::Own(cluster)
             }
             Some(context) => match context.strip_prefix("kind-") {

@@ -367,7 +367,8 @@ impl Load {
     /// It keeps no connection for as long as a gateway does: a request that is on its way when that
     /// closes one would be lost by nobody's fault but the client's.
     pub fn client() -> reqwest::ClientBuilder {
-        reqwest::Client::builder().pool_idle_timeout(Duration::from_secs(20))
+        const KEPT_IDLE: Duration = Duration::from_secs(20);
+        reqwest::Client::builder().pool_idle_timeout(KEPT_IDLE)
     }
 
     /// The same with a client of the caller's, and at this rate, in requests a second.

@@ -213,6 +213,7 @@ impl Api {
                          `cargo xtask cluster up` starts one"
                     );
                 }
+                cluster.check_node()?;
                 let config = Kubeconfig::read_from(cluster.kubeconfig())
                     .context("reading the cluster's kubeconfig")?;
                 (config, None)

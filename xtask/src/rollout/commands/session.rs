@@ -25,7 +25,6 @@ use crate::rollout::windows::Counts;
 
 /// How long what is only reported may keep a rollback from beginning.
 const COUNTED_WITHIN: Duration = Duration::from_millis(500);
-/// One command on one environment.
 pub struct Session<'a> {
     pub pipeline: Arc<Pipeline>,
     pub name: String,
