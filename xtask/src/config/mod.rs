@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::cargo;
 use crate::cli::{Cli, Command};
 pub use names::{nearest, unknown};
-pub use values::{Probability, Ratio, Replicas, Secret, Stage, Stages, Time};
+#[cfg(feature = "rollout")]
+pub use values::Stage;
+pub use values::{Probability, Ratio, Replicas, Secret, Stages, Time};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
