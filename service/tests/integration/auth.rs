@@ -186,6 +186,17 @@ async fn tokens_of_every_accepted_algorithm_are_believed() {
     assert_eq!(provider.asked.load(Ordering::SeqCst), 1);
 }
 
+/// Whoever reads the description asks nobody for keys; where these are by themselves, so is the login.
+#[tokio::test]
+async fn the_description_fetches_no_keys() {
+    let provider = Provider::start(&[]).await;
+    let app = provider.app().await;
+    let (_, description) = app.get("/openapi.json").await;
+    let scheme = &description["components"]["securitySchemes"]["token"];
+    assert_eq!(scheme["type"], "openIdConnect", "{description}");
+    assert_eq!(provider.asked.load(Ordering::SeqCst), 0);
+}
+
 /// What each role may do is what the table in the configuration says, whatever the interface.
 #[tokio::test]
 async fn roles_may_do_what_the_table_says() {

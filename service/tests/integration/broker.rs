@@ -73,6 +73,11 @@ impl Broker {
         assert_eq!(queue.send().await.unwrap().status(), 201);
     }
 
+    pub async fn remove_queue(&self, consumer: &str) {
+        let removed = self.queue(Method::DELETE, consumer).send().await.unwrap();
+        assert_eq!(removed.status(), 204);
+    }
+
     /// What that queue was made with.
     pub async fn arguments(&self, consumer: &str) -> Value {
         let answer = self.queue(Method::GET, consumer).send().await.unwrap();

@@ -202,6 +202,13 @@ async fn the_queue_of_an_older_release_is_used() {
     let delivery = next(&mut consumer).await;
     assert_eq!(id(&delivery), event.id);
     delivery.done().await.unwrap();
+
+    // Where it is removed meanwhile, none like it is made.
+    drop(consumer);
+    broker.remove_queue("totals").await;
+    publish(&bus, std::slice::from_ref(&event)).await.unwrap();
+    let arguments = broker.arguments("totals").await;
+    assert_eq!(arguments["x-delivery-limit"], i32::MAX, "{arguments}");
 }
 
 /// Where several could consume at once, or a full queue forgets, nothing is promised.

@@ -51,10 +51,19 @@ pub struct RabbitMq {
     config: Config,
     /// Who must have a queue before anything is published.
     consumers: Vec<&'static str>,
-    /// What each queue is declared with.
-    arguments: std::sync::Mutex<HashMap<ShortString, FieldTable>>,
+    /// Whose queues they were found to be.
+    queues: std::sync::Mutex<HashMap<ShortString, Made>>,
     /// What events are published on, until it breaks.
     publisher: Mutex<Option<Line>>,
+}
+
+/// A queue that is there keeps what it was made with.
+#[derive(Clone, Copy)]
+enum Made {
+    /// As this release makes them.
+    Here,
+    /// Without the limit, by an older release.
+    Before,
 }
 
 /// A channel, and the connection that it ends with.
@@ -75,7 +84,7 @@ impl RabbitMq {
         Self {
             config: config.clone(),
             consumers,
-            arguments: std::sync::Mutex::default(),
+            queues: std::sync::Mutex::default(),
             publisher: Mutex::default(),
         }
     }
@@ -200,12 +209,19 @@ impl RabbitMq {
     /// Makes a consumer's queue, unless it is there; its name.
     async fn make_queue(&self, line: &Line, consumer: &str) -> Result<ShortString, BusError> {
         let queue = ShortString::from(format!("{}.{consumer}", self.config.exchange));
-        let arguments = self.arguments(&line.connection, &queue).await?;
+        let options = QueueDeclareOptions {
+            // Where an older one is gone by now, none is made like it.
+            passive: matches!(self.made(&line.connection, &queue).await?, Made::Before),
+            ..QueueDeclareOptions::durable()
+        };
         let channel = &line.channel;
-        let (durable, none) = (QueueDeclareOptions::durable(), FieldTable::default());
-        channel
-            .queue_declare(queue.clone(), durable, arguments)
-            .await?;
+        let declared = channel.queue_declare(queue.clone(), options, arguments());
+        if let Err(error) = declared.await {
+            // It may be another one than it was, which the next attempt finds out.
+            self.queues().remove(&queue);
+            return Err(error.into());
+        }
+        let none = FieldTable::default();
         let bind = QueueBindOptions::default();
         let (exchange, key) = (self.exchange(), EVERYTHING.into());
         channel
@@ -214,32 +230,19 @@ impl RabbitMq {
         Ok(queue)
     }
 
-    /// What to declare a queue with. One that is there keeps what it was made with, and releases from before
-    /// the limit made theirs without. It is found out on channels of its own, as the broker closes those
-    /// on which it refuses.
-    async fn arguments(
-        &self,
-        connection: &Connection,
-        queue: &ShortString,
-    ) -> Result<FieldTable, BusError> {
-        let known = || {
-            self.arguments
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-        };
-        if let Some(arguments) = known().get(queue) {
-            return Ok(arguments.clone());
+    /// Finds out whose queue it is, and makes one where none is: on channels of its own, as the broker closes
+    /// those on which it refuses.
+    async fn made(&self, connection: &Connection, queue: &ShortString) -> Result<Made, BusError> {
+        if let Some(made) = self.queues().get(queue) {
+            return Ok(*made);
         }
-        let older = older_arguments();
-        let mut arguments = older.clone();
-        let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
-        arguments.insert("x-delivery-limit".into(), limit);
-        if let Err(refused) = declare(connection, queue, &arguments).await {
+        let mut made = Made::Here;
+        if let Err(refused) = declare(connection, queue, arguments()).await {
             let is_other = matches!(
                 refused.kind(),
                 ErrorKind::ProtocolError(reply) if reply.get_id() == PRECONDITION_FAILED
             );
-            if !is_other || declare(connection, queue, &older).await.is_err() {
+            if !is_other || declare(connection, queue, older_arguments()).await.is_err() {
                 return Err(refused.into());
             }
             tracing::warn!(
@@ -247,10 +250,14 @@ impl RabbitMq {
                 "the queue was made without a delivery-limit: from RabbitMQ 4.0 on it drops what comes \
                  back 20 times, unless a policy sets a higher one"
             );
-            arguments = older;
+            made = Made::Before;
         }
-        known().insert(queue.clone(), arguments.clone());
-        Ok(arguments)
+        self.queues().insert(queue.clone(), made);
+        Ok(made)
+    }
+
+    fn queues(&self) -> std::sync::MutexGuard<'_, HashMap<ShortString, Made>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn open_queue(&self, consumer: &str) -> Result<Box<dyn Subscription>, BusError> {
@@ -307,6 +314,13 @@ impl RabbitMq {
     }
 }
 
+fn arguments() -> FieldTable {
+    let mut arguments = older_arguments();
+    let limit = AMQPValue::LongInt(DELIVERY_LIMIT);
+    arguments.insert("x-delivery-limit".into(), limit);
+    arguments
+}
+
 fn older_arguments() -> FieldTable {
     let mut arguments = FieldTable::default();
     let quorum = AMQPValue::LongString("quorum".into());
@@ -318,12 +332,12 @@ fn older_arguments() -> FieldTable {
 async fn declare(
     connection: &Connection,
     queue: &ShortString,
-    arguments: &FieldTable,
+    arguments: FieldTable,
 ) -> Result<(), lapin::Error> {
     let channel = connection.create_channel().await?;
     let durable = QueueDeclareOptions::durable();
     channel
-        .queue_declare(queue.clone(), durable, arguments.clone())
+        .queue_declare(queue.clone(), durable, arguments)
         .await?;
     channel.close(REPLY_SUCCESS, "".into()).await
 }
