@@ -96,14 +96,15 @@ pub fn run(dir: &Path) -> Result<Finished> {
     let mut parts = Parts::of(places);
     start_etcd(&mut parts, &programs.kubernetes, &endpoints)?;
     start_server(&mut parts, &programs.kubernetes, &endpoints)?;
-    let kubectl = Kubectl::administrator(&shell, &parts.places, &programs);
-    wait_for_server(&kubectl)?;
+    let places = Places::at(dir.to_owned());
+    let kubectl = Kubectl::administrator(&shell, &places, &programs);
+    wait_for_server(&mut parts, &kubectl)?;
     gateway::define(&kubectl, &programs)?;
     parts.watch()
 }
 
-pub fn wait_for_server(kubectl: &Kubectl<'_>) -> Result<()> {
-    parts::wait_for("the API server", || {
+pub fn wait_for_server(parts: &mut Parts, kubectl: &Kubectl<'_>) -> Result<()> {
+    parts.wait_for("the API server", || {
         kubectl.read(&["get", "--raw", "/readyz"]).is_some()
     })
 }

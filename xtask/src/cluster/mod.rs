@@ -20,7 +20,7 @@ mod schemas;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -96,35 +96,45 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
     let pipeline = Pipeline::load(&cli.pipeline)?;
     let cluster = Cluster::open()?;
     let ours = given.is_none() && !cluster.is_running();
-    if given.is_none() {
-        match args.api_only {
-            true => cluster.up_alone(output)?,
-            false => cluster.up(output)?,
-        }
-        cluster.make_namespaces(&pipeline)?;
-    }
-    if args.api_only {
-        // Whoever looks at manifests may want it, and it takes seconds.
+    if given.is_none() && args.api_only {
+        // Whoever looks at manifests wants it, and beside Kubernetes it takes no time.
         build::ensure_kubeconform(output)?;
+        cluster.up_alone(output)?;
+    } else if given.is_none() {
+        cluster.up(output)?;
     }
-    let kubeconfig = given.map_or_else(|| cluster.places.kubeconfig(), PathBuf::from);
-    let (program, arguments) = args.command.split_first().context("there is no command")?;
-    output.command(args.command.join(" "));
-    let ended = Command::new(program)
-        .args(arguments)
-        .env(KUBECONFIG, kubeconfig)
-        .env(KUBECTL, Tools::open()?.program("kubectl")?)
-        .env(KUBECONFORM, build::kubeconform()?)
-        .status();
+    let ended = run_in(&cluster, given.map(PathBuf::from), &pipeline, args, output);
     if ours {
         cluster.down(output)?;
     }
-    let ended = ended.with_context(|| format!("starting {program}"))?;
+    let ended = ended?;
     Ok(match ended.code() {
         Some(0) => Finished::passed(),
         Some(2) => Finished::new(Exit::Unknown, "failed"),
         _ => Finished::new(Exit::No, "failed"),
     })
+}
+
+fn run_in(
+    cluster: &Cluster,
+    given: Option<PathBuf>,
+    pipeline: &Pipeline,
+    args: &ClusterRunArgs,
+    output: &Output,
+) -> Result<ExitStatus> {
+    if given.is_none() {
+        cluster.make_namespaces(pipeline)?;
+    }
+    let kubeconfig = given.unwrap_or_else(|| cluster.places.kubeconfig());
+    let (program, arguments) = args.command.split_first().context("there is no command")?;
+    output.command(args.command.join(" "));
+    Command::new(program)
+        .args(arguments)
+        .env(KUBECONFIG, kubeconfig)
+        .env(KUBECTL, Tools::open()?.program("kubectl")?)
+        .env(KUBECONFORM, build::kubeconform()?)
+        .status()
+        .with_context(|| format!("starting {program}"))
 }
 
 /// The machine's one cluster of its own.
@@ -176,10 +186,9 @@ impl Cluster {
 
     /// Starts the API server and its etcd, unless a cluster runs.
     pub fn up_alone(&self, output: &Output) -> Result<()> {
-        if self.is_running() {
-            return self.greet(output);
+        if !self.is_running() {
+            self.leave_to_owner()?;
         }
-        self.leave_to_owner()?;
         let _lock = self.lock()?;
         if self.is_running() {
             return self.greet(output);
@@ -197,6 +206,7 @@ impl Cluster {
             self.clear()?;
         }
         started?;
+        root::give_to_user(&self.places.kubeconfig())?;
         output.good(format_args!(
             "the API server is running after {:.1} s, and nothing else: {}",
             began.elapsed().as_secs_f64(),
@@ -234,12 +244,20 @@ impl Cluster {
         )
     }
 
-    /// What another user has left, root that is, only they can remove.
-    fn leave_to_owner(&self) -> Result<()> {
-        match self.places.are_mine() {
-            true => Ok(()),
-            false => root::run(&["down".as_ref()]),
+    /// What another user has left, root that is, only they can remove; whether there was such a thing.
+    fn leave_to_owner(&self) -> Result<bool> {
+        if self.places.are_mine() {
+            return Ok(false);
         }
+        if !system::has_sudo() {
+            bail!(
+                "{} is another user's: `cargo xtask cluster down` by them removes it, or \
+                 XTASK_CACHE_DIR names another place",
+                self.places.dir.display()
+            );
+        }
+        root::run(&["down".as_ref()])?;
+        Ok(true)
     }
 
     fn lock(&self) -> Result<File> {
@@ -259,6 +277,7 @@ impl Cluster {
         }
         let _lock = self.lock()?;
         if self.is_running() {
+            self.check_node()?;
             return self.greet(output);
         }
         install(output)?;
@@ -388,8 +407,7 @@ impl Cluster {
     }
 
     fn down(&self, output: &Output) -> Result<Finished> {
-        if !self.places.are_mine() {
-            root::run(&["down".as_ref()])?;
+        if self.leave_to_owner()? {
             return Ok(Finished::new(Exit::Yes, "stopped"));
         }
         let _lock = self.lock()?;

@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use xshell::{Shell, cmd};
 
 use super::api::{self, Endpoints};
@@ -41,10 +41,10 @@ pub fn start(places: &Places) -> Result<Init> {
         .args(["cluster", "node", "--dir"])
         .arg(&places.dir)
         .process_group(0);
-    let unshare = files::log_into(&mut unshare, log)?
+    let mut unshare = files::log_into(&mut unshare, log)?
         .spawn()
         .context("starting unshare")?;
-    let pid = child_of(unshare.id())?;
+    let pid = child_of(&mut unshare)?;
     let init = Init::node(pid);
     // It has its own network from the moment on that it waits for the link.
     let own = || fs::read_link(format!("/proc/{pid}/ns/net"));
@@ -55,18 +55,20 @@ pub fn start(places: &Places) -> Result<Init> {
 }
 
 /// The process that `parent` has forked.
-fn child_of(parent: u32) -> Result<u32> {
-    let file = format!("/proc/{parent}/task/{parent}/children");
-    let children = || fs::read_to_string(&file).context("unshare ended: are you root?");
-    // One that has ended has no such file any more.
+fn child_of(parent: &mut Child) -> Result<u32> {
+    let id = parent.id();
+    let file = format!("/proc/{id}/task/{id}/children");
+    let (mut child, mut ended) = (None, None);
     wait_for("what unshare starts", || {
-        children().map_or(true, |children| !children.trim().is_empty())
+        ended = parent.try_wait().ok().flatten();
+        let children = fs::read_to_string(&file).unwrap_or_default();
+        child = children.split_whitespace().next().map(str::to_owned);
+        child.is_some() || ended.is_some()
     })?;
-    let children = children()?;
-    let child = children.split_whitespace().next();
-    child
-        .and_then(|child| child.parse().ok())
-        .context("unshare started nothing")
+    match (child, ended) {
+        (Some(child), _) => child.parse().context("reading a process's number"),
+        (None, ended) => bail!("unshare ended ({ended:?}): are you root?"),
+    }
 }
 
 /// The node itself: process 1 of its namespaces. It ends only when one of its parts does.
@@ -97,8 +99,9 @@ pub fn run(dir: &Path) -> Result<Finished> {
     .ignore_stdout()
     .run()
     .context("loading the image that holds pods' namespaces")?;
-    let kubectl = Kubectl::administrator(&shell, &node.parts.places, &programs);
-    api::wait_for_server(&kubectl)?;
+    let places = Places::at(dir.to_owned());
+    let kubectl = Kubectl::administrator(&shell, &places, &programs);
+    api::wait_for_server(&mut node.parts, &kubectl)?;
     let dns = node.parts.places.fill(include_str!("node/dns.yaml"));
     kubectl.apply(&dns)?;
     node.start_kubelet()?;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,8 +13,8 @@ use crate::files;
 use crate::output::Finished;
 
 /// How long a part may take until another part can be started.
-const PATIENCE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Those that were started so far; without one of them the cluster is none.
 pub struct Parts {
@@ -24,7 +24,7 @@ pub struct Parts {
 
 struct Part {
     name: &'static str,
-    pid: u32,
+    child: Child,
 }
 
 impl Parts {
@@ -42,8 +42,7 @@ impl Parts {
         let child = files::log_into(command.current_dir("/"), log)?
             .spawn()
             .with_context(|| format!("starting {name}"))?;
-        let pid = child.id();
-        self.running.push(Part { name, pid });
+        self.running.push(Part { name, child });
         Ok(())
     }
 
@@ -62,9 +61,26 @@ impl Parts {
                 bail!("there is no process left");
             };
             let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
-            if let Some(part) = self.running.iter().find(|part| part.pid == pid) {
+            if let Some(part) = self.running.iter().find(|part| part.child.id() == pid) {
                 bail!("{} ended ({status:?}), and with it the cluster", part.name);
             }
+        }
+    }
+
+    /// Waits until something is there, which it will never be once a part has ended.
+    pub fn wait_for(&mut self, what: &str, mut there: impl FnMut() -> bool) -> Result<()> {
+        let mut ended = None;
+        wait_for(what, || {
+            let ending = self.running.iter_mut().find_map(|part| {
+                let status = part.child.try_wait().ok().flatten()?;
+                Some(format!("{} ended ({status})", part.name))
+            });
+            ended = ending;
+            ended.is_some() || there()
+        })?;
+        match ended {
+            Some(ended) => bail!("{ended}, before {what} was there"),
+            None => Ok(()),
         }
     }
 }

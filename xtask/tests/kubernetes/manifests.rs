@@ -1,7 +1,9 @@
 //! What ships in `k8s/`, as an API server takes it. No pods are needed: `cargo xtask cluster run --api-only`
 //! is enough for these tests, without root.
 
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -98,17 +100,20 @@ fn what_ships_fits_every_supported_version() {
 #[test]
 fn the_api_server_alone_needs_no_root() {
     let alone = Alone::new();
-    alone.run(&["up", "--api-only"]).expect(0, "running");
-    let status = alone.run(&["status"]).expect(0, "running");
-    assert!(status.said.contains("no pods can run"), "{}", status.said);
-    assert_eq!(status.finished()["node"], false);
-    // One that was interrupted, or anybody's second.
+    // Whoever has begun it was interrupted, and it goes on.
+    let mut begun = alone.command(&["up", "--api-only"]).spawn().unwrap();
+    eventually("it has begun", || alone.dir().join("init.json").exists());
+    begun.kill().unwrap();
+    begun.wait().unwrap();
     let again = alone.run(&["up", "--api-only"]).expect(0, "running");
     assert!(
-        again.said.contains("the API server is running"),
+        again.said.contains("the API server is running: "),
         "{}",
         again.said
     );
+    let status = alone.run(&["status"]).expect(0, "running");
+    assert!(status.said.contains("no pods can run"), "{}", status.said);
+    assert_eq!(status.finished()["node"], false);
     let kubeconfig = alone.run(&["kubeconfig"]).expect(0, "passed");
     let kubeconfig = kubeconfig.finished()["kubeconfig"]
         .as_str()
@@ -145,11 +150,9 @@ fn the_api_server_alone_needs_no_root() {
         assert!(refused.said.contains(why), "{}", refused.said);
     }
     let holder = alone.holder();
-    assert_eq!(
-        alone.processes().len(),
-        3,
-        "itself, etcd and the API server"
-    );
+    eventually("itself, etcd and the API server", || {
+        alone.processes().len() == 3
+    });
     let killed = Command::new("kill").args(["-KILL", &holder]).status();
     assert!(killed.unwrap().success());
     eventually("its parts end with it", || alone.processes().is_empty());
@@ -185,6 +188,10 @@ impl Alone {
         };
         link(built.parent().unwrap(), "tools");
         std::fs::create_dir(cache.path().join("cluster")).unwrap();
+        // As after a cluster of root's.
+        let lock = cache.path().join("cluster/run.lock");
+        std::fs::write(&lock, "").unwrap();
+        std::fs::set_permissions(&lock, Permissions::from_mode(0o444)).unwrap();
         assert!(
             built.read_dir().unwrap().any(is_kubernetes),
             "`cargo xtask cluster up --api-only` builds it"
@@ -206,6 +213,10 @@ impl Alone {
     }
 
     fn run(&self, words: &[&str]) -> Ended {
+        ended(self.command(words).output().unwrap())
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
         let mut command = self.fixture.command(&[&["cluster"], words].concat());
         if rustix::process::geteuid().is_root() {
             let mut unshare = Command::new("unshare");
@@ -219,8 +230,10 @@ impl Alone {
         }
         command
             .env("XTASK_CACHE_DIR", self.cache.path())
-            .env_remove("XTASK_KUBECONFIG");
-        ended(command.output().unwrap())
+            .env_remove("XTASK_KUBECONFIG")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
     }
 
     /// The number of the process that holds it.

@@ -200,6 +200,10 @@ impl Api {
                 (config, Some(context.clone()))
             }
             (None, Some(path)) => {
+                let cluster = Cluster::open()?;
+                if *path == *cluster.kubeconfig() {
+                    cluster.check_node()?;
+                }
                 let config = Kubeconfig::read_from(&path).with_context(|| {
                     format!("reading {} = {}", cluster::KUBECONFIG, path.display())
                 })?;
