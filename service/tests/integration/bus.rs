@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use service::adapters::bus::{self, Bus, Delivery, Subscription};
 use service::domain::events::{Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderRequest};
@@ -190,12 +190,8 @@ async fn what_is_returned_again_and_again_stays() {
 /// A release from before queues had a limit has made it.
 #[tokio::test]
 async fn the_queue_of_an_older_release_is_used() {
-    let broker = Broker::rabbitmq().await;
-    let mut config = shipped_config();
-    broker.use_in(&mut config);
     let older = json!({ "x-queue-type": "quorum", "x-single-active-consumer": true });
-    broker.make_queue("totals", &older).await;
-    let bus = bus::open(&config);
+    let (broker, bus) = with_a_queue(&older).await;
     let event = event();
     bus.publish(std::slice::from_ref(&event)).await.unwrap();
     let mut consumer = bus.subscribe("totals").await.unwrap();
@@ -214,12 +210,8 @@ async fn the_queue_of_an_older_release_is_used() {
 /// Where several could consume at once, or a full queue forgets, nothing is promised.
 #[tokio::test]
 async fn a_queue_that_promises_less_is_refused() {
-    let broker = Broker::rabbitmq().await;
-    let mut config = shipped_config();
-    broker.use_in(&mut config);
     let other = json!({ "x-queue-type": "quorum", "x-max-length": 1000 });
-    broker.make_queue("totals", &other).await;
-    let bus = bus::open(&config);
+    let (_broker, bus) = with_a_queue(&other).await;
     for failed in [
         bus.publish(&[event()]).await.err(),
         bus.subscribe("totals").await.err(),
@@ -227,6 +219,15 @@ async fn a_queue_that_promises_less_is_refused() {
         let error = failed.unwrap().to_string();
         assert!(error.contains("inequivalent arg"), "{error}");
     }
+}
+
+/// RabbitMQ with a queue for "totals" that the service has not made.
+async fn with_a_queue(arguments: &Value) -> (Broker, Arc<dyn Bus>) {
+    let broker = Broker::rabbitmq().await;
+    broker.make_queue("totals", arguments).await;
+    let mut config = shipped_config();
+    broker.use_in(&mut config);
+    (broker, bus::open(&config))
 }
 
 async fn next(consumer: &mut Box<dyn Subscription>) -> Delivery {

@@ -96,8 +96,7 @@ pub fn run(dir: &Path) -> Result<Finished> {
     let mut parts = Parts::of(places);
     start_etcd(&mut parts, &programs.kubernetes, &endpoints)?;
     start_server(&mut parts, &programs.kubernetes, &endpoints)?;
-    let places = Places::at(dir.to_owned());
-    let kubectl = Kubectl::administrator(&shell, &places, &programs);
+    let kubectl = Kubectl::administrator(&shell, &parts.places, &programs);
     wait_for_server(&mut parts, &kubectl)?;
     gateway::define(&kubectl, &programs)?;
     parts.watch()

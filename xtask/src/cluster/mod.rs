@@ -201,18 +201,23 @@ impl Cluster {
         self.prepare(&programs, &endpoints)?;
         let started = api::start(&self.places, &endpoints)
             .and_then(|init| self.wait_alone(init, &programs, output));
-        if started.is_err() {
-            self.quote_logs(output);
-            self.clear()?;
-        }
-        started?;
-        root::give_to_user(&self.places.kubeconfig())?;
+        self.hand_over(started, output)?;
         output.good(format_args!(
             "the API server is running after {:.1} s, and nothing else: {}",
             began.elapsed().as_secs_f64(),
             self.kubeconfig()
         ));
         Ok(())
+    }
+
+    /// What was started is its user's from now on; where that failed, nothing is left of it but its last words.
+    fn hand_over(&self, started: Result<()>, output: &Output) -> Result<()> {
+        if started.is_err() {
+            self.quote_logs(output);
+            self.clear()?;
+        }
+        started?;
+        root::give_to_user(&self.places.kubeconfig())
     }
 
     /// Says what is there already. Whoever has started it may have been interrupted.
@@ -289,12 +294,7 @@ impl Cluster {
         let started = self
             .start(&programs, output)
             .and_then(|()| self.load_servers(output));
-        if started.is_err() {
-            self.quote_logs(output);
-            self.clear()?;
-        }
-        started?;
-        root::give_to_user(&self.places.kubeconfig())?;
+        self.hand_over(started, output)?;
         output.good(format_args!(
             "the cluster is running after {:.1} s: {}",
             began.elapsed().as_secs_f64(),

@@ -99,8 +99,7 @@ pub fn run(dir: &Path) -> Result<Finished> {
     .ignore_stdout()
     .run()
     .context("loading the image that holds pods' namespaces")?;
-    let places = Places::at(dir.to_owned());
-    let kubectl = Kubectl::administrator(&shell, &places, &programs);
+    let kubectl = Kubectl::administrator(&shell, &node.parts.places, &programs);
     api::wait_for_server(&mut node.parts, &kubectl)?;
     let dns = node.parts.places.fill(include_str!("node/dns.yaml"));
     kubectl.apply(&dns)?;
