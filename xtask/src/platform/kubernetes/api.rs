@@ -412,7 +412,8 @@ impl Api {
             .await
     }
 
-    /// Changes parts of an object, which must be of the version that `change` names.
+    /// Changes parts of an object, which must be of the version that `change` names. Where the object
+    /// has been removed since, that version is gone as it is after a change: it is looked at again.
     /// <https://datatracker.ietf.org/doc/html/rfc7396>
     pub async fn merge(&self, kind: &Kind, name: &str, change: &Value) -> Result<Value> {
         let path = format!(
@@ -420,7 +421,8 @@ impl Api {
             kind.path(&self.namespace)
         );
         let content = "application/merge-patch+json";
-        self.write(Method::PATCH, &path, content, change).await
+        let merged = self.write(Method::PATCH, &path, content, change).await;
+        merged.map_err(removed_is_changed)
     }
 
     /// Changes the conditions of an object, and no other of its fields.
@@ -488,6 +490,18 @@ fn missing_is_none(answer: Result<Value>) -> Result<Option<Value>> {
         Ok(value) => Ok(Some(value)),
         Err(error) if Api::is_missing(&error) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Makes the refusal of a change to what was removed meanwhile that of a change to another version.
+fn removed_is_changed(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Refusal>() {
+        Ok(refusal) if refusal.code == 404 => anyhow::Error::new(Refusal {
+            code: 409,
+            ..refusal
+        }),
+        Ok(refusal) => refusal.into(),
+        Err(error) => error,
     }
 }
 
