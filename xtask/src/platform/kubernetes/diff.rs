@@ -62,6 +62,10 @@ fn values(bundle: &Bundle) -> Values {
     values
 }
 
+fn settings(text: &str) -> Option<Value> {
+    toml::from_str(text).ok()
+}
+
 /// The hash that kustomize adds to a generated name is the content's.
 fn without_hash(name: &str) -> &str {
     name.rsplit_once('-').map_or(name, |(name, _)| name)
@@ -84,7 +88,10 @@ fn flatten(place: &str, value: &Value, into: &mut Values) {
                 flatten(&format!("{place}[{name}]"), item, into);
             }
         }
-        // Files are compared line by line.
+        // Of settings their keys are told, of other files their lines.
+        Value::String(text) if place.ends_with(".toml") && settings(text).is_some() => {
+            flatten(place, &settings(text).unwrap_or_default(), into);
+        }
         Value::String(text) if text.contains('\n') => {
             for line in text
                 .lines()
@@ -99,5 +106,38 @@ fn flatten(place: &str, value: &Value, into: &mut Values) {
         other => {
             into.insert(place.to_owned(), other.to_string());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn keys_of_one_name_are_told_apart_by_their_sections() {
+        let text = "# told\n[redis]\nurl = \"a\" # there\n[[rabbitmq]]\nurl = \"b\"\n";
+        let mut values = Values::new();
+        flatten("data", &json!({ "default.toml": text }), &mut values);
+        let all: Vec<_> = values.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        assert_eq!(
+            all,
+            [
+                "data.default.toml.rabbitmq[0].url=\"b\"",
+                "data.default.toml.redis.url=\"a\""
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_no_settings_is_told_by_its_lines() {
+        let mut values = Values::new();
+        flatten(
+            "data",
+            &json!({ "a.toml": "one = 1\ntwo =\n" }),
+            &mut values,
+        );
+        assert_eq!(values.len(), 2, "{values:?}");
     }
 }
