@@ -24,11 +24,12 @@ static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 static LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
-/// Paths that whoever watches the service must always reach.
-const EXEMPT: &str = "/health/";
+/// Paths that whoever watches the service must always reach, by HTTP and by gRPC.
+const EXEMPT: [&str; 2] = ["/health/", "/grpc.health.v1.Health/"];
 
 pub fn is_exempt(request: &Request) -> bool {
-    request.uri().path().starts_with(EXEMPT)
+    let path = request.uri().path();
+    EXEMPT.iter().any(|exempt| path.starts_with(exempt))
 }
 
 type Buckets =

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use opentelemetry::context::FutureExt;
 use opentelemetry::trace::{Status, TraceContextExt};
@@ -118,14 +118,16 @@ fn surround(app: &Arc<App>, inside: &mut impl Inside, request: Request) -> Answe
     let app = Arc::clone(app);
     Box::pin(async move {
         let mut response = answer.await?.into_response();
+        let mut status = response.status();
         if is_grpc {
             response = grpc::translated(response);
+            status = grpc::status(&response);
         }
         protect(&mut response, is_page, &app.config);
         if is_going {
             drain::turn_away(&mut response);
         }
-        observed.end(&mut response);
+        observed.end(status, &mut response);
         Ok(response)
     })
 }
@@ -208,9 +210,9 @@ impl Observed {
         }
     }
 
-    fn end(self, response: &mut Response) {
+    /// `status` is what the answer means, whichever interface gave it.
+    fn end(self, status: StatusCode, response: &mut Response) {
         let seconds = self.started.elapsed().as_secs_f64();
-        let status = response.status();
         let (method, route) = (self.method, self.route);
         let answer = Answer {
             method,
@@ -228,7 +230,7 @@ impl Observed {
             .http_duration
             .get_or_create(&Route { method, route })
             .observe(seconds, exemplar, now);
-        let code = i64::from(status.as_u16());
+        let code = i64::from(response.status().as_u16());
         trace.set_attribute(KeyValue::new("http.response.status_code", code));
         if status.is_server_error() {
             trace.set_status(Status::error(""));

@@ -139,6 +139,8 @@ pub async fn serve(
 
 fn listener(socket: TcpListener) -> anyhow::Result<tokio::net::TcpListener> {
     socket.set_nonblocking(true)?;
+    // Its connections inherit that: what is written is sent, though a part before it is still on its way.
+    rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
     Ok(tokio::net::TcpListener::from_std(socket)?)
 }
 

@@ -75,9 +75,15 @@ pub async fn execute(
     response.into()
 }
 
-/// `GET /graphql/schema`: in the schema definition language.
-pub async fn definition(Shared(schema): Shared<Orders>) -> String {
-    schema.sdl()
+/// `GET /graphql/schema`: in the schema definition language, for whom queries tell it, too.
+pub async fn definition(
+    State(app): State<Arc<App>>,
+    Shared(schema): Shared<Orders>,
+) -> Result<String, Problem> {
+    match app.config.graphql.introspection {
+        true => Ok(schema.sdl()),
+        false => Err(Problem::new(Fault::NotFound)),
+    }
 }
 
 /// `GET /graphql`: subscriptions over a WebSocket, and nothing else: what is asked there passes no

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request as HttpRequest;
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response as HttpResponse};
 use futures_util::{Stream, StreamExt};
 use jiff::Timestamp;
@@ -96,6 +96,34 @@ pub fn translated(response: HttpResponse) -> HttpResponse {
     parts.headers.remove(header::CONTENT_TYPE);
     answer.headers_mut().extend(parts.headers);
     answer
+}
+
+/// An answer's status in the words of HTTP, by which all interfaces are counted: gRPC's own says 200 of
+/// what failed, too.
+/// <https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto>
+pub fn status(answer: &HttpResponse) -> StatusCode {
+    let code = answer.headers().get(Status::GRPC_STATUS);
+    let Some(code) = code.map(|code| tonic::Code::from_bytes(code.as_bytes())) else {
+        return answer.status();
+    };
+    match code {
+        tonic::Code::Ok => answer.status(),
+        tonic::Code::InvalidArgument
+        | tonic::Code::FailedPrecondition
+        | tonic::Code::OutOfRange
+        | tonic::Code::Cancelled => StatusCode::BAD_REQUEST,
+        tonic::Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        tonic::Code::PermissionDenied => StatusCode::FORBIDDEN,
+        // A method that is not there is the caller's fault, not the server's.
+        tonic::Code::NotFound | tonic::Code::Unimplemented => StatusCode::NOT_FOUND,
+        tonic::Code::AlreadyExists | tonic::Code::Aborted => StatusCode::CONFLICT,
+        tonic::Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        tonic::Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        tonic::Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        tonic::Code::Unknown | tonic::Code::Internal | tonic::Code::DataLoss => {
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
+    }
 }
 
 struct Interface(Arc<App>);

@@ -424,7 +424,7 @@ impl Config {
     }
 }
 
-/// One problem as `FILE: KEY = VALUE: what is wrong`.
+/// One problem as `FILE: KEY = VALUE: what is wrong`, without the value where that may be a secret.
 fn explain(figment: &Figment, error: &figment::Error) -> String {
     let mut key = error.path.join(".");
     if let Kind::UnknownField(field, _) = &error.kind
@@ -447,7 +447,9 @@ fn explain(figment: &Figment, error: &figment::Error) -> String {
             _ => format!("{place}: {key}: expected text"),
         };
     }
-    let value = figment.find_value(&key).ok();
+    // What is not known may be the password of a key that was misspelt.
+    let is_known = !matches!(error.kind, Kind::UnknownField(..));
+    let value = is_known.then(|| figment.find_value(&key).ok()).flatten();
     let value = value.and_then(|value| {
         serde_json::to_string(&value)
             .ok()

@@ -151,7 +151,7 @@ impl Order {
             }
         };
         check(
-            is_printable(&request.customer, MAX_CUSTOMER),
+            may_be_customer(&request.customer),
             "/customer".into(),
             format!("must have 1 to {MAX_CUSTOMER} printable characters"),
         );
@@ -280,6 +280,11 @@ fn whole<'de, D: Deserializer<'de>, T: TryFrom<i64>>(deserializer: D) -> Result<
 fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
+}
+
+/// Whether an order can be of that customer.
+pub fn may_be_customer(text: &str) -> bool {
+    is_printable(text, MAX_CUSTOMER)
 }
 
 fn is_printable(text: &str, max: usize) -> bool {

@@ -24,7 +24,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 15] = [
+    let cases: [(&str, &[&str]); 16] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -73,6 +73,11 @@ fn problems_name_file_key_and_value() {
         (
             "[kafka]\nuser = \"ada\"\npassword = \"x\"\nmechanism = \"plain\"",
             &["kafka.mechanism", "for everybody to read", "kafka.tls"],
+        ),
+        // A key that is not known may have been meant for a secret.
+        (
+            "[kafka]\npasswrd = \"8675309\"",
+            &["kafka.passwrd", "password"],
         ),
         (
             "[auth]\nclient_secret = 8675309",

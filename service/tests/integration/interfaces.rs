@@ -298,25 +298,11 @@ async fn grpc_pages_totals_health_and_reflection() {
     let refused = health.check(check("nobody")).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
 
-    let mut reflection =
-        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(
-            channel(&app).await,
-        );
-    let all = tonic_reflection::pb::v1::ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(
-            tonic_reflection::pb::v1::server_reflection_request::MessageRequest::ListServices(
-                String::new(),
-            ),
-        ),
-    };
-    let answers = reflection
-        .server_reflection_info(tokio_stream::once(all))
-        .await
-        .unwrap();
-    let answer = answers.into_inner().message().await.unwrap().unwrap();
-    let said = format!("{:?}", answer.message_response);
-    assert!(said.contains("orders.v1.Orders"), "{said}");
+    let services = reflected_services(&app).await;
+    assert!(
+        services.contains(&"orders.v1.Orders".to_owned()),
+        "{services:?}"
+    );
 
     // A service that there is not.
     let mut unknown = tonic::client::Grpc::new(channel(&app).await);
@@ -349,6 +335,101 @@ async fn limits_speak_grpc() {
         refused.metadata().contains_key("retry-after"),
         "{refused:?}"
     );
+    // Whoever judges a release by its answers sees that, too, though HTTP says 200 to it.
+    let metrics = app.admin_text("/metrics").await;
+    let counted = metrics.lines().any(|line| {
+        line.starts_with("http_requests_total{")
+            && line.contains("/orders.v1.Orders/")
+            && line.contains("status=\"429\"")
+    });
+    assert!(counted, "{metrics}");
+    // Health is asked for however busy the process is.
+    let mut health = HealthClient::new(channel(&app).await);
+    for _ in 0..3 {
+        let request = HealthCheckRequest::default();
+        health.check(request).await.unwrap();
+    }
+}
+
+/// What reflection tells is enough to call every method of every service.
+#[tokio::test]
+async fn every_method_that_reflection_tells_of_answers() {
+    let app = TestApp::start().await;
+    let mut methods = 0;
+    for service in reflected_services(&app).await {
+        for (path, streams) in reflected_methods(&app, &service).await {
+            methods += 1;
+            let mut client = tonic::client::Grpc::new(channel(&app).await);
+            client.ready().await.unwrap();
+            // An empty message, whatever its type.
+            let codec = tonic_prost::ProstCodec::<(), ()>::default();
+            let request = Request::new(());
+            let path: axum::http::uri::PathAndQuery = path.parse().unwrap();
+            let name = path.to_string();
+            let code = if streams {
+                let answer = client.server_streaming(request, path, codec).await;
+                answer.map_or_else(|status| status.code(), |_| Code::Ok)
+            } else {
+                let answer = client.unary(request, path, codec).await;
+                answer.map_or_else(|status| status.code(), |_| Code::Ok)
+            };
+            let known = [Code::Ok, Code::InvalidArgument, Code::NotFound];
+            assert!(known.contains(&code), "{name}: {code:?}");
+        }
+    }
+    // Six of orders, two of health; reflection's own takes a stream of questions.
+    assert_eq!(methods, 8);
+}
+
+type Question = tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+type Told = tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+async fn reflect(app: &TestApp, question: Question) -> Told {
+    let channel = channel(app).await;
+    let mut reflection =
+        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
+    let request = tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(question),
+    };
+    let answers = reflection
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap();
+    answer.message_response.unwrap()
+}
+
+async fn reflected_services(app: &TestApp) -> Vec<String> {
+    let question = Question::ListServices(String::new());
+    let Told::ListServicesResponse(services) = reflect(app, question).await else {
+        panic!("no list of services");
+    };
+    services.service.into_iter().map(|s| s.name).collect()
+}
+
+/// The paths of a service's methods that take one message, and whether they answer with a stream.
+async fn reflected_methods(app: &TestApp, service: &str) -> Vec<(String, bool)> {
+    let question = Question::FileContainingSymbol(service.to_owned());
+    let Told::FileDescriptorResponse(files) = reflect(app, question).await else {
+        panic!("nothing is told of {service}");
+    };
+    let mut methods = Vec::new();
+    for file in files.file_descriptor_proto {
+        let file = <prost_types::FileDescriptorProto as prost::Message>::decode(&*file).unwrap();
+        let package = file.package().to_owned();
+        for described in &file.service {
+            if format!("{package}.{}", described.name()) != service {
+                continue;
+            }
+            let taken = described.method.iter().filter(|m| !m.client_streaming());
+            methods.extend(taken.map(|method| {
+                let path = format!("/{service}/{}", method.name());
+                (path, method.server_streaming())
+            }));
+        }
+    }
+    methods
 }
 
 /// Live events: over a WebSocket, a subscription and a stream, until the process ends.
@@ -522,6 +603,60 @@ fn bomb(times: usize) -> String {
     fragments.collect::<String>() + "fragment A30 on Query { __typename }"
 }
 
+/// What editors and generators of code ask for first: every type, with what it is made of.
+fn introspection() -> String {
+    let made_of = (0..9).fold("kind name".to_owned(), |inner, _| {
+        format!("kind name ofType {{ {inner} }}")
+    });
+    format!(
+        "query {{ __schema {{
+           queryType {{ name }} mutationType {{ name }} subscriptionType {{ name }}
+           types {{ ...Type }}
+           directives {{ name description locations args {{ ...Input }} }} }} }}
+         fragment Type on __Type {{
+           kind name description
+           fields(includeDeprecated: true) {{
+             name description args {{ ...Input }} type {{ ...MadeOf }} isDeprecated deprecationReason }}
+           inputFields {{ ...Input }}
+           interfaces {{ ...MadeOf }}
+           enumValues(includeDeprecated: true) {{ name description isDeprecated deprecationReason }}
+           possibleTypes {{ ...MadeOf }} }}
+         fragment Input on __InputValue {{ name description type {{ ...MadeOf }} defaultValue }}
+         fragment MadeOf on __Type {{ {made_of} }}"
+    )
+}
+
+/// With the limits that the service comes with, tools can ask for its schema. Each field of it that needs
+/// no argument is asked for by what was told.
+#[tokio::test]
+async fn the_schema_can_be_asked_for_and_followed() {
+    let app = TestApp::start().await;
+    let told = graphql(&app, &introspection(), json!({})).await;
+    assert_eq!(told["errors"], Value::Null);
+    let types = told["data"]["__schema"]["types"].as_array().unwrap();
+    let fields = |name: &str| {
+        let found = types.iter().find(|kind| kind["name"] == name).unwrap();
+        found["fields"].as_array().unwrap().clone()
+    };
+    let needed = |field: &Value| {
+        let arguments = field["args"].as_array().unwrap();
+        arguments.iter().any(|a| a["type"]["kind"] == "NON_NULL")
+    };
+    let mut names: Vec<_> = [fields("Query"), fields("Mutation")].concat();
+    names.retain(|field| !needed(field));
+    assert!(!names.is_empty(), "{types:?}");
+    for field in &names {
+        let query = format!("{{ {} {{ __typename }} }}", field["name"].as_str().unwrap());
+        let answer = graphql(&app, &query, json!({})).await;
+        assert_eq!(answer["errors"], Value::Null, "{query}");
+    }
+
+    let silent = TestApp::start_with(|config| config.graphql.introspection = false).await;
+    let told = graphql(&silent, &introspection(), json!({})).await;
+    assert_eq!(told["data"]["__schema"], Value::Null, "{told}");
+    assert_eq!(silent.get("/graphql/schema").await.0, 404);
+}
+
 #[tokio::test]
 async fn queries_that_ask_for_too_much_are_refused() {
     let app = TestApp::start_with(|config| {
@@ -619,7 +754,13 @@ async fn what_belongs_to_a_page_is_loaded_at_once() {
 /// answer is as described.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_description_is_kept_to() {
-    let app = TestApp::start_with(|config| {
+    for database in Database::each().await {
+        keeps_to_its_description(database).await;
+    }
+}
+
+async fn keeps_to_its_description(database: Database) {
+    let app = TestApp::start_on(database, |config| {
         config.rate_limit.per_second = 100_000.try_into().unwrap();
         config.rate_limit.burst = 100_000.try_into().unwrap();
         let keys = "one:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";

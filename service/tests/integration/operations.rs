@@ -39,6 +39,31 @@ async fn health_info_and_metrics_tell_what_runs() {
     }
 }
 
+/// Whoever tries paths and methods makes no series of their own.
+#[tokio::test]
+async fn a_scan_makes_no_series() {
+    let app = TestApp::start_with(|config| {
+        config.rate_limit.per_second = 100_000.try_into().unwrap();
+        config.rate_limit.burst = 100_000.try_into().unwrap();
+    })
+    .await;
+    let client = reqwest::Client::new();
+    for i in 0..300 {
+        let address = format!("http://{}/scan-{i}/of?paths={i}", app.public);
+        let method = format!("SCAN{}", i % 100).parse().unwrap();
+        let answer = client.request(method, address).send().await.unwrap();
+        assert_eq!(answer.status(), 404);
+        assert_eq!(app.get(&format!("/v1/orders/scan-{i}")).await.0, 422);
+    }
+    let metrics = app.admin_text("/metrics").await;
+    assert!(!metrics.to_lowercase().contains("scan"), "{metrics}");
+    let lines = metrics.lines();
+    let unmatched = lines.filter(|line| line.contains("route=\"unmatched\""));
+    let requests = unmatched.filter(|line| line.starts_with("http_requests_total{"));
+    // A few methods by a few statuses, of all tests in this process.
+    assert!(requests.count() < 50, "{metrics}");
+}
+
 #[tokio::test]
 async fn readiness_names_the_part_that_is_not_ready() {
     let app = TestApp::start().await;
@@ -103,7 +128,7 @@ async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
             if config.database.url.scheme() == Scheme::Postgres {
                 config.database.max_connections = 1.try_into().unwrap();
             }
-            config.database.acquire_timeout = Timeout(Duration::from_millis(100));
+            config.database.acquire_timeout = Timeout(Duration::from_millis(500));
             config.database.busy_timeout = Timeout(Duration::from_secs(80));
             config.server.request_timeout = Timeout(Duration::from_secs(80));
         })

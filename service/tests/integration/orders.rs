@@ -223,6 +223,18 @@ async fn processes_share(database: Database) {
     assert_eq!((status, &problem["type"]), (503, &json!("read-only")));
 }
 
+/// A name that no order can have is no failure: not even one that PostgreSQL takes for no text.
+#[tokio::test]
+async fn nobody_has_no_totals() {
+    for database in Database::each().await {
+        let app = TestApp::start_on(database, |_| {}).await;
+        for nobody in ["bob", "%00", "a%00b", "%20", &"x".repeat(5000)] {
+            let answer = app.get(&format!("/v1/customers/{nobody}/totals")).await;
+            assert_eq!(answer, (200, json!([])), "{nobody}");
+        }
+    }
+}
+
 /// After a rollback an older program finds a newer schema, and must start on it.
 #[tokio::test]
 async fn a_newer_schema_is_fine() {
