@@ -62,10 +62,6 @@ fn values(bundle: &Bundle) -> Values {
     values
 }
 
-fn settings(text: &str) -> Option<Value> {
-    toml::from_str(text).ok()
-}
-
 /// The hash that kustomize adds to a generated name is the content's.
 fn without_hash(name: &str) -> &str {
     name.rsplit_once('-').map_or(name, |(name, _)| name)
@@ -89,10 +85,12 @@ fn flatten(place: &str, value: &Value, into: &mut Values) {
             }
         }
         // Of settings their keys are told, of other files their lines.
-        Value::String(text) if place.ends_with(".toml") && settings(text).is_some() => {
-            flatten(place, &settings(text).unwrap_or_default(), into);
-        }
         Value::String(text) if text.contains('\n') => {
+            if place.ends_with(".toml")
+                && let Ok(settings) = toml::from_str(text)
+            {
+                return flatten(place, &settings, into);
+            }
             for line in text
                 .lines()
                 .map(str::trim)
