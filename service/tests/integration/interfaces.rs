@@ -23,7 +23,7 @@ use tonic_types::StatusExt;
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::database::Database;
-use crate::test_app::{TestApp, order};
+use crate::test_app::{TestApp, order, without_limit};
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -761,8 +761,7 @@ async fn the_description_is_kept_to() {
 
 async fn keeps_to_its_description(database: Database) {
     let app = TestApp::start_on(database, |config| {
-        config.rate_limit.per_second = 100_000.try_into().unwrap();
-        config.rate_limit.burst = 100_000.try_into().unwrap();
+        without_limit(config);
         let keys = "one:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
         config.database.encryption_keys = Some(keys.parse().unwrap());
     })

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::database::Database;
-use crate::test_app::{TestApp, eventually, order};
+use crate::test_app::{TestApp, eventually, order, without_limit};
 
 #[tokio::test]
 async fn health_info_and_metrics_tell_what_runs() {
@@ -42,11 +42,7 @@ async fn health_info_and_metrics_tell_what_runs() {
 /// Whoever tries paths and methods makes no series of their own.
 #[tokio::test]
 async fn a_scan_makes_no_series() {
-    let app = TestApp::start_with(|config| {
-        config.rate_limit.per_second = 100_000.try_into().unwrap();
-        config.rate_limit.burst = 100_000.try_into().unwrap();
-    })
-    .await;
+    let app = TestApp::start_with(without_limit).await;
     let client = reqwest::Client::new();
     for i in 0..300 {
         let address = format!("http://{}/scan-{i}/of?paths={i}", app.public);
