@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -114,6 +114,22 @@ pub fn last_lines(path: &Path, number: usize) -> Vec<String> {
 }
 
 /// SHA-256 in lower-case hexadecimal.
+/// All files below a directory, in no order.
+pub fn below(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    let mut unread = vec![dir.to_owned()];
+    while let Some(dir) = unread.pop() {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            match path.is_dir() {
+                true => unread.push(path),
+                false => files.push(path),
+            }
+        }
+    }
+    Ok(files)
+}
+
 pub fn sha256(content: &[u8]) -> String {
     hex(&Sha256::digest(content))
 }

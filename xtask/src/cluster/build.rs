@@ -1,13 +1,14 @@
 //! The cluster's programs, built once from Go modules and kept in the user's cache by the hash of
 //! their module's files.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use xshell::cmd;
+use xshell::{Shell, cmd};
 
 use super::schemas;
 use crate::cargo;
@@ -23,9 +24,14 @@ struct Module {
     package: &'static str,
     /// Files of modules that come along: the module, where they are in it, and as what.
     files: &'static [(&'static str, &'static str, &'static str)],
+    /// Files of modules in whose place ones of ours are compiled, or none.
+    replaced: &'static [Replaced],
     /// Whether the API server alone needs it, or what comes along.
     is_of_api: bool,
 }
+
+/// A file that is compiled in another's place: the module, where it is in it, and ours.
+type Replaced = (&'static str, &'static str, Option<&'static str>);
 
 /// The largest first: its build fills both cores for minutes.
 const MODULES: [Module; 4] = [
@@ -33,6 +39,7 @@ const MODULES: [Module; 4] = [
         name: "kubernetes",
         package: ".",
         files: &[],
+        replaced: &[],
         is_of_api: true,
     },
     Module {
@@ -50,18 +57,21 @@ const MODULES: [Module; 4] = [
                 "contour.yaml",
             ),
         ],
+        replaced: &[],
         is_of_api: true,
     },
     Module {
         name: "coredns",
         package: ".",
         files: &[],
+        replaced: &[],
         is_of_api: false,
     },
     Module {
         name: "pause",
         package: ".",
         files: &[],
+        replaced: &[],
         is_of_api: false,
     },
 ];
@@ -74,6 +84,7 @@ const KUBECONFORM: Module = Module {
     name: "kubeconform",
     package: "github.com/yannh/kubeconform/cmd/kubeconform",
     files: &[],
+    replaced: &[],
     is_of_api: false,
 };
 
@@ -85,8 +96,25 @@ const TRAEFIK: Module = Module {
         "config/crd/standard",
         "gateway-api",
     )],
+    // Clouds' clients are half of what would be compiled.
+    replaced: &[
+        (
+            "github.com/go-acme/lego/v4",
+            "providers/dns/zz_gen_dns_providers.go",
+            Some("dns/providers.go"),
+        ),
+        (
+            TRAEFIK_SOURCES,
+            "pkg/provider/ecs/ecs.go",
+            Some("ecs/ecs.go"),
+        ),
+        (TRAEFIK_SOURCES, "pkg/provider/ecs/config.go", None),
+        (TRAEFIK_SOURCES, "pkg/provider/ecs/label.go", None),
+    ],
     is_of_api: false,
 };
+
+const TRAEFIK_SOURCES: &str = "github.com/traefik/traefik/v3";
 
 /// What the API server is made of: files that modules' builds have left.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -227,7 +255,8 @@ fn ensure_module(module: &Module, output: &Output) -> Result<()> {
         "building {} from Go modules, once for this machine{}",
         module.name,
         match module.name {
-            "kubernetes" | "traefik" => "; on two cores it takes five to ten minutes",
+            "kubernetes" => "; on two cores it takes some ten minutes",
+            "traefik" => "; on two cores it takes some three minutes",
             _ => "",
         }
     ));
@@ -269,20 +298,63 @@ fn build_in(module: &Module, go: &Path, dir: &Path, output: &Output) -> Result<(
     }
     let program = dir.join(module.name);
     let (package, flags) = (module.package, link_flags(module.name, &sources)?);
-    let build = cmd!(shell, "{go} build -ldflags {flags} -o {program} {package}");
+    let mut build = cmd!(shell, "{go} build -ldflags {flags} -o {program}");
+    let replaced = dir.join("replaced");
+    if !module.replaced.is_empty() {
+        let modfile = replace(module, &shell, go, &sources, &replaced)?;
+        build = build.arg("-modfile").arg(modfile);
+    }
+    let build = build.arg(package);
     output.command(&build);
     build.quiet().run()?;
+    let _ = fs::remove_dir_all(replaced);
     for (module, from, to) in module.files {
-        let format = "{{.Dir}}";
-        let found = cmd!(shell, "{go} list -m -f {format} {module}")
-            .quiet()
-            .read()?;
-        copy(&Path::new(found.trim()).join(from), &dir.join(to))?;
+        copy(&module_dir(&shell, go, module)?.join(from), &dir.join(to))?;
     }
     if module.name == KUBECONFORM.name {
         schemas::write(&shell, go, &sources, &dir.join("schemas"))?;
     }
     Ok(())
+}
+
+/// Copies of the modules of which some files are ours, in `dir`, and a go.mod that names them: Go
+/// compiles its own cache only as it is. <https://go.dev/ref/mod#go-mod-file-replace>
+fn replace(
+    module: &Module,
+    shell: &Shell,
+    go: &Path,
+    sources: &Path,
+    dir: &Path,
+) -> Result<PathBuf> {
+    let mut pins = fs::read_to_string(sources.join("go.mod")).context("reading go.mod")?;
+    for (name, file, ours) in module.replaced {
+        let copied = dir.join(name);
+        if !copied.is_dir() {
+            copy(&module_dir(shell, go, name)?, &copied)?;
+            writeln!(pins, "replace {name} => {}", copied.display())?;
+        }
+        let theirs = copied.join(file);
+        fs::remove_file(&theirs).with_context(|| {
+            format!("{name} has no {file} any more, in whose place ours is compiled")
+        })?;
+        if let Some(ours) = ours {
+            copy(&sources.join(ours), &theirs)?;
+        }
+    }
+    let modfile = dir.join("go.mod");
+    files::replace(&modfile, pins.as_bytes())?;
+    copy(&sources.join("go.sum"), &dir.join("go.sum"))?;
+    Ok(modfile)
+}
+
+/// Where a module's files are, once it has been downloaded.
+fn module_dir(shell: &Shell, go: &Path, module: &str) -> Result<PathBuf> {
+    let format = "{{.Dir}}";
+    cmd!(shell, "{go} mod download {module}").quiet().run()?;
+    let found = cmd!(shell, "{go} list -m -f {format} {module}")
+        .quiet()
+        .read()?;
+    Ok(found.trim().into())
 }
 
 /// Without a version Kubernetes' parts take themselves for v0.0.0, and decide by it.
@@ -352,16 +424,14 @@ fn home(module: &str) -> Result<PathBuf> {
 /// Of the module's files: the first digits of a SHA-256 over names and contents.
 fn hash(module: &str) -> Result<String> {
     let dir = sources(module)?;
-    let mut names: Vec<PathBuf> = fs::read_dir(&dir)
-        .with_context(|| format!("reading {}", dir.display()))?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
-    names.sort();
+    let reading = || format!("reading {}", dir.display());
+    let mut paths = files::below(&dir).with_context(reading)?;
+    paths.sort();
     let mut all = Vec::new();
-    for path in names {
+    for path in paths {
         let content = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        all.extend(path.file_name().unwrap_or_default().as_encoded_bytes());
+        let name = path.strip_prefix(&dir).unwrap_or(&path);
+        all.extend(name.as_os_str().as_encoded_bytes());
         all.extend(files::sha256(&content).into_bytes());
     }
     Ok(files::sha256(&all)[..12].to_owned())
