@@ -15,6 +15,8 @@ use tempfile::TempDir;
 pub const PRODUCTION: &str = "production";
 /// No condition takes longer than this, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at a condition: most of them start a command, and what is tested needs the cores.
+const PAUSE: Duration = Duration::from_millis(100);
 /// A load ends by itself after this time.
 const LONGEST_LOAD: Duration = Duration::from_secs(240);
 
@@ -141,6 +143,11 @@ impl Fixture {
 
     /// A release whose `production.toml` has these lines too.
     pub fn release_with(&self, version: &str, lines: &[&str]) -> String {
+        self.image(version, lines, &[])
+    }
+
+    /// The same with more words for the command that makes it.
+    pub fn image(&self, version: &str, lines: &[&str], words: &[&str]) -> String {
         let config = self.dir.path().join(format!("config-{version}"));
         std::fs::create_dir_all(&config).unwrap();
         for entry in std::fs::read_dir(root().join("config/service")).unwrap() {
@@ -152,8 +159,8 @@ impl Fixture {
             std::fs::write(config.join(path.file_name().unwrap()), text).unwrap();
         }
         let config = config.display().to_string();
-        let ended = self.run(&["image", "--version", version, "--config", &config]);
-        let ended = ended.expect(0, "passed");
+        let command = ["image", "--version", version, "--config", &config];
+        let ended = self.run(&[&command, words].concat()).expect(0, "passed");
         ended.finished()["release"].as_str().unwrap().to_owned()
     }
 
@@ -340,7 +347,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not come about");
-        std::thread::yield_now();
+        std::thread::sleep(PAUSE);
     }
 }
 
