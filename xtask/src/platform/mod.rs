@@ -120,6 +120,12 @@ pub struct ReleaseStatus {
     pub instances: Vec<InstanceStatus>,
     /// Why it will not get ready by waiting.
     pub broken: Option<String>,
+    /// Who has changed what it runs, so that it is not that release any more.
+    #[serde(default)]
+    pub edited: Option<String>,
+    /// Who has stopped it, and how it goes on.
+    #[serde(default)]
+    pub paused: Option<String>,
     /// Whether it was begun to be made, so that there may be something to take away.
     #[serde(default)]
     pub unfinished: bool,

@@ -140,6 +140,7 @@ impl Driver<'_> {
         let mut claimed = false;
         let mut refused: Option<Refused> = None;
         loop {
+            journal.compact(&counting.judge, counting.windows).await?;
             let status = self.status(&mut claimed).await;
             let platform = match &status {
                 Ok(status) => Some(view(&plan, status)),
@@ -342,7 +343,6 @@ impl Driver<'_> {
         let mut entries: Vec<Entry> = lines.into_iter().map(Entry::Window).collect();
         entries.push(Entry::Judged(judgement.clone()));
         journal.append(entries).await?;
-        journal.compact(&counting.judge, counting.windows).await?;
         (self.audience)(Notice::Judged {
             plan,
             state,
@@ -468,12 +468,21 @@ pub fn view(plan: &Plan, status: &Status) -> View {
             ready: release.ready(),
             weight: release.weight,
             broken: release.broken.clone(),
+            foreign: release.paused.clone(),
             unfinished: release.unfinished,
         })
     };
+    let (mut stable, mut candidate) = (
+        plan.stable.as_ref().map_or_else(Arm::default, arm),
+        arm(&plan.candidate),
+    );
+    // One that was judged as another is no candidate any more; of stable a person may know better.
+    let edited = |id| status.release(id)?.edited.clone();
+    candidate.broken = edited(&plan.candidate).or(candidate.broken);
+    stable.foreign = plan.stable.as_ref().and_then(edited).or(stable.foreign);
     View {
-        stable: plan.stable.as_ref().map_or_else(Arm::default, arm),
-        candidate: arm(&plan.candidate),
+        stable,
+        candidate,
         recorded: status
             .history
             .iter()

@@ -85,6 +85,9 @@ pub struct State {
     pub exposed: bool,
     /// The newest request that was taken into account.
     pub request: u64,
+    /// How often others have undone what this stage had reached.
+    #[serde(default)]
+    pub undone: u8,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -153,6 +156,10 @@ pub enum HoldReason {
     NoCapacity,
     /// The platform refuses what is asked of it: its words.
     Refused(String),
+    /// Somebody has changed a release, or stopped it: what, and who.
+    Foreign(String),
+    /// Somebody undoes again and again what this stage has reached.
+    Contested,
 }
 
 /// What is known at the moment of a decision.
@@ -186,6 +193,8 @@ pub struct Arm {
     pub weight: u8,
     /// Why it will not get ready by waiting.
     pub broken: Option<String>,
+    /// What somebody else has done to it that a canary must not go on from.
+    pub foreign: Option<String>,
     /// Whether there may be something to take away though nothing runs.
     pub unfinished: bool,
 }
@@ -246,6 +255,9 @@ pub enum Mark {
 
 pub type Decide = fn(&Plan, &State, &Observation, Millis) -> (State, Option<Action>);
 
+/// What others have undone is done again so often in each stage.
+const MOST_UNDONE: u8 = 3;
+
 impl State {
     pub fn start(now: Millis) -> Self {
         Self {
@@ -256,6 +268,7 @@ impl State {
             unready_since: None,
             exposed: false,
             request: 0,
+            undone: 0,
         }
     }
 
@@ -265,6 +278,7 @@ impl State {
         Self {
             hold: None,
             unready_since: None,
+            undone: 0,
             ..self
         }
     }
@@ -281,6 +295,17 @@ impl State {
         self.since = now;
         self.hold = None;
         self.unready_since = None;
+    }
+
+    /// Does again what others have undone, but does not fight over it: one who has undone it so often
+    /// will do so again, and a person has to say which of the two is right.
+    fn do_again(&mut self, plan: &Plan, now: Millis) {
+        if self.undone == MOST_UNDONE {
+            self.hold(HoldReason::Contested, plan, now);
+            return;
+        }
+        self.undone += 1;
+        self.enter(Phase::Shift, now);
     }
 
     /// One trouble that follows another is one hold, with one deadline. A gate has its own.
@@ -490,11 +515,6 @@ fn watch(
         );
         return None;
     }
-    if view.candidate.weight != stage.weight || view.candidate.desired < needed {
-        // Somebody changed what this stage had reached.
-        next.enter(Phase::Shift, now);
-        return None;
-    }
     if plan.kind != Kind::Rollback && verdict == Some(Verdict::Regressed) {
         next.enter(
             Phase::Back {
@@ -504,9 +524,10 @@ fn watch(
         );
         return None;
     }
-    if plan.stable.is_some() && view.stable.desired < plan.replicas {
-        // Stable must be able to take everything back.
-        next.enter(Phase::Shift, now);
+    // Stable must be able to take everything back.
+    let is_stable_short = plan.stable.is_some() && view.stable.desired < plan.replicas;
+    if view.candidate.weight != stage.weight || view.candidate.desired < needed || is_stable_short {
+        next.do_again(plan, now);
         return None;
     }
     if view.candidate.ready < needed {
@@ -516,6 +537,10 @@ fn watch(
     if let Some(Request { number, .. }) = promote {
         next.request = number;
         advance(plan, next, now);
+        return None;
+    }
+    if let Some(why) = foreign(plan, view) {
+        next.hold(HoldReason::Foreign(why), plan, now);
         return None;
     }
     let elapsed = now.saturating_sub(next.since);
@@ -546,7 +571,16 @@ fn watch(
     None
 }
 
+/// Why a canary does not go on by itself: somebody has stopped a release, or has changed the one that
+/// the candidate is compared with. Whoever goes back has no time for that.
+fn foreign(plan: &Plan, view: &View) -> Option<String> {
+    let arms = [&view.stable, &view.candidate];
+    let mut foreign = arms.into_iter().filter_map(|arm| arm.foreign.clone());
+    foreign.next().filter(|_| plan.kind == Kind::Canary)
+}
+
 fn advance(plan: &Plan, next: &mut State, now: Millis) {
+    next.undone = 0;
     if next.stage + 1 < plan.stages.len() {
         next.stage += 1;
         next.enter(Phase::Shift, now);
@@ -566,7 +600,7 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
     let carries_all = view.candidate.weight == 100 && view.candidate.ready >= enough;
     if !is_recorded {
         if !carries_all {
-            next.enter(Phase::Shift, now);
+            next.do_again(plan, now);
             return None;
         }
         return Some(Action::Record {

@@ -122,6 +122,12 @@ pub fn hold_reason(reason: &HoldReason) -> String {
         HoldReason::Undecided => "there is no verdict within rollout.max_stage".to_owned(),
         HoldReason::NoCapacity => "too few processes are ready".to_owned(),
         HoldReason::Refused(why) => format!("the platform refuses: {why}"),
+        HoldReason::Foreign(why) => format!("{why}; or `canary promote`, which accepts it"),
+        HoldReason::Contested => {
+            "somebody else changes the weights or the number of processes each time that they are \
+             right: end that, or this rollout by `canary abort`"
+                .to_owned()
+        }
     }
 }
 

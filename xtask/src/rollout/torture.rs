@@ -241,6 +241,8 @@ impl Platform for Memory {
                     })
                     .collect(),
                 broken: None,
+                edited: None,
+                paused: None,
                 unfinished: false,
             })
             .collect();

@@ -179,6 +179,78 @@ fn an_edited_candidate_is_not_the_release() {
     load.stop_without_failures();
 }
 
+/// Somebody stops a release, and later changes stable: the canary waits until a person has put it right
+/// or has said that it is.
+#[test]
+fn what_others_do_to_stable_is_waited_for() {
+    let namespace = Namespace::with("stopped", "gateway", &[("rollout.min_stage", "8s".into())]);
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let next = namespace.release("1.1.0");
+    let stable = format!("deployment/service-{}", short(&first));
+    let status = || namespace.run(&["canary", "status"]).said;
+    let running = namespace.judged_canary(&next);
+
+    namespace.ask(&["rollout", "pause", &stable]);
+    let paused = format!("has paused the Deployment service-{}", short(&first));
+    eventually("the hold", || status().contains(&paused));
+    namespace.ask(&["rollout", "resume", &stable]);
+    eventually("its end", || !status().contains(&paused));
+
+    namespace.ask(&["set", "env", &stable, "RUST_LOG=debug"]);
+    eventually("the other hold", || {
+        status().contains("changed the pod template of the Deployment")
+    });
+    // Each stage is compared with it, so each is accepted by itself.
+    namespace.run(&["canary", "promote"]).expect(0, "passed");
+    eventually("the last stage's hold", || {
+        let said = status();
+        said.contains("watching 100 %") && said.contains("changed the pod template")
+    });
+    namespace.run(&["canary", "promote"]).expect(0, "passed");
+    let ended = running.wait().expect(0, "healthy");
+    says(
+        &ended.said,
+        &[&paused, "or `canary promote`, which accepts it"],
+    );
+    assert_eq!(namespace.running(), [(short(&next), 2, 2)]);
+    load.stop_without_failures();
+}
+
+/// Somebody's own autoscaler takes pods away each time that they are there.
+#[test]
+fn what_is_undone_each_time_is_not_fought_over() {
+    let namespace = Namespace::with(
+        "contested",
+        "gateway",
+        &[("rollout.min_stage", "8s".into())],
+    );
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let next = namespace.release("1.1.0");
+    let candidate = format!("deployment/service-{}", short(&next));
+    let running = namespace.judged_canary(&next);
+    let status = || namespace.run(&["canary", "status"]).said;
+    let mut undone = 0;
+    eventually("the hold", || {
+        let wanted = namespace.running();
+        if wanted
+            .iter()
+            .any(|(id, pods, _)| *id == short(&next) && *pods > 1)
+        {
+            namespace.ask(&["scale", &candidate, "--replicas", "1"]);
+            undone += 1;
+        }
+        status().contains("each time that they are right")
+    });
+    assert_eq!(undone, 4, "once, and three times again");
+    namespace.run(&["canary", "abort"]).expect(0, "aborted");
+    let ended = running.wait().expect(1, "aborted");
+    ends_with("contested", &ended);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    load.stop_without_failures();
+}
+
 /// Somebody has scaled stable by hand: a rollback takes the number over and says so.
 #[test]
 fn a_number_of_pods_set_by_hand_does_not_stop_a_rollback() {

@@ -14,6 +14,7 @@ mod record;
 mod render;
 mod telling;
 mod traffic;
+mod versioned;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -154,7 +155,8 @@ impl Kubernetes {
             .collect();
         let desired = deployment["spec"]["replicas"].as_u64().unwrap_or(1);
         let unfinished = api::annotation(deployment, UNFINISHED).is_some();
-        let mut broken = foreign(deployment).map(|why| (why, None));
+        let edited = edited(deployment);
+        let mut broken = edited.clone().map(|why| (why, None));
         if unfinished && broken.is_none() {
             broken = self.broken_job(short).await.unwrap_or_default();
         }
@@ -177,7 +179,12 @@ impl Kubernetes {
             desired: u32::try_from(desired).unwrap_or(u32::MAX),
             weight,
             instances: own.into_iter().map(pods::instance).collect(),
-            broken: broken.map(|(why, _)| why),
+            broken: match edited {
+                Some(_) => None,
+                None => broken.map(|(why, _)| why),
+            },
+            edited,
+            paused: paused(deployment),
             unfinished,
             release: id,
         })
@@ -366,20 +373,38 @@ fn with_pods(bundle: &Bundle, replicas: u32, is_unfinished: bool) -> Value {
 }
 
 /// Who besides us has changed what runs a release: then it is that release no more.
-fn foreign(deployment: &Value) -> Option<String> {
-    let managers = api::items(&deployment["metadata"]["managedFields"]);
+fn edited(deployment: &Value) -> Option<String> {
+    Some(format!(
+        "{} has changed the pod template of the Deployment {}: it is not the release any more",
+        other_owner(deployment, "f:template")?,
+        api::name(deployment)
+    ))
+}
+
+/// Who has stopped a release's Deployment: nothing that is applied to it is rolled out then.
+/// <https://kubernetes.io/docs/concepts/workloads/controllers/deployment/#pausing-and-resuming-a-deployment>
+fn paused(deployment: &Value) -> Option<String> {
+    if deployment["spec"]["paused"] != true {
+        return None;
+    }
+    let name = api::name(deployment);
+    Some(format!(
+        "{} has paused the Deployment {name}: `kubectl rollout resume deployment/{name}`",
+        other_owner(deployment, "f:paused").unwrap_or("somebody")
+    ))
+}
+
+/// Which field manager besides us has set something below `field` of the specification.
+fn other_owner<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
+    let managers = api::items(&object["metadata"]["managedFields"]);
     let mut others = managers.filter(|entry| {
         entry["manager"] != api::FIELD_MANAGER
             && entry["subresource"].as_str().is_none_or(str::is_empty)
             && entry["fieldsV1"]["f:spec"]
                 .as_object()
-                .is_some_and(|fields| fields.contains_key("f:template"))
+                .is_some_and(|fields| fields.contains_key(field))
     });
-    let manager = others.next()?["manager"].as_str()?.to_owned();
-    Some(format!(
-        "{manager} has changed the pod template of the Deployment {}: it is not the release any more",
-        api::name(deployment)
-    ))
+    others.next()?["manager"].as_str()
 }
 
 /// Whether a conflict is about the number of pods and nothing else.

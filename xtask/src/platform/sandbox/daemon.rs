@@ -440,6 +440,8 @@ impl World {
                     weight: saved.weight(&run.release),
                     instances: instances().map(|(_, instance)| instance.status()).collect(),
                     unfinished: false,
+                    edited: None,
+                    paused: None,
                     broken: instances().find_map(|(_, instance)| instance.broken()),
                 }
             })

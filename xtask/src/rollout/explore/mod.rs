@@ -11,8 +11,8 @@ mod world;
 
 use stateright::{Checker, Model};
 
-use super::engine::{Arm, Kind, Phase, State, Verdict};
-use world::{Fate, Rollout};
+use super::engine::{Arm, HoldReason, Kind, Phase, State, Verdict};
+use world::{Fate, Rollout, World};
 
 /// The number of states in which all properties hold, or what was broken and how.
 fn explore(model: Rollout) -> Result<usize, String> {
@@ -90,6 +90,58 @@ fn a_release_with_a_spare_process_keeps_every_invariant() {
     tell("canary with a spare process", explore(model).unwrap());
 }
 
+/// Somebody else changes weights and numbers of processes: it is put right, but not for ever.
+#[test]
+fn what_others_undo_keeps_every_invariant() {
+    let mut model = Rollout::new(Kind::Canary, true, &[(10, None), (60, None), (100, None)]);
+    model.budget.faults = 0;
+    model.budget.meddling = 4;
+    tell("canary that is meddled with", explore(model).unwrap());
+}
+
+#[test]
+fn what_is_undone_each_time_is_not_fought_over() {
+    let model = Rollout::canary();
+    let mut world = model.init_states().remove(0);
+    let mut shifted = 0;
+    for _ in 0..40 {
+        (world.candidate.ready, world.stable.ready) =
+            (world.candidate.desired, world.stable.desired);
+        model.step(&mut world, None, Fate::Done);
+        if world.state.phase == Phase::Watch && world.candidate.weight == 10 {
+            (world.candidate.weight, world.stable.weight) = (0, 100);
+            shifted += 1;
+        }
+    }
+    assert_eq!(shifted, 4, "once, and three times again");
+    let hold = world.state.hold.as_ref().unwrap();
+    assert_eq!(hold.reason, HoldReason::Contested);
+}
+
+/// A paused or edited release is not gone on from by itself; a rollback does not ask.
+#[test]
+fn what_others_have_stopped_waits_for_a_person() {
+    let foreign = Some("kubectl has paused it".to_owned());
+    for (kind, waits) in [(Kind::Canary, true), (Kind::Rollback, false)] {
+        let model = Rollout::new(kind, true, &[(100, None)]);
+        let mut world = model.init_states().remove(0);
+        world.stable.foreign.clone_from(&foreign);
+        let step = |world: &mut World| {
+            world.candidate.ready = world.candidate.desired;
+            world.now += 1;
+            model.step(world, Some(Verdict::NonInferior), Fate::Done);
+        };
+        for _ in 0..6 {
+            step(&mut world);
+        }
+        assert_eq!(world.state.hold.is_some(), waits, "{kind}");
+        assert_eq!(world.state.phase == Phase::Watch, waits, "{kind}");
+        world.stable.foreign = None;
+        step(&mut world);
+        assert!(world.state.hold.is_none() && world.state.phase != Phase::Watch);
+    }
+}
+
 /// Engines and platforms with one defect each: the exploration must find it.
 #[test]
 fn defects_are_found() {
@@ -141,8 +193,7 @@ fn troubles_that_alternate_are_one_hold() {
         desired: 1,
         ready: 1,
         weight: 10,
-        broken: None,
-        unfinished: false,
+        ..Arm::default()
     };
     world.stable.weight = 90;
     world.state = State {

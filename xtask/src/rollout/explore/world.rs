@@ -30,6 +30,8 @@ pub struct Budget {
     elapses: u8,
     aborts: u8,
     promotes: u8,
+    /// Changes by somebody who does not know of the rollout.
+    pub meddling: u8,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -68,8 +70,17 @@ pub enum Event {
         candidate: bool,
     },
     Breaks,
+    /// Somebody takes traffic or processes away.
+    Meddles(Meddling),
     Elapse,
     Ask(RequestKind),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meddling {
+    Weights,
+    Candidate,
+    Stable,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +144,7 @@ impl Rollout {
                 elapses: 3,
                 aborts: 1,
                 promotes: 1,
+                meddling: 0,
             },
         }
     }
@@ -312,6 +324,13 @@ impl Rollout {
             if world.state.outcome().is_some() {
                 return Some(world);
             }
+            if let Some(hold) = &world.state.hold
+                && hold.reason == HoldReason::Contested
+                && hold.deadline <= world.now
+            {
+                // The command has ended, and a person who has ended the contest resumes.
+                world.state = world.state.resumed();
+            }
             if matches!(&world.state.hold, Some(hold) if matches!(hold.reason, HoldReason::Gate(_)))
             {
                 world.request = Some(Request {
@@ -371,6 +390,12 @@ impl Rollout {
     }
 }
 
+/// One process fewer is wanted; one stays.
+fn take_one(arm: &mut Arm) {
+    arm.desired = arm.desired.saturating_sub(1).max(1);
+    arm.ready = arm.ready.min(arm.desired);
+}
+
 impl Model for Rollout {
     type State = World;
     type Action = Event;
@@ -380,8 +405,7 @@ impl Model for Rollout {
             desired: 2,
             ready: 2,
             weight: 100,
-            broken: None,
-            unfinished: false,
+            ..Arm::default()
         };
         vec![World {
             stable: if self.plan.stable.is_some() {
@@ -462,6 +486,14 @@ impl Model for Rollout {
         if world.stalled.is_some() {
             events.push(Event::StalledActs);
         }
+        if world.left.meddling > 0
+            && matches!(world.state.phase, Phase::Shift | Phase::Watch)
+            && world.candidate.weight > 0
+            && world.stable.weight > 0
+        {
+            let meddling = [Meddling::Weights, Meddling::Candidate, Meddling::Stable];
+            events.extend(meddling.map(Event::Meddles));
+        }
         if world.left.elapses > 0 {
             events.push(Event::Elapse);
         }
@@ -523,6 +555,14 @@ impl Model for Rollout {
                 world.excused = true;
                 world.candidate.broken = Some("exit status: 1".to_owned());
                 world.candidate.ready = 0;
+            }
+            Event::Meddles(what) => {
+                world.left.meddling -= 1;
+                match what {
+                    Meddling::Weights => (world.stable.weight, world.candidate.weight) = (95, 5),
+                    Meddling::Candidate => take_one(&mut world.candidate),
+                    Meddling::Stable => take_one(&mut world.stable),
+                }
             }
             Event::Elapse => {
                 world.left.elapses -= 1;
