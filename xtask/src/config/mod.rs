@@ -131,6 +131,10 @@ pub struct Kubernetes {
     /// `cluster` for what the cluster of `cargo xtask cluster` has under that name.
     #[serde(default)]
     pub images: BTreeMap<String, String>,
+    /// Secrets that change by themselves, as certificates do: all others have a version in their names,
+    /// since a change of one is a release.
+    #[serde(default)]
+    pub rotated_secrets: Vec<String>,
     pub traffic: TrafficKind,
     /// Where clients reach the environment; each must have one.
     pub address: Option<String>,

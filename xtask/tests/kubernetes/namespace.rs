@@ -127,8 +127,8 @@ impl Namespace {
         let environment = [
             ("SERVICE_ENVIRONMENT", "production"),
             ("SERVICE__AUTH__MODE", "off"),
-            ("SERVICE__DATABASE__ACQUIRE_TIMEOUT", "8s"),
-            ("SERVICE__SERVER__REQUEST_TIMEOUT", "9s"),
+            ("SERVICE__DATABASE__ACQUIRE_TIMEOUT", "13s"),
+            ("SERVICE__SERVER__REQUEST_TIMEOUT", "14s"),
         ];
         let environment = environment.map(|(name, value)| {
             json!({ "op": "add", "path": "/spec/template/spec/containers/0/env/-",
@@ -217,6 +217,20 @@ impl Namespace {
         });
     }
 
+    /// Releases that are made from now on have this Secret in their pods' environment, and no other.
+    pub fn use_secret(&self, name: &str) {
+        let path = "/spec/template/spec/containers/0/envFrom";
+        let patch =
+            json!([{ "op": "add", "path": path, "value": [{ "secretRef": { "name": name } }] }]);
+        self.change_overlay(|kustomization| {
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            patches.push(json!({
+                "target": { "kind": "Deployment" },
+                "patch": patch.to_string(),
+            }));
+        });
+    }
+
     /// Releases that are made from now on do without those objects, and their pods have one more label,
     /// which their Service selects by.
     pub fn change_labels(&self) {
@@ -252,25 +266,8 @@ impl Namespace {
 
     /// A release whose `production.toml` has these lines too.
     pub fn release_with(&self, version: &str, lines: &[&str]) -> String {
-        let release = self.fixture.release_with(version, lines);
-        let config = self
-            .fixture
-            .settings()
-            .with_file_name(format!("config-{version}"));
-        let config = config.display().to_string();
-        // The same release once more, this time for the node.
-        let loaded = self.run(&[
-            "image",
-            "--version",
-            version,
-            "--config",
-            &config,
-            "--load",
-            "production",
-        ]);
-        let loaded = loaded.expect(0, "passed");
-        assert_eq!(loaded.finished()["release"], release.as_str());
-        release
+        self.fixture
+            .image(version, lines, &["--load", "production"])
     }
 
     /// Runs a command with another way to the cluster.

@@ -1,9 +1,11 @@
 //! The same outcomes as in the sandbox, behind each kind of router, under load.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
-use crate::fixture::{Ended, Load};
-use crate::namespace::{Namespace, short};
+use crate::fixture::{Ended, Load, eventually};
+use crate::namespace::{Namespace, ends_with, short};
 
 fn start(release: &str) -> [&str; 4] {
     ["canary", "start", "--release", release]
@@ -164,6 +166,53 @@ fn a_release_may_change_its_labels_and_its_objects() {
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     assert!(is_served() && accounts().contains("more"));
+    load.stop_without_failures();
+}
+
+/// Another version of a Secret is another release, and goes back as one. One that is not there is no
+/// long wait.
+#[test]
+fn a_release_may_change_only_its_secret() {
+    let namespace = Namespace::new("secrets");
+    for version in ["v1", "v2"] {
+        namespace.apply(&json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": { "name": format!("more-{version}") },
+            "immutable": true, "stringData": { "token": version },
+        }));
+    }
+    let tokens = || {
+        let pods = namespace.ask(&[
+            "get",
+            "pods",
+            "--selector",
+            "xtask.dev/release",
+            "-o",
+            "name",
+        ]);
+        let read = |pod: &str| namespace.ask(&["get", pod, "-o", "jsonpath={..secretRef.name}"]);
+        let tokens: BTreeSet<String> = pods.lines().map(read).collect();
+        tokens.into_iter().collect::<Vec<_>>()
+    };
+    namespace.use_secret("more-v1");
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    namespace.use_secret("more-v2");
+    let second = namespace.release("1.0.0");
+    assert_ne!(first, second);
+    namespace.run(&start(&second)).expect(0, "healthy");
+    eventually("the new Secret", || tokens() == ["more-v2"]);
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    eventually("the old Secret", || tokens() == ["more-v1"]);
+
+    namespace.use_secret("more-v3");
+    let lacking = namespace.release("1.0.1");
+    let failed = namespace.run(&start(&lacking)).expect(2, "failed");
+    ends_with("secret", &failed);
+    namespace.use_secret("more");
+    let unversioned = namespace.release("1.0.2");
+    let refused = namespace.run(&start(&unversioned)).expect(2, "failed");
+    ends_with("unversioned", &refused);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xshell::{Shell, cmd};
 
-use super::api;
+use super::{api, versioned};
 use crate::cluster::Cluster;
 use crate::config::Kubernetes as Settings;
 use crate::files;
@@ -32,14 +32,22 @@ pub const JOB_OF: &str = "xtask.dev/job-of";
 const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Kinds that no release can bring along, because they are the whole cluster's.
-const OF_THE_CLUSTER: [&str; 8] = [
+const OF_THE_CLUSTER: [&str; 16] = [
     "APIService",
     "ClusterRole",
     "ClusterRoleBinding",
     "CustomResourceDefinition",
+    "GatewayClass",
+    "IngressClass",
+    "MutatingAdmissionPolicy",
+    "MutatingAdmissionPolicyBinding",
+    "MutatingWebhookConfiguration",
     "Namespace",
     "PersistentVolume",
+    "PriorityClass",
     "StorageClass",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
     "ValidatingWebhookConfiguration",
 ];
 
@@ -89,11 +97,22 @@ impl Bundle {
             match kind.as_str() {
                 "Deployment" if is_ours => deployment = Some(object),
                 "Service" if is_ours => front = Some(object),
-                "HTTPRoute" | "GRPCRoute" | "HTTPProxy" if is_ours => route = Some(object),
+                "HTTPRoute" | "GRPCRoute" | "HTTPProxy" if is_ours => {
+                    if let Some(other) = route.replace(object) {
+                        bail!(
+                            "{overlay}: {} and {kind} are both named {name:?}, and only one can \
+                             split the traffic",
+                            other["kind"].as_str().unwrap_or_default()
+                        );
+                    }
+                }
                 "HorizontalPodAutoscaler" if is_ours => autoscaler = Some(object),
                 "PodDisruptionBudget" if is_ours => budget = Some(object),
                 "Job" => jobs.push(object),
-                "ConfigMap" => configs.push(object),
+                "ConfigMap" => {
+                    versioned::check_config(&object, overlay)?;
+                    configs.push(object);
+                }
                 "Secret" => bail!(
                     "{overlay}: the Secret {} would be kept with the release, for everybody to read; \
                      let whoever keeps your secrets make it, and name it by its version",
@@ -120,6 +139,8 @@ impl Bundle {
             route,
             others,
         };
+        let templates = [&bundle.deployment].into_iter().chain(&bundle.jobs);
+        versioned::check_secrets(templates.map(|owner| &owner["spec"]["template"]), settings)?;
         bundle.specialize(settings, &recorded.release.image)?;
         Ok(bundle)
     }
@@ -290,4 +311,91 @@ fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result
 /// The program that renders.
 pub fn kubectl() -> Result<std::path::PathBuf> {
     Tools::open()?.program("kubectl")
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::config::TrafficKind;
+
+    pub fn settings() -> Settings {
+        Settings {
+            context: None,
+            manifests: "k8s".into(),
+            overlay: "overlays/production".to_owned(),
+            namespace: "production".to_owned(),
+            name: "service".to_owned(),
+            repository: "registry.example/service".to_owned(),
+            images: std::collections::BTreeMap::new(),
+            rotated_secrets: Vec::new(),
+            traffic: TrafficKind::Gateway,
+            address: None,
+            release_header: None,
+            admin_port: 9090,
+        }
+    }
+
+    fn named(kind: &str, name: &str) -> Value {
+        json!({ "kind": kind, "metadata": { "name": name } })
+    }
+
+    /// What is made of a Deployment and a Service, and these besides.
+    fn sorted(more: Vec<Value>) -> Result<Bundle> {
+        let mut deployment = named("Deployment", "service");
+        deployment["spec"] = json!({ "template": { "spec": { "containers": [
+            { "image": "registry.example/service@sha256:1" },
+        ] } } });
+        let mut service = named("Service", "service");
+        service["spec"] = json!({
+            "selector": { "app": "service" }, "ports": [{ "port": 80, "nodePort": 30000 }],
+        });
+        let recorded = Recorded {
+            id: "0123456789abcdef".into(),
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            release: crate::release::Release {
+                image: "sha256:1".to_owned(),
+                config: std::collections::BTreeMap::new(),
+                manifests: std::collections::BTreeMap::new(),
+                schema_version: 1,
+                version: semver::Version::new(1, 0, 0),
+            },
+        };
+        let objects = [deployment, service].into_iter().chain(more).collect();
+        Bundle::sort(&recorded, &settings(), objects)
+    }
+
+    #[test]
+    fn a_release_has_its_own_names() {
+        let config = named("ConfigMap", "service-config-7f2kg9h6tc");
+        let bundle = sorted(vec![config, named("HTTPRoute", "service")]).unwrap();
+        assert_eq!(api::name(&bundle.deployment), "service-0123456789ab");
+        assert_eq!(api::name(&bundle.service), "service-0123456789ab");
+        let ports = json!([{ "port": 80 }]);
+        assert_eq!(bundle.service["spec"]["ports"], ports);
+        assert_eq!(bundle.front["spec"]["ports"][0]["nodePort"], 30000);
+        assert_eq!(bundle.configs[0]["immutable"], true);
+    }
+
+    #[test]
+    fn what_no_release_can_bring_is_refused() {
+        for (objects, why) in [
+            (
+                vec![named("Secret", "database-v1")],
+                "for everybody to read",
+            ),
+            (
+                vec![named("ValidatingAdmissionPolicy", "cost")],
+                "is the whole cluster's",
+            ),
+            (vec![named("ConfigMap", "settings")], "has no hash"),
+            (
+                vec![named("HTTPRoute", "service"), named("GRPCRoute", "service")],
+                "HTTPRoute and GRPCRoute are both named",
+            ),
+        ] {
+            let refused = sorted(objects).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+            assert!(refused.starts_with("overlays/production: "), "{refused}");
+        }
+    }
 }

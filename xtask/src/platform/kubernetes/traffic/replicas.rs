@@ -120,23 +120,11 @@ impl Traffic for Replicas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Kubernetes, TrafficKind};
+    use crate::platform::kubernetes::render::tests::settings;
 
     #[test]
     fn stages_become_those_that_pods_can_make() {
-        let settings = Kubernetes {
-            context: None,
-            manifests: "k8s".into(),
-            overlay: String::new(),
-            namespace: String::new(),
-            name: "service".into(),
-            repository: String::new(),
-            images: std::collections::BTreeMap::new(),
-            traffic: TrafficKind::Replicas,
-            address: None,
-            release_header: None,
-            admin_port: 1,
-        };
+        let settings = settings();
         let wanted: Vec<Stage> = [10, 25, 50, 75, 100]
             .map(|weight| Stage { weight, gate: None })
             .into();
