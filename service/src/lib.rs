@@ -12,6 +12,7 @@ pub mod auth;
 pub mod breaker;
 pub mod cli;
 pub mod config;
+mod connections;
 pub mod consumers;
 pub mod domain;
 pub mod drain;

@@ -82,6 +82,9 @@ pub struct Metrics {
     pub grpc_requests: Family<Call, Counter>,
     pub graphql_requests: Family<Label, Counter>,
     pub sessions_open: Gauge,
+    pub connections_open: Family<Label, Gauge>,
+    pub connections_max: Family<Label, Gauge>,
+    pub connections_late: Family<Label, Counter>,
     pub tls_handshakes: Family<Label, Counter>,
     pub tls_renewals: Family<Label, Counter>,
     pub tokens_refused: Counter,
@@ -127,6 +130,13 @@ impl Metrics {
             grpc_requests: register(all, "grpc_requests", "Calls by gRPC that were answered"),
             graphql_requests: register(all, "graphql_requests", "GraphQL queries and mutations"),
             sessions_open: register(all, "sessions_open", "WebSockets and streams"),
+            connections_open: register(all, "connections_open", "Connections, by port"),
+            connections_max: register(all, "connections_max", "Connections that there may be"),
+            connections_late: register(
+                all,
+                "connections_late",
+                "Connections that were closed because a request's head took too long",
+            ),
             tls_handshakes: register(all, "tls_handshakes", "Handshakes that came to an end"),
             tls_renewals: register(
                 all,

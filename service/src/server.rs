@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use axum::serve::{Listener, ListenerExt};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::app::App;
 use crate::config::Config;
+use crate::connections::{self, Limits};
 use crate::consumers::{self, CONSUMERS};
 use crate::tls::{self, Certificates};
 use crate::{audit, duty, feed, relay, router};
@@ -18,6 +19,10 @@ use crate::{audit, duty, feed, relay, router};
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Files besides the public port's connections: databases, brokers, logs.
+const OTHER_FILES: u64 = 1024;
+/// Connections to the operators' port: probes, scrapes and a few people.
+const MOST_OPERATORS: usize = 256;
 
 /// The listening sockets of the service and of its operators, and what clients know the service by.
 pub struct Sockets {
@@ -67,17 +72,39 @@ pub async fn serve(
     let certificates = sockets.certificates.map(Arc::new);
     let mut servers = tokio::task::JoinSet::new();
     let (listener, routes) = (listener(sockets.public)?, router::public(&app)?);
+    let settings = &app.config.server;
+    allow_open_files(settings.max_connections.get());
+    let limits = Limits {
+        port: "public",
+        most: settings.max_connections.get(),
+        head_timeout: settings.head_timeout.0,
+    };
     match &certificates {
         Some(certificates) => {
             let listener = tls::Listener::new(listener, Arc::clone(certificates))?;
-            servers.spawn(listen(listener, routes, stopped.clone()));
+            servers.spawn(connections::serve(
+                listener,
+                routes,
+                limits,
+                stopped.clone(),
+            ));
         }
         None => {
-            servers.spawn(listen(listener, routes, stopped.clone()));
+            servers.spawn(connections::serve(
+                listener,
+                routes,
+                limits,
+                stopped.clone(),
+            ));
         }
     }
+    let limits = Limits {
+        port: "admin",
+        most: MOST_OPERATORS,
+        ..limits
+    };
     let (listener, routes) = (self::listener(sockets.admin)?, router::admin(&app));
-    servers.spawn(listen(listener, routes, stopped));
+    servers.spawn(connections::serve(listener, routes, limits, stopped));
     // Requests in flight may still have something to tell, so these end last. They may be cut off
     // anywhere: what they were at is done again.
     let mut workers = tokio::task::JoinSet::new();
@@ -144,24 +171,27 @@ fn listener(socket: TcpListener) -> anyhow::Result<tokio::net::TcpListener> {
     Ok(tokio::net::TcpListener::from_std(socket)?)
 }
 
-/// Answers until `stopped` says so.
-async fn listen<L>(
-    listener: L,
-    routes: axum::Router,
-    mut stopped: watch::Receiver<bool>,
-) -> std::io::Result<()>
-where
-    L: Listener<Addr = SocketAddr>,
-{
-    // Whatever it listens with, axum then knows where clients are.
-    let listener = listener.tap_io(|_| {});
-    let routes = routes.into_make_service_with_connect_info::<SocketAddr>();
-    axum::serve(listener, routes)
-        .with_graceful_shutdown(async move {
-            // An error means that the sender is gone, which also ends the service.
-            let _ = stopped.wait_for(|stopping| *stopping).await;
-        })
-        .await
+/// Lets the process have a file for each connection, where its system allows it: what it gets without
+/// asking is for programs that use `select`.
+fn allow_open_files(connections: usize) {
+    let wanted = connections as u64 + OTHER_FILES;
+    let limits = getrlimit(Resource::Nofile);
+    if limits.current.is_none_or(|current| current >= wanted) {
+        return;
+    }
+    let allowed = limits.maximum.map_or(wanted, |most| most.min(wanted));
+    let raised = Rlimit {
+        current: Some(allowed),
+        ..limits
+    };
+    let result = setrlimit(Resource::Nofile, raised);
+    if allowed < wanted || result.is_err() {
+        tracing::warn!(
+            wanted,
+            allowed,
+            "there may be fewer open files than server.max_connections needs; raise `ulimit -n`"
+        );
+    }
 }
 
 /// Forgets, now and then, what was kept for those who repeat themselves.

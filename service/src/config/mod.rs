@@ -66,6 +66,10 @@ pub struct Server {
     pub drain_timeout: Timeout,
     /// For how long no request must have come until it is believed that none will.
     pub linger: Option<Timeout>,
+    /// On the public port; more wait until one of them ends.
+    pub max_connections: NonZeroUsize,
+    /// From the first byte of a request's head to its last.
+    pub head_timeout: Timeout,
     pub max_in_flight: NonZeroUsize,
     /// WebSockets and streams at a time.
     pub max_sessions: NonZeroUsize,

@@ -9,6 +9,7 @@ mod bus;
 mod cache;
 mod commands;
 mod config;
+mod connections;
 mod contacts;
 mod database;
 mod disk;
