@@ -1,12 +1,13 @@
 //! A pipeline with its own state and ports, and a load on it.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -252,6 +253,13 @@ impl Fixture {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        // It must never wait for somebody to read what it says.
+        let mut said = child.stderr.take().unwrap();
+        let said = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            said.read_to_end(&mut all).unwrap();
+            String::from_utf8_lossy(&all).into_owned()
+        });
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut events = Vec::new();
         let found = lines.by_ref().any(|line| {
@@ -261,14 +269,19 @@ impl Fixture {
             found
         });
         if !found {
-            let ended = child.wait_with_output().unwrap();
-            let said = String::from_utf8_lossy(&ended.stderr);
+            child.wait().unwrap();
+            let said = said.join().unwrap();
             panic!("{arguments:?} ended before that: {said}");
         }
+        let events = std::thread::spawn(move || {
+            // One that is killed may leave half a line.
+            let rest = lines.map_while(|line| serde_json::from_str(&line.ok()?).ok());
+            events.into_iter().chain(rest).collect()
+        });
         Running {
             child,
-            lines: Box::new(lines),
             events,
+            said,
         }
     }
 }
@@ -283,8 +296,8 @@ impl Drop for Fixture {
 /// A command that is still at work.
 pub struct Running {
     child: Child,
-    lines: Box<dyn Iterator<Item = std::io::Result<String>>>,
-    pub events: Vec<Value>,
+    events: JoinHandle<Vec<Value>>,
+    said: JoinHandle<String>,
 }
 
 impl Running {
@@ -294,15 +307,11 @@ impl Running {
     }
 
     pub fn wait(mut self) -> Ended {
-        for line in self.lines {
-            self.events
-                .push(serde_json::from_str(&line.unwrap()).unwrap());
-        }
-        let output = self.child.wait_with_output().unwrap();
+        let status = self.child.wait().unwrap();
         Ended {
-            code: output.status.code().unwrap(),
-            events: self.events,
-            said: String::from_utf8_lossy(&output.stderr).into_owned(),
+            code: status.code().unwrap(),
+            events: self.events.join().unwrap(),
+            said: self.said.join().unwrap(),
         }
     }
 }
@@ -354,7 +363,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 /// Requests to an environment at a steady rate, on a thread of their own.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    thread: std::thread::JoinHandle<BTreeMap<Failure, u64>>,
+    thread: JoinHandle<BTreeMap<Failure, u64>>,
 }
 
 /// How a request failed.

@@ -81,6 +81,9 @@ impl Namespace {
             // Two cores carry a cluster, a database and the load of several tests: how slow an answer
             // is says nothing here.
             ("judge.latency_floor", "10s".into()),
+            // A verdict of few requests: the load is most of what these tests cost.
+            ("judge.tolerance", 0.05.into()),
+            ("judge.latency_tolerance", 0.05.into()),
         ];
         settings.extend(changes.iter().cloned());
         let fixture = Fixture::with(&settings);
@@ -305,9 +308,9 @@ impl Namespace {
         release
     }
 
-    /// Requests that go on until they are stopped; two environments at a time leave the cluster room.
+    /// Requests that go on until they are stopped; several environments at a time leave the cluster room.
     pub fn load(&self) -> Load {
-        Load::with(self.address.clone(), Load::client(), 120)
+        Load::with(self.address.clone(), Load::client(), 60)
     }
 
     pub fn kubectl(&self, words: &[&str]) -> Output {
