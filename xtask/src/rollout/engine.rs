@@ -88,6 +88,9 @@ pub struct State {
     /// How often others have undone what this stage had reached.
     #[serde(default)]
     pub undone: u8,
+    /// With how many processes the candidate has been seen in this stage, as it was asked for.
+    #[serde(default)]
+    pub reached: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -269,6 +272,7 @@ impl State {
             exposed: false,
             request: 0,
             undone: 0,
+            reached: 0,
         }
     }
 
@@ -305,6 +309,7 @@ impl State {
             return;
         }
         self.undone += 1;
+        self.reached = 0;
         self.enter(Phase::Shift, now);
     }
 
@@ -470,8 +475,13 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
         return Plan::scale(stable, plan.replicas);
     }
     if view.candidate.desired < needed {
+        if view.candidate.desired < next.reached {
+            next.do_again(plan, now);
+            return None;
+        }
         return Plan::scale(&plan.candidate, needed);
     }
+    next.reached = needed;
     if view.candidate.ready < needed {
         let since = *next.unready_since.get_or_insert(now);
         if now.saturating_sub(since) >= plan.limits.ready_within {
@@ -526,8 +536,14 @@ fn watch(
     }
     // Stable must be able to take everything back.
     let is_stable_short = plan.stable.is_some() && view.stable.desired < plan.replicas;
-    if view.candidate.weight != stage.weight || view.candidate.desired < needed || is_stable_short {
+    let is_short = view.candidate.desired < needed.min(next.reached);
+    if view.candidate.weight != stage.weight || is_short || is_stable_short {
         next.do_again(plan, now);
+        return None;
+    }
+    if view.candidate.desired < needed {
+        // An autoscaler has made more of stable.
+        next.enter(Phase::Shift, now);
         return None;
     }
     if view.candidate.ready < needed {
@@ -580,7 +596,7 @@ fn foreign(plan: &Plan, view: &View) -> Option<String> {
 }
 
 fn advance(plan: &Plan, next: &mut State, now: Millis) {
-    next.undone = 0;
+    (next.undone, next.reached) = (0, 0);
     if next.stage + 1 < plan.stages.len() {
         next.stage += 1;
         next.enter(Phase::Shift, now);
@@ -600,7 +616,10 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
     let carries_all = view.candidate.weight == 100 && view.candidate.ready >= enough;
     if !is_recorded {
         if !carries_all {
-            next.do_again(plan, now);
+            match view.candidate.weight {
+                100 => next.enter(Phase::Shift, now),
+                _ => next.do_again(plan, now),
+            }
             return None;
         }
         return Some(Action::Record {

@@ -118,6 +118,26 @@ fn what_is_undone_each_time_is_not_fought_over() {
     assert_eq!(hold.reason, HoldReason::Contested);
 }
 
+/// That an autoscaler makes more of stable, however often, is nobody's fight.
+#[test]
+fn an_autoscaler_is_followed() {
+    let mut model = Rollout::canary();
+    model.plan.stages[0].weight = 50;
+    let mut world = model.init_states().remove(0);
+    for pods in 2..10 {
+        (world.stable.desired, world.stable.ready) = (pods, pods);
+        for _ in 0..6 {
+            world.candidate.ready = world.candidate.desired;
+            model.step(&mut world, Some(Verdict::Undecided), Fate::Done);
+        }
+        assert_eq!(world.candidate.desired, pods.div_ceil(2));
+        assert_eq!(
+            (&world.state.phase, &world.state.hold),
+            (&Phase::Watch, &None)
+        );
+    }
+}
+
 /// A paused or edited release is not gone on from by itself; a rollback does not ask.
 #[test]
 fn what_others_have_stopped_waits_for_a_person() {
