@@ -181,16 +181,10 @@ fn a_release_may_change_only_its_secret() {
         }));
     }
     let tokens = || {
-        let pods = namespace.ask(&[
-            "get",
-            "pods",
-            "--selector",
-            "xtask.dev/release",
-            "-o",
-            "name",
-        ]);
-        let read = |pod: &str| namespace.ask(&["get", pod, "-o", "jsonpath={..secretRef.name}"]);
-        let tokens: BTreeSet<String> = pods.lines().map(read).collect();
+        let pods = ["get", "pods", "--selector", "xtask.dev/release"];
+        let names = ["--output", "jsonpath={..secretRef.name}"];
+        let names = namespace.ask(&[pods.as_slice(), names.as_slice()].concat());
+        let tokens: BTreeSet<String> = names.split_whitespace().map(str::to_owned).collect();
         tokens.into_iter().collect::<Vec<_>>()
     };
     namespace.use_secret("more-v1");
@@ -227,7 +221,7 @@ fn behind_a_plain_service() {
     let first = namespace.in_service("1.0.0");
     // A plain Service splits connections, so each request has one of its own.
     let client = Load::client().pool_max_idle_per_host(0);
-    let load = Load::with(namespace.address.clone(), client, 120);
+    let load = Load::with(namespace.address.clone(), client, 60);
     let second = namespace.release("1.1.0");
     let good = namespace.run(&start(&second)).expect(0, "healthy");
     // 25 % are wanted, a third is what two pods and one more make.

@@ -243,10 +243,11 @@ fn what_is_undone_each_time_is_not_fought_over() {
         }
         status().contains("each time that they are right")
     });
-    assert_eq!(undone, 4, "once, and three times again");
+    // Once, and three times again; more where it was too quick to be seen.
+    assert!((4..=8).contains(&undone), "{undone}");
     namespace.run(&["canary", "abort"]).expect(0, "aborted");
     let ended = running.wait().expect(1, "aborted");
-    ends_with("contested", &ended);
+    says(&ended.said, &["holding: somebody else changes the weights"]);
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
 }
