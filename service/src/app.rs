@@ -425,12 +425,22 @@ impl App {
         }
     }
 
+    /// Tells metrics what is still to be done. Where the database does not say, they stay as they are:
+    /// other metrics tell of that.
+    pub async fn count_backlog(&self) {
+        let backlog = tokio::time::timeout(PROBE_TIMEOUT, self.storage.backlog()).await;
+        if let Ok(Ok(backlog)) = backlog {
+            METRICS.outbox_waiting.set(backlog.untold);
+            METRICS.audit_waiting.set(backlog.unaudited);
+            METRICS.dead_letters.set(backlog.buried);
+        }
+    }
+
     pub async fn info(&self) -> Info {
         let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| UNKNOWN.to_owned());
         Info {
             name: env!("CARGO_PKG_NAME"),
-            version: std::env::var("IMAGE_VERSION")
-                .unwrap_or_else(|_| env!("CARGO_PKG_VERSION").to_owned()),
+            version: version(),
             revision: variable("IMAGE_REVISION"),
             environment: config::environment().unwrap_or_else(|| UNKNOWN.to_owned()),
             config_hash: self.config.hash(),
@@ -441,4 +451,9 @@ impl App {
     pub async fn close(&self) {
         self.storage.close().await;
     }
+}
+
+/// The image's version, else the package's.
+pub fn version() -> String {
+    std::env::var("IMAGE_VERSION").unwrap_or_else(|_| env!("CARGO_PKG_VERSION").to_owned())
 }

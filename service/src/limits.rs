@@ -21,8 +21,8 @@ use crate::config::{Config, RateLimit};
 use crate::metrics::METRICS;
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-static LIMIT: HeaderName = HeaderName::from_static("ratelimit");
-static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+pub static LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+pub static POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
 /// Paths that whoever watches the service must always reach, by HTTP and by gRPC.
 const EXEMPT: [&str; 2] = ["/health/", "/grpc.health.v1.Health/"];

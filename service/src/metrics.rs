@@ -3,6 +3,7 @@
 //! <https://prometheus.io/docs/practices/naming/>
 
 use std::fmt::{self, Debug};
+use std::hash::Hash;
 use std::sync::{Arc, LazyLock};
 
 use metrics_process::collector::collect;
@@ -71,12 +72,14 @@ impl Exemplar {
 }
 
 pub type Latency = HistogramWithExemplars<Exemplar>;
+type Durations<L> = Family<L, Latency, fn() -> Latency>;
 
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     pub http_requests: Family<Answer, Counter>,
-    pub http_duration: Family<Route, Latency>,
+    pub http_duration: Durations<Route>,
+    pub grpc_duration: Durations<Label>,
     pub http_in_flight: Gauge,
     pub http_refused: Family<Label, Counter>,
     pub grpc_requests: Family<Call, Counter>,
@@ -91,6 +94,8 @@ pub struct Metrics {
     pub jwks_failures: Counter,
     pub orders_created: Counter,
     pub outbox_waiting: Gauge,
+    pub audit_waiting: Gauge,
+    pub dead_letters: Gauge,
     pub events_told: Counter,
     pub events_consumed: Family<Consumed, Counter>,
     pub duty_failures: Family<Label, Counter>,
@@ -109,17 +114,18 @@ impl Metrics {
     fn new() -> Self {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Process));
-        let http_duration = Family::new_with_constructor(
-            (|| HistogramWithExemplars::new(LATENCY_BUCKETS.into_iter())) as fn() -> Latency,
-        );
-        registry.register(
-            "http_request_duration_seconds",
-            "Time until a request's answer began",
-            http_duration.clone(),
-        );
         let all = &mut registry;
         Self {
-            http_duration,
+            http_duration: histogram(
+                all,
+                "http_request_duration_seconds",
+                "Time until a request's answer began",
+            ),
+            grpc_duration: histogram(
+                all,
+                "grpc_request_duration_seconds",
+                "Time until a call by gRPC was answered, or its stream began",
+            ),
             http_requests: register(all, "http_requests", "Requests that were answered"),
             http_in_flight: register(all, "http_requests_in_flight", "Requests being answered"),
             http_refused: register(
@@ -153,7 +159,17 @@ impl Metrics {
             outbox_waiting: register(
                 all,
                 "outbox_waiting",
-                "Events not told yet, at most a batch, as the process that tells them saw it",
+                "Events not told yet, of all processes on the database",
+            ),
+            audit_waiting: register(
+                all,
+                "audit_waiting",
+                "Events that are not in the audit log yet",
+            ),
+            dead_letters: register(
+                all,
+                "dead_letters",
+                "Events that were put aside; `service replay` tries them again",
             ),
             events_told: register(all, "events_told", "Events that the bus has taken"),
             events_consumed: register(all, "events_consumed", "Events that came to consumers"),
@@ -203,6 +219,16 @@ impl Metrics {
 
 fn register<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, says: &str) -> M {
     let metric = M::default();
+    registry.register(name, says, metric.clone());
+    metric
+}
+
+fn histogram<L>(registry: &mut Registry, name: &str, says: &str) -> Durations<L>
+where
+    L: EncodeLabelSet + Clone + Debug + Eq + Hash + Send + Sync + 'static,
+{
+    let latency: fn() -> Latency = || HistogramWithExemplars::new(LATENCY_BUCKETS.into_iter());
+    let metric = Family::new_with_constructor(latency);
     registry.register(name, says, metric.clone());
     metric
 }

@@ -28,12 +28,12 @@ use uuid::Uuid;
 
 use crate::api::description;
 use crate::api::fault::Fault;
-use crate::api::grpc;
 use crate::api::problem::Problem;
+use crate::api::{grpc, rest};
 use crate::app::App;
 use crate::config::{Config, Origin};
 use crate::metrics::{Answer, Exemplar, METRICS, Route};
-use crate::{auth, drain, traces};
+use crate::{auth, drain, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
@@ -284,7 +284,14 @@ fn cors(origins: &[Origin]) -> CorsLayer {
             HeaderName::from_static("idempotency-key"),
             HeaderName::from_static("traceparent"),
         ])
-        .expose_headers([header::LOCATION, header::RETRY_AFTER, REQUEST_ID.clone()])
+        .expose_headers([
+            header::LOCATION,
+            header::RETRY_AFTER,
+            REQUEST_ID.clone(),
+            rest::REPLAYED,
+            limits::LIMIT.clone(),
+            limits::POLICY.clone(),
+        ])
         .max_age(PREFLIGHT_AGE)
 }
 

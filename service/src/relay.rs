@@ -22,7 +22,6 @@ pub async fn run(app: Arc<App>) {
 async fn step(app: Arc<App>, fence: Fence) -> Result<usize, Failure> {
     let (storage, config) = (app.storage(), &app.config.events);
     let untold = storage.untold(config.batch.get()).await?;
-    METRICS.outbox_waiting.set(untold.len() as i64);
     let seqs: Vec<i64> = untold.iter().map(|untold| untold.seq).collect();
     let events = readable(storage, untold).await?;
     // Somebody else may take over when the lease ends: by then this must be over.

@@ -124,6 +124,7 @@ pub async fn serve(
         loop {
             interval.tick().await;
             kept.limits.forget_quiet_clients();
+            kept.count_backlog().await;
             if let Some(certificates) = &certificates {
                 certificates.renew();
             }

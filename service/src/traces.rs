@@ -15,7 +15,8 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 
-use crate::config::Tracing;
+use crate::app;
+use crate::config::{self, Tracing};
 
 /// The field of a request, and the attribute of an event.
 const TRACEPARENT: &str = "traceparent";
@@ -40,10 +41,13 @@ fn tracer(provider: &SdkTracerProvider) -> SdkTracer {
 
 fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
     let name = env!("CARGO_PKG_NAME");
-    let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
+    // <https://opentelemetry.io/docs/specs/semconv/resource/>
+    let mut attributes = vec![KeyValue::new("service.version", app::version())];
+    let environment = config::environment();
+    attributes.extend(environment.map(|name| KeyValue::new("deployment.environment.name", name)));
     let resource = Resource::builder().with_service_name(name);
-    let builder =
-        SdkTracerProvider::builder().with_resource(resource.with_attribute(version).build());
+    let resource = resource.with_attributes(attributes).build();
+    let builder = SdkTracerProvider::builder().with_resource(resource);
     let Some(endpoint) = &config.endpoint else {
         return Ok(builder.with_sampler(Sampler::AlwaysOff).build());
     };

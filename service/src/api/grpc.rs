@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -232,7 +232,12 @@ async fn counted<T>(
     method: &'static str,
     answer: impl Future<Output = Result<T, Problem>>,
 ) -> Answer<T> {
+    let began = Instant::now();
     let answer = answer.await.map_err(Status::from);
+    METRICS
+        .grpc_duration
+        .get_or_create(&[("method", method)])
+        .observe(began.elapsed().as_secs_f64(), None, None);
     let code = answer
         .as_ref()
         .map_or_else(Status::code, |_| tonic::Code::Ok);

@@ -21,7 +21,7 @@ use crate::domain::orders::{Order, OrderId, OrderRequest, Page, PageRequest, Tot
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Whether the answer is one that was given before.
-const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// The group of these operations in the API's description.
 const ORDERS: &str = "orders";

@@ -292,11 +292,16 @@ pub async fn recognise(app: &App, request: &mut Request) -> Result<(), Distrust>
 impl IntoResponse for Distrust {
     fn into_response(self) -> Response {
         METRICS.tokens_refused.inc();
-        Problem::new(Fault::Unauthenticated)
-            .detail(self.to_string())
-            .into_response()
+        let problem = Problem::new(Fault::Unauthenticated).detail(self.to_string());
+        let mut response = problem.into_response();
+        response
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, INVALID_TOKEN);
+        response
     }
 }
 
 /// What a client is to do that has to say who it is (RFC 9110, section 11.6.1).
 pub const CHALLENGE: HeaderValue = HeaderValue::from_static("Bearer");
+/// What one is told whose token is not believed (RFC 6750, section 3.1).
+const INVALID_TOKEN: HeaderValue = HeaderValue::from_static("Bearer error=\"invalid_token\"");

@@ -33,6 +33,17 @@ const SECRETS: [&str; 3] = [
     "kafka.password",
 ];
 
+/// Keys whose value may be in a file that a variable names, as secrets are mounted:
+/// `SERVICE__DATABASE__URL_FILE=/run/secrets/database`.
+const FROM_FILES: [&str; 6] = [
+    "auth.client_secret",
+    "database.encryption_keys",
+    "database.url",
+    "kafka.password",
+    "rabbitmq.url",
+    "redis.url",
+];
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -358,14 +369,27 @@ impl Config {
         for file in files {
             figment = figment.merge(Toml::file_exact(file));
         }
-        figment = figment.merge(Env::prefixed("SERVICE__").split("__"));
+        let variables = Env::prefixed("SERVICE__");
+        let variables = variables.filter(|name| !is_file_variable(name.as_str()));
+        figment = figment.merge(variables.split("__"));
         for key in SECRETS {
             // As it is: one of digits is no number.
             if let Ok(secret) = std::env::var(variable(key)) {
                 figment = figment.merge((key, secret));
             }
         }
-        Self::from_figment(&figment)
+        let mut unread = Vec::new();
+        for key in FROM_FILES {
+            match from_file(key) {
+                Ok(Some(text)) => figment = figment.merge((key, text)),
+                Ok(None) => {}
+                Err(why) => unread.push(why),
+            }
+        }
+        match unread.is_empty() {
+            true => Self::from_figment(&figment),
+            false => Err(ConfigError(unread)),
+        }
     }
 
     fn from_figment(figment: &Figment) -> Result<Self, ConfigError> {
@@ -477,6 +501,40 @@ fn describe(metadata: &figment::Metadata, key: &str) -> String {
         Some(figment::Source::File(path)) => path.display().to_string(),
         _ => format!("variable {}", variable(key)),
     }
+}
+
+/// The content of the file that a key's variable names, without the line's end.
+fn from_file(key: &str) -> Result<Option<String>, String> {
+    let name = file_variable(key);
+    let Some(path) = std::env::var_os(&name).map(PathBuf::from) else {
+        return Ok(None);
+    };
+    if std::env::var_os(variable(key)).is_some() {
+        return Err(format!(
+            "variable {name}: {} is set, too; which of them counts?",
+            variable(key)
+        ));
+    }
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned())),
+        Err(error) => Err(format!(
+            "variable {name}: reading {}: {error}",
+            path.display()
+        )),
+    }
+}
+
+fn file_variable(key: &str) -> String {
+    format!("{}_FILE", variable(key))
+}
+
+/// Whether a variable, whose prefix is gone, names a file with a key's value.
+fn is_file_variable(name: &str) -> bool {
+    let mut names = FROM_FILES.iter().map(|key| file_variable(key));
+    names.any(|file| {
+        file.strip_prefix("SERVICE__")
+            .is_some_and(|file| file.eq_ignore_ascii_case(name))
+    })
 }
 
 fn variable(key: &str) -> String {

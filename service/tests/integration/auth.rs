@@ -296,6 +296,10 @@ async fn roles_may_do_what_the_table_says() {
         .unwrap();
     assert_eq!(answer.status(), 401);
     assert_eq!(answer.headers()["www-authenticate"], "Bearer");
+    let forged = reqwest::Client::new().get(format!("http://{}/v1/orders", app.public));
+    let answer = forged.bearer_auth("forged").send().await.unwrap();
+    let challenge = &answer.headers()["www-authenticate"];
+    assert_eq!(challenge, "Bearer error=\"invalid_token\"");
     // Whoever watches over the service needs no token.
     assert_eq!(app.get("/health/ready").await.0, 200);
 }

@@ -56,6 +56,45 @@ async fn migrating_is_done_once_and_can_be_left_to_another() {
     }
 }
 
+/// Secrets are mounted as files; none of them is ever shown.
+#[tokio::test]
+async fn a_variable_may_name_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let good = format!("sqlite://{}/orders.db\n", dir.path().display());
+    let good = write("good", &good);
+    let name = "SERVICE__DATABASE__URL_FILE";
+    let (code, said) = run("migrate", &[(name, &good)]).await;
+    assert_eq!(
+        (code, said.contains("the schema is new")),
+        (0, true),
+        "{said}"
+    );
+    assert!(dir.path().join("orders.db").exists());
+
+    let wrong = write("wrong", "mysql://ada:hunter2@database/orders");
+    let absent = dir.path().join("absent").display().to_string();
+    for (variables, why) in [
+        (vec![(name, wrong.as_str())], "database.url"),
+        (vec![(name, absent.as_str())], "absent: No such file"),
+        (
+            vec![
+                (name, good.as_str()),
+                ("SERVICE__DATABASE__URL", "sqlite://x"),
+            ],
+            "SERVICE__DATABASE__URL is set, too",
+        ),
+    ] {
+        let (code, said) = run("check-config", &variables).await;
+        assert_eq!((code, said.contains(why)), (78, true), "{said}");
+        assert!(!said.contains("hunter2"), "{said}");
+    }
+}
+
 /// What is logged can be changed while the process runs, to find out about it.
 #[tokio::test]
 async fn the_log_is_turned_up_and_down_while_it_runs() {

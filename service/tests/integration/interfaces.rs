@@ -343,6 +343,8 @@ async fn limits_speak_grpc() {
             && line.contains("status=\"429\"")
     });
     assert!(counted, "{metrics}");
+    let timed = "grpc_request_duration_seconds_count{method=\"ListOrders\"}";
+    assert!(metrics.contains(timed), "{metrics}");
     // Health is asked for however busy the process is.
     let mut health = HealthClient::new(channel(&app).await);
     for _ in 0..3 {
@@ -528,6 +530,65 @@ async fn a_graphql_socket_is_for_subscriptions() {
     let (_, placed) = app.post("/v1/orders", order()).await;
     let told = next_json(&mut socket).await;
     assert_eq!(told["id"], "2", "{told} {placed}");
+}
+
+/// Who does not read as fast as events come is told so, each in its interface's words.
+#[tokio::test]
+async fn who_is_too_slow_is_told_so() {
+    let app = TestApp::start_with(|config| {
+        without_limit(config);
+        config.events.feed = 2.try_into().unwrap();
+    })
+    .await;
+    let mut events = socket(&app, "/v1/events", None).await;
+    let mut subscription = socket(&app, "/graphql", Some("graphql-transport-ws")).await;
+    for message in [
+        json!({ "type": "connection_init" }),
+        json!({ "id": "1", "type": "subscribe", "payload": {
+            "query": "subscription { orderEvents { id } }" } }),
+    ] {
+        let message = Message::text(message.to_string());
+        subscription.send(message).await.unwrap();
+    }
+    let mut grpc = orders(&app).await;
+    let watch = grpc.watch_orders(pb::WatchOrdersRequest::default());
+    let mut stream = watch.await.unwrap().into_inner();
+
+    let closed = async {
+        loop {
+            if let Message::Close(Some(frame)) = next(&mut events).await.unwrap() {
+                break u16::from(frame.code);
+            }
+        }
+    };
+    let refused = async {
+        loop {
+            let said = next_json(&mut subscription).await.to_string();
+            if said.contains("TOO_SLOW") {
+                break;
+            }
+        }
+    };
+    let ended = async {
+        loop {
+            if let Err(status) = stream.message().await {
+                break status.code();
+            }
+        }
+    };
+    // Many at once, until nobody could keep up.
+    let crowds = async {
+        loop {
+            let crowd = (0..50).map(|_| app.post("/v1/orders", order()));
+            futures_util::future::join_all(crowd).await;
+        }
+    };
+    tokio::select! {
+        ends = async { tokio::join!(closed, refused, ended) } => {
+            assert_eq!(ends, (1013, (), Code::ResourceExhausted));
+        }
+        () = crowds => unreachable!("crowds come until all have been told"),
+    }
 }
 
 /// One client cannot take all places, and pages of other origins get none.

@@ -302,6 +302,18 @@ async fn browsers_are_told_what_they_may_do() {
             assert!(allowed || said.is_none(), "{origin}: {said:?}");
         }
     }
+    let shop = client.get(&orders).header("origin", "https://shop.example");
+    let answer = shop.send().await.unwrap();
+    let shown = &answer.headers()["access-control-expose-headers"];
+    for name in [
+        "idempotent-replayed",
+        "ratelimit",
+        "ratelimit-policy",
+        "retry-after",
+    ] {
+        let mut all = shown.to_str().unwrap().split(',');
+        assert!(all.any(|shown| shown.trim() == name), "{name} in {shown:?}");
+    }
     let answer = client.get(&orders).send().await.unwrap();
     for (name, value) in [
         ("x-content-type-options", "nosniff"),

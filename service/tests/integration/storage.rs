@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use service::adapters::lock::Fence;
-use service::adapters::storage::{self, Change, Once, Placed, Storage, StorageError};
+use service::adapters::storage::{self, Backlog, Change, Once, Placed, Storage, StorageError};
 use service::config::Timeout;
 use service::domain::events::{Cause, Event, Kind};
 use service::domain::orders::{ItemRequest, Order, OrderId, OrderRequest, Status};
@@ -274,6 +274,12 @@ async fn each_change_leaves_one_event_in_order() {
             (Kind::Cancelled, first.id),
         ];
         assert_eq!(told, wanted, "{kind}");
+        let waiting = Backlog {
+            untold: 3,
+            unaudited: 3,
+            buried: 0,
+        };
+        assert_eq!(storage.backlog().await.unwrap(), waiting, "{kind}");
         assert_eq!(events[2].data.status, Status::Cancelled, "{kind}");
 
         let fence = Fence {
@@ -412,6 +418,7 @@ async fn an_event_is_acted_on_once_and_by_each_consumer() {
             .bury("totals", another.id, "{}", "why")
             .await
             .unwrap();
+        assert_eq!(storage.backlog().await.unwrap().buried, 1, "{kind}");
         let buried = storage.buried(10).await.unwrap();
         let letter = (buried[0].id, buried[0].error.as_str());
         assert_eq!((buried.len(), letter), (1, (another.id, "why")), "{kind}");

@@ -19,7 +19,11 @@ use crate::test_app::{config_dir, free_port, order};
 
 /// A collector that keeps what it is sent.
 #[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Vec<Span>>>);
+struct Collector {
+    spans: Arc<Mutex<Vec<Span>>>,
+    /// What their processes say of themselves.
+    attributes: Arc<Mutex<Vec<String>>>,
+}
 
 #[tonic::async_trait]
 impl TraceService for Collector {
@@ -27,9 +31,14 @@ impl TraceService for Collector {
         &self,
         request: tonic::Request<ExportTraceServiceRequest>,
     ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
-        let resources = request.into_inner().resource_spans.into_iter();
+        let resources = request.into_inner().resource_spans;
+        for resource in resources.iter().filter_map(|spans| spans.resource.as_ref()) {
+            let said = resource.attributes.iter().map(|said| format!("{said:?}"));
+            self.attributes.lock().unwrap().extend(said);
+        }
+        let resources = resources.into_iter();
         let scopes = resources.flat_map(|resource| resource.scope_spans);
-        self.0
+        self.spans
             .lock()
             .unwrap()
             .extend(scopes.flat_map(|scope| scope.spans));
@@ -50,7 +59,7 @@ impl Collector {
     }
 
     fn span(&self, name: &str) -> Option<Span> {
-        let spans = self.0.lock().unwrap();
+        let spans = self.spans.lock().unwrap();
         spans.iter().find(|span| span.name == name).cloned()
     }
 }
@@ -64,6 +73,7 @@ async fn a_trace_goes_through_to_the_consumer() {
         .kill_on_drop(true)
         .env("SERVICE_CONFIG_DIR", config_dir())
         .env("SERVICE__TRACING__ENDPOINT", &endpoint)
+        .env("IMAGE_VERSION", "7.8.9")
         .env("SERVICE__LOGGING__FILE", dir.path().join("log"))
         .env("SERVICE__LOGGING__FORMAT", "json")
         .env(
@@ -140,6 +150,8 @@ async fn a_trace_goes_through_to_the_consumer() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert!(running.wait().await.unwrap().success());
 
+    let attributes = collector.attributes.lock().unwrap().join("\n");
+    assert!(attributes.contains("7.8.9"), "{attributes}");
     let request = collector.span("POST /v1/orders").unwrap();
     assert_eq!(hex(&request.trace_id), trace);
     assert_eq!(hex(&request.parent_span_id), caller);

@@ -73,6 +73,8 @@ pub trait Storage: Send + Sync {
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
     /// These events have been told.
     async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError>;
+    /// How much is still to be done, by anybody.
+    async fn backlog(&self) -> Result<Backlog, StorageError>;
     /// Forgets answers to writes, and what consumers have done, that are older than `days`.
     async fn forget(&self, days: i64) -> Result<(), StorageError>;
 
@@ -117,6 +119,17 @@ pub struct Connections {
     pub idle: u32,
     /// As many as there may be.
     pub most: u32,
+}
+
+/// Events by what they wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
+pub struct Backlog {
+    /// To be told.
+    pub untold: i64,
+    /// To be chained to the audit log.
+    pub unaudited: i64,
+    /// Put aside, for a person.
+    pub buried: i64,
 }
 
 /// A write that a client may send again: by the same client and key only the same request.

@@ -144,6 +144,9 @@ pub(super) const KEY: &str =
 
 pub(super) const TELL: &str = "INSERT INTO outbox (event, created_at) VALUES ($1, $2)";
 pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMIT $1";
+pub(super) const BACKLOG: &str = "SELECT (SELECT count(*) FROM outbox) AS untold,
+    (SELECT count(*) FROM audit_waiting) AS unaudited,
+    (SELECT count(*) FROM dead_letters) AS buried";
 
 /// What changes come to for each customer and currency, of those orders that are newly counted, or are
 /// no longer. In one order, so that nobody waits for another who waits for them.

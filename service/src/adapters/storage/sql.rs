@@ -214,6 +214,11 @@ macro_rules! storage_in_sql {
                 Ok(watched(untold.fetch_all(&self.pools.shared())).await?)
             }
 
+            async fn backlog(&self) -> Result<Backlog, StorageError> {
+                let backlog = sqlx::query_as(rows::BACKLOG);
+                Ok(watched(backlog.fetch_one(&self.pools.shared())).await?)
+            }
+
             async fn forget(&self, days: i64) -> Result<(), StorageError> {
                 for old in rows::FORGET {
                     let old = sqlx::query(old).bind(rows::days_ago(days));

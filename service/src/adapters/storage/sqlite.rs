@@ -23,8 +23,8 @@ use super::rows::{Placement, TotalOf};
 use super::sql::storage_in_sql;
 use super::turns::{Turn, Turns};
 use super::{
-    Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold, abandoned,
-    contacts, rows,
+    Backlog, Change, Connections, DeadLetter, Once, Placed, Storage, StorageError, Untold,
+    abandoned, contacts, rows,
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
