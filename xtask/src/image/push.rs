@@ -22,6 +22,8 @@ const READ: Duration = Duration::from_secs(60);
 /// Where an image goes, and by what right.
 pub struct Target {
     reference: Reference,
+    /// Whether a tag was named; a reference without one has `latest`.
+    is_tagged: bool,
     protocol: ClientProtocol,
     auth: RegistryAuth,
 }
@@ -43,7 +45,9 @@ impl Target {
             true => ClientProtocol::HttpsExcept(vec![host.clone()]),
             false => ClientProtocol::Https,
         };
+        let last = text.rsplit('/').next().unwrap_or_default();
         Ok(Self {
+            is_tagged: last.contains(':'),
             reference,
             protocol,
             auth: credentials(&host)?,
@@ -95,7 +99,7 @@ impl Target {
             .push_manifest_raw(&by_digest, manifest.clone(), kind.clone())
             .await
             .map_err(explain)?;
-        if reference.tag().is_some_and(|tag| tag != "latest") {
+        if self.is_tagged {
             let tagged = client.push_manifest_raw(reference, manifest, kind).await;
             tagged.map_err(explain)?;
         }
@@ -160,6 +164,21 @@ fn credentials(host: &str) -> Result<RegistryAuth> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tag_is_one_that_was_named() {
+        for (text, is_tagged) in [
+            ("registry.example/service", false),
+            ("registry.example:5000/service", false),
+            ("registry.example:5000/service:latest", true),
+            ("registry.example/team/service:1.2.0", true),
+        ] {
+            let target = Target::parse(text, false).unwrap();
+            assert_eq!(target.is_tagged, is_tagged, "{text}");
+            assert!(matches!(target.protocol, ClientProtocol::Https), "{text}");
+        }
+        assert!(Target::parse("registry.example/service@sha256:1", false).is_err());
+    }
 
     #[test]
     fn only_this_machine_is_pushed_to_without_encryption() {
