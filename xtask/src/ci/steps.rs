@@ -164,7 +164,7 @@ pub fn steps() -> Vec<Step> {
             "kubernetes",
             "rollouts do on a real cluster what they do in the sandbox, whatever goes wrong there",
             "cargo xtask cluster run -- \
-             cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 2",
+             cargo test --locked --workspace --all-features --test kubernetes -- --test-threads 3",
         )
         .tools(&[CLUSTER_TESTS])
         .minutes(40),
