@@ -7,16 +7,19 @@ use std::time::{Duration, Instant};
 use crate::namespace::{Namespace, short};
 use crate::proxy::{Fault, Proxy};
 
-const FAULTS: [Fault; 5] = [
+const FAULTS: [Fault; 8] = [
     Fault::AnswerLost,
     Fault::CallLost,
     Fault::TooMany,
     Fault::Broken,
     Fault::Conflict,
+    Fault::Stale,
+    Fault::Expired,
+    Fault::HalfAnswer,
 ];
 
 /// Every fifth call fails, each time in another way, in three rollouts with both shifted: a conflict
-/// is one of writes only.
+/// is one of writes only, and some are of reads only.
 #[test]
 fn every_fault_at_every_call() {
     let namespace = Namespace::new("faults");
@@ -32,6 +35,7 @@ fn every_fault_at_every_call() {
             let fault = FAULTS[((number / 5 + shift) % FAULTS.len() as u64) as usize];
             match fault {
                 Fault::Conflict if !writes => Fault::Broken,
+                Fault::Stale | Fault::Expired if writes => Fault::Broken,
                 fault => fault,
             }
         });

@@ -1,16 +1,18 @@
 //! A proxy in front of the API server that makes calls fail, and writes down which there were.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use http_body_util::BodyExt;
+use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -34,6 +36,12 @@ pub enum Fault {
     Broken,
     /// 409: somebody has changed the object meanwhile.
     Conflict,
+    /// What was answered to the same question before, as by a server that lags behind.
+    Stale,
+    /// 410: the version that a list goes on from is forgotten.
+    Expired,
+    /// The connection breaks in the middle of the answer.
+    HalfAnswer,
 }
 
 /// Decides by the number of the call and by whether it writes.
@@ -52,6 +60,8 @@ struct State {
     client: reqwest::Client,
     plan: Mutex<Plan>,
     log: Mutex<Vec<Call>>,
+    /// The last answer but one to each question, and the last.
+    answers: Mutex<HashMap<String, [Bytes; 2]>>,
 }
 
 /// Method and path, and whether an object came into being.
@@ -79,6 +89,7 @@ impl Proxy {
             client: reqwest::Client::builder().no_proxy().build().unwrap(),
             plan: Mutex::new(Arc::new(|_, _| Fault::None)),
             log: Mutex::default(),
+            answers: Mutex::default(),
         });
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -210,10 +221,29 @@ impl std::fmt::Display for Cut {
 
 impl std::error::Error for Cut {}
 
-async fn serve(
-    state: Arc<State>,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Cut> {
+/// An answer that may break off after what there is of it.
+struct Answer {
+    bytes: Option<Bytes>,
+    breaks: bool,
+}
+
+impl hyper::body::Body for Answer {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        Poll::Ready(match self.bytes.take() {
+            Some(bytes) => Some(Ok(Frame::data(bytes))),
+            None if self.breaks => Some(Err(Cut)),
+            None => None,
+        })
+    }
+}
+
+async fn serve(state: Arc<State>, request: Request<Incoming>) -> Result<Response<Answer>, Cut> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.map_err(|_| Cut)?.to_bytes();
     let path = head
@@ -237,7 +267,10 @@ async fn serve(
             .status(code)
             .header("content-type", "application/json")
             .header("retry-after", if code == 429 { "1" } else { "0" })
-            .body(Full::new(Bytes::from(status.to_string())))
+            .body(Answer {
+                bytes: Some(status.to_string().into()),
+                breaks: false,
+            })
             .map_err(|_| Cut)
     };
     match fault {
@@ -249,8 +282,10 @@ async fn serve(
                 "the object has been modified; please apply your changes to the latest version";
             return answer(409, "Conflict", message);
         }
-        Fault::None | Fault::AnswerLost | Fault::Slow(_) => {}
+        Fault::Expired => return answer(410, "Expired", "The provided continue token is too old"),
+        _ => {}
     }
+    let is_read = head.method == hyper::Method::GET;
     let mut forward = state
         .client
         .request(head.method, format!("{}{path}", state.inner))
@@ -269,12 +304,30 @@ async fn serve(
             call.2 = true;
         }
     }
+    let mut body = body;
+    if is_read && status.is_success() {
+        let mut answers = state.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let [before, last] = answers
+            .entry(path)
+            .or_insert_with(|| [body.clone(), body.clone()]);
+        (*before, *last) = (last.clone(), body.clone());
+        if fault == Fault::Stale {
+            body = before.clone();
+        }
+    }
     match fault {
         Fault::AnswerLost => return Err(Cut),
         Fault::Slow(delay) => tokio::time::sleep(delay).await,
         _ => {}
     }
-    let mut response = Response::new(Full::new(body));
+    let breaks = fault == Fault::HalfAnswer;
+    if breaks {
+        body.truncate(body.len() / 2);
+    }
+    let mut response = Response::new(Answer {
+        bytes: Some(body),
+        breaks,
+    });
     *response.status_mut() = StatusCode::from_u16(status.as_u16()).map_err(|_| Cut)?;
     if let Some(kind) = headers.get("content-type") {
         response.headers_mut().insert("content-type", kind.clone());

@@ -75,7 +75,8 @@ impl Failure {
         match self {
             Self::Lost(_) => true,
             Self::Refused { refusal, .. } => {
-                matches!(refusal.code, 429 | 500 | 502 | 503 | 504)
+                // 410: what a list goes on from is forgotten, and it begins anew.
+                matches!(refusal.code, 410 | 429 | 500 | 502 | 503 | 504)
             }
         }
     }
