@@ -84,7 +84,8 @@ fn the_service_names_no_place_of_this_machine() {
     fixture.run(&["image"]).expect(0, "passed");
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into);
-    let target = std::path::absolute(target).unwrap();
+    // Without the `..` in it, which no executable would name.
+    let target = target.canonicalize().unwrap();
     let program = std::fs::read(executable(&target, "service")).unwrap();
     let cargo = std::env::var_os("CARGO_HOME").map_or_else(
         || std::env::home_dir().unwrap().join(".cargo"),
