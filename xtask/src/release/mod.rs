@@ -129,21 +129,14 @@ fn read_config(dir: &Path) -> Result<BTreeMap<String, String>> {
 
 /// All files below `dir`, by their paths there.
 pub fn read_manifests(dir: &Path) -> Result<BTreeMap<String, String>> {
-    let context = |dir: &Path| format!("reading the manifests in {}", dir.display());
+    let paths =
+        files::below(dir).with_context(|| format!("reading the manifests in {}", dir.display()))?;
     let mut manifests = BTreeMap::new();
-    let mut open = vec![dir.to_owned()];
-    while let Some(next) = open.pop() {
-        for entry in std::fs::read_dir(&next).with_context(|| context(&next))? {
-            let path = entry.with_context(|| context(&next))?.path();
-            if path.is_dir() {
-                open.push(path);
-                continue;
-            }
-            let text = std::fs::read_to_string(&path)
-                .with_context(|| format!("reading {} as text", path.display()))?;
-            let inside = path.strip_prefix(dir).unwrap_or(&path);
-            manifests.insert(inside.to_string_lossy().into_owned(), text);
-        }
+    for path in paths {
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("reading {} as text", path.display()))?;
+        let inside = path.strip_prefix(dir).unwrap_or(&path);
+        manifests.insert(inside.to_string_lossy().into_owned(), text);
     }
     Ok(manifests)
 }
