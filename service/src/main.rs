@@ -65,7 +65,7 @@ fn carry_out(command: Command, config: Config, runtime: &Runtime) -> anyhow::Res
     match command {
         Command::Serve => {
             runtime.block_on(async {
-                telemetry::start(&config.logging)?;
+                let _log = telemetry::start(&config.logging)?;
                 let spans = traces::start(&config.tracing)?;
                 allow_many_connections();
                 let app = App::open(config).await?;

@@ -18,6 +18,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Metric, Registry};
 
+use crate::telemetry;
+
 /// Upper bounds of the latency buckets, in seconds. OpenMetrics has the whole ones as `1.0`, which is
 /// another label to Prometheus 2.
 const LATENCY_BUCKETS: [f64; 14] = [
@@ -233,13 +235,18 @@ where
     metric
 }
 
-/// What the operating system says of the process, looked up for each answer.
+/// What the log and the operating system say of the process, looked up for each answer.
 /// <https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics>
 #[derive(Debug)]
 struct Process;
 
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let dropped = u64::try_from(telemetry::lines_dropped()).unwrap_or(u64::MAX);
+        let metric = ConstCounter::new(dropped);
+        let says = "Lines of the log that nobody took in time";
+        let kind = metric.metric_type();
+        metric.encode(encoder.encode_descriptor("log_lines_dropped", says, None, kind)?)?;
         let seen = collect();
         if let Some(seconds) = seen.cpu_seconds_total {
             let metric = ConstCounter::new(seconds);

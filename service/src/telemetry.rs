@@ -1,10 +1,12 @@
-//! The log: on standard error and in files, at a level that can be changed while it runs.
+//! The log: on standard error and in files, at a level that can be changed while it runs. Nobody waits
+//! for it: where lines are not taken for so long that too many wait, further ones are dropped and counted.
 
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::Context;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt};
@@ -15,25 +17,41 @@ use tracing_subscriber::{Layer, fmt, reload};
 use crate::config::{LogFilter, LogFormat, Logging};
 use crate::log_lines;
 
+/// Lines that wait to be written, for standard error and for files each: a few MB.
+const WAITING_LINES: usize = 4096;
+
 /// A process has one log.
 static LOG: OnceLock<Log> = OnceLock::new();
 
 struct Log {
+    dropped: Vec<ErrorCounter>,
     level: Mutex<LogFilter>,
     change: Box<dyn Fn(Targets) -> Result<(), reload::Error> + Send + Sync>,
 }
 
+/// Writes the last lines when it is dropped; it waits a second for that, and no longer.
+#[must_use]
+pub struct Writers(#[expect(dead_code, reason = "dropped")] Vec<WorkerGuard>);
+
 /// Sends the process's log to standard error, and to files where the configuration names some, in the
 /// format it asks for.
-pub fn start(logging: &Logging) -> anyhow::Result<()> {
+pub fn start(logging: &Logging) -> anyhow::Result<Writers> {
     let (level, handle) = reload::Layer::new(filter(&logging.level)?);
     let file = logging
         .file
         .as_deref()
         .map(|file| files(file, logging.keep_files.get()));
+    let (errors, errors_end) = queued(std::io::stderr());
+    let mut dropped = vec![errors.error_counter()];
+    let mut ends = vec![errors_end];
     let writer = match file.transpose()? {
-        Some(file) => BoxMakeWriter::new(std::io::stderr.and(file)),
-        None => BoxMakeWriter::new(std::io::stderr),
+        Some(file) => {
+            let (file, file_end) = queued(file);
+            dropped.push(file.error_counter());
+            ends.push(file_end);
+            BoxMakeWriter::new(errors.and(file))
+        }
+        None => BoxMakeWriter::new(errors),
     };
     let lines = match logging.format {
         LogFormat::Text => fmt::layer().with_ansi(false).with_writer(writer).boxed(),
@@ -50,8 +68,28 @@ pub fn start(logging: &Logging) -> anyhow::Result<()> {
         .context("starting the log")?;
     let level = Mutex::new(logging.level.clone());
     let change = Box::new(move |filter| handle.reload(filter));
-    let _ = LOG.set(Log { level, change });
-    Ok(())
+    let _ = LOG.set(Log {
+        dropped,
+        level,
+        change,
+    });
+    Ok(Writers(ends))
+}
+
+/// A writer with a thread of its own: a full disk's or a stopped reader's time is not a request's.
+fn queued(writer: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
+    NonBlockingBuilder::default()
+        .buffered_lines_limit(WAITING_LINES)
+        .thread_name("log")
+        .finish(writer)
+}
+
+/// Lines of the log that were dropped, since too many waited to be written.
+pub fn lines_dropped() -> usize {
+    let log = LOG.get().into_iter();
+    log.flat_map(|log| &log.dropped)
+        .map(ErrorCounter::dropped_lines)
+        .sum()
 }
 
 /// A file for each day: `DIR/NAME.2026-01-31.log`.

@@ -164,6 +164,56 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     assert!(!said.contains("answered"), "{said}");
 }
 
+/// A log whose reader has stopped, as where a node's disk is busy, holds nobody up, and its end either.
+#[tokio::test]
+async fn nobody_waits_for_the_log() {
+    let database = Database::sqlite();
+    let address = || format!("127.0.0.1:{}", free_port());
+    let (public, admin) = (address(), address());
+    let (unread, log) = std::io::pipe().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_service"))
+        .arg("serve")
+        .env("SERVICE_CONFIG_DIR", config_dir())
+        .env("SERVICE__DATABASE__URL", database.url())
+        .env("SERVICE__SERVER__LISTEN", &public)
+        .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
+        .env("SERVICE__RATE_LIMIT__BURST", "20000")
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let client = reqwest::Client::new();
+    let ready = format!("http://{admin}/health/ready");
+    eventually("it is ready", async || {
+        client.get(&ready).send().await.is_ok()
+    })
+    .await;
+    let dropped = async || {
+        let metrics = client.get(format!("http://{admin}/metrics")).send().await;
+        let metrics = metrics.unwrap().text().await.unwrap();
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("log_lines_dropped_total "));
+        line.expect(&metrics).parse::<f64>().unwrap()
+    };
+    assert_eq!(dropped().await, 0.0);
+    // A pipe takes some hundred lines, and four thousand wait.
+    for _ in 0..6_000 {
+        let answer = client.get(format!("http://{public}/info")).send().await;
+        assert_eq!(answer.unwrap().status(), 200);
+    }
+    assert!(dropped().await > 0.0);
+    let pid = i32::try_from(child.id().unwrap()).unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
+    assert!(ended.expect("it ends").unwrap().success());
+    drop(unread);
+}
+
 #[tokio::test]
 async fn a_configuration_can_be_checked_beforehand() {
     let environment = ("SERVICE_ENVIRONMENT", "production");

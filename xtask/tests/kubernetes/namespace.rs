@@ -140,7 +140,7 @@ impl Namespace {
         let environment = json!(environment);
         let deployment = json!([
             { "op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu",
-              "value": "10m" },
+              "value": "50m" },
         ]);
         let mut patches = vec![
             json!({
