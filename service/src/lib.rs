@@ -17,6 +17,7 @@ pub mod consumers;
 pub mod domain;
 pub mod drain;
 pub mod duty;
+mod failpoint;
 pub mod feed;
 pub mod hex;
 pub mod keyring;

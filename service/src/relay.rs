@@ -9,6 +9,7 @@ use crate::app::App;
 use crate::consumers::id_of;
 use crate::domain::events::Event;
 use crate::duty::{self, Failure};
+use crate::failpoint;
 use crate::metrics::METRICS;
 
 /// The lock's name, and the consumer under which unreadable events are put aside.
@@ -31,7 +32,9 @@ async fn step(app: Arc<App>, fence: Fence) -> Result<usize, Failure> {
         Err(_) => return Err(Failure::Late(limit)),
     }
     if !seqs.is_empty() {
+        failpoint::reached("relay-after-publish");
         storage.told(&seqs, fence).await?;
+        failpoint::reached("relay-after-told");
         METRICS.events_told.inc_by(events.len() as u64);
     }
     Ok(seqs.len())

@@ -1,5 +1,7 @@
 //! Nothing that happened is lost, and nothing is done twice, whoever is killed and whenever.
 
+use std::collections::BTreeSet;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -11,7 +13,7 @@ use service::config::Timeout;
 
 use crate::broker::Broker;
 use crate::database::Database;
-use crate::test_app::{Process, TestApp, config_dir, eventually, free_port, order};
+use crate::test_app::{Process, TestApp, audited, config_dir, eventually, free_port, order};
 use crate::wire::{State, Wire};
 
 async fn totals(app: &TestApp, customer: &str) -> Value {
@@ -204,7 +206,19 @@ async fn totals_begin_with_what_is_there() {
 
 /// A service as a process of its own, which can be killed.
 fn service(database: &Database, broker: &Broker, port: u16, admin: u16) -> Process {
+    dying_service(database, broker, port, admin, "")
+}
+
+/// One that ends at a failpoint as if it were killed.
+fn dying_service(
+    database: &Database,
+    broker: &Broker,
+    port: u16,
+    admin: u16,
+    failpoint: &str,
+) -> Process {
     let child = Command::new(env!("CARGO_BIN_EXE_service"))
+        .env("SERVICE_FAILPOINT", failpoint)
         .env("SERVICE_CONFIG_DIR", config_dir())
         .env("SERVICE__DATABASE__URL", database.url())
         .envs(broker.variables())
@@ -285,6 +299,94 @@ async fn killed_again_and_again(database: Database, broker: Broker) {
     .await;
     // Nothing comes that would be counted once more.
     assert_eq!(totals(&last, "ada").await, wanted, "{kind}");
+}
+
+/// Between every two steps that could be torn apart.
+const FAILPOINTS: [&str; 7] = [
+    "place-before-commit",
+    "place-after-commit",
+    "relay-after-publish",
+    "relay-after-told",
+    "consume-before-commit",
+    "consume-after-commit",
+    "audit-before-commit",
+];
+
+/// A process dies in each of them, some work after its start; another goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_doubled_wherever_a_process_dies() {
+    let [in_process, rabbitmq, kafka] = Broker::each().await;
+    dies_everywhere(Database::sqlite(), in_process).await;
+    dies_everywhere(Database::postgres().await, rabbitmq).await;
+    dies_everywhere(Database::postgres().await, kafka).await;
+}
+
+async fn dies_everywhere(database: Database, broker: Broker) {
+    let kind = broker.kind;
+    let (port, admin) = (free_port(), free_port());
+    let url = format!("http://127.0.0.1:{port}/v1/orders");
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|name| tokio::spawn(careful_client(url.clone(), name, Arc::clone(&stop))))
+        .collect();
+    for failpoint in FAILPOINTS {
+        let failpoint = format!("{failpoint}:3");
+        let mut process = dying_service(&database, &broker, port, admin, &failpoint);
+        eventually(&format!("{kind}: its end at {failpoint}"), async || {
+            process.0.try_wait().unwrap().is_some()
+        })
+        .await;
+        let killed = process.0.try_wait().unwrap().unwrap().signal();
+        assert_eq!(killed, Some(9), "{kind}: {failpoint}");
+    }
+    let last = service(&database, &broker, port, admin);
+    stop.store(true, SeqCst);
+    let mut placed = BTreeSet::new();
+    for client in clients {
+        placed.extend(client.await.unwrap());
+    }
+    drop(last);
+    let last = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
+    let orders = last.orders().await;
+    assert_eq!(
+        BTreeSet::from_iter(orders.iter().map(ToString::to_string)),
+        placed
+    );
+    assert_eq!(orders.len(), placed.len(), "{kind}");
+    let orders = orders.len();
+    let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+    eventually(&format!("{kind}: all is counted"), async || {
+        totals(&last, "ada").await == wanted
+    })
+    .await;
+    eventually(&format!("{kind}: all is told"), async || {
+        last.app.storage().untold(1).await.unwrap().is_empty()
+    })
+    .await;
+    audited(&database, orders).await;
+    assert_eq!(totals(&last, "ada").await, wanted, "{kind}");
+}
+
+/// Places one order after another, each under a key of its own until it is told that it is placed; the
+/// ids of all of them.
+async fn careful_client(url: String, name: usize, stop: Arc<AtomicBool>) -> Vec<String> {
+    let client = reqwest::Client::new();
+    let mut placed = Vec::new();
+    while !stop.load(SeqCst) {
+        let key = format!("\"{name}-{}\"", placed.len());
+        loop {
+            let request = client.post(&url).header("idempotency-key", &key);
+            if let Ok(answer) = request.json(&order()).send().await
+                && answer.status() == 201
+                && let Ok(order) = answer.json::<Value>().await
+            {
+                placed.push(order["id"].as_str().unwrap().to_owned());
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    placed
 }
 
 /// Writes go on while the broker is away, and nothing of them is lost.

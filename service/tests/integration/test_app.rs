@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use service::app::App;
 use service::audit::Verdict;
 use service::config::Config;
+use service::domain::orders::OrderId;
 use service::server::{self, Sockets};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -140,14 +141,19 @@ impl TestApp {
 
     /// Of all that there are.
     pub async fn number_of_orders(&self) -> usize {
-        let (mut orders, mut after) = (0, None);
+        self.orders().await.len()
+    }
+
+    /// All that there are, newest first.
+    pub async fn orders(&self) -> Vec<OrderId> {
+        let mut orders: Vec<OrderId> = Vec::new();
         loop {
+            let after = orders.last().copied();
             let page = self.app.storage().list(after, 500).await.unwrap();
-            let Some(oldest) = page.last() else {
+            if page.is_empty() {
                 return orders;
-            };
-            after = Some(oldest.id);
-            orders += page.len();
+            }
+            orders.extend(page.iter().map(|order| order.id));
         }
     }
 

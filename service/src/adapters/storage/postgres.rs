@@ -26,9 +26,10 @@ use super::{
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
-use crate::config::Database;
+use crate::config::{Database, Timeout};
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
+use crate::failpoint;
 use crate::keyring::Keyring;
 
 /// Milliseconds since the Unix epoch, by the database's clock.

@@ -79,7 +79,9 @@ macro_rules! storage_in_sql {
                         return before.map(Placed::Before).ok_or_else(lost);
                     }
                     Self::insert(&mut *tx, &placement).await?;
+                    failpoint::reached("place-before-commit");
                     tx.commit().await?;
+                    failpoint::reached("place-after-commit");
                     Ok(Placed::New)
                 })
                 .await
@@ -257,7 +259,9 @@ macro_rules! storage_in_sql {
                             }
                         }
                     }
+                    failpoint::reached("consume-before-commit");
                     tx.commit().await?;
+                    failpoint::reached("consume-after-commit");
                     Ok(is_new)
                 })
                 .await
@@ -293,6 +297,7 @@ macro_rules! storage_in_sql {
                     }
                     let places: Vec<i64> = waiting.iter().map(|waiting| waiting.seq).collect();
                     Self::no_longer_wait(&mut tx, &places).await?;
+                    failpoint::reached("audit-before-commit");
                     tx.commit().await?;
                     Ok(waiting.len())
                 })

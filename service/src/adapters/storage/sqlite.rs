@@ -31,6 +31,7 @@ use crate::audit::{self, Entry};
 use crate::config::Database;
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
+use crate::failpoint;
 use crate::hex::hex;
 use crate::keyring::Keyring;
 
