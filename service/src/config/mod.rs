@@ -190,6 +190,8 @@ pub struct Database {
     /// For what only the service may read. Without them it keeps nothing of the kind.
     pub encryption_keys: Option<Keyring>,
     pub acquire_timeout: Timeout,
+    /// PostgreSQL ends a statement that takes longer; migrations may.
+    pub statement_timeout: Timeout,
     pub busy_timeout: Timeout,
     pub read_only: bool,
     pub migrate: bool,

@@ -8,6 +8,7 @@ use service::app::App;
 use service::audit::Verdict;
 use service::config::{AuthMode, Config};
 
+use crate::commands::run;
 use crate::database::Database;
 use crate::test_app::{TestApp, order, shipped_config};
 
@@ -62,6 +63,14 @@ async fn what_was_done_is_logged_and_changes_are_found() {
             (&"ada".into(), &placed["id"])
         );
 
+        // The same by hand.
+        let verify = async |words: &str| {
+            let command = format!("audit verify{words}");
+            run(&command, &[("SERVICE__DATABASE__URL", database.url())]).await
+        };
+        let (code, said) = verify(&format!(" --anchor {early}")).await;
+        assert_eq!((code, said.contains("3 entries")), (0, true), "{said}");
+
         // The database itself takes no change.
         let change = "UPDATE audit_log SET event = replace(event, 'ada', 'eve') WHERE seq = 2";
         let refused = database.try_execute(change).await.unwrap_err();
@@ -100,6 +109,8 @@ async fn what_was_done_is_logged_and_changes_are_found() {
             panic!()
         };
         assert_eq!(broken_at(Some(last.as_str())).await, 2);
+        let (code, said) = verify(&format!(" --anchor {last}")).await;
+        assert_eq!((code, said.contains("is broken")), (1, true), "{said}");
         // A gap, on a chain that is whole otherwise; then other words, where there is no gap.
         let gap = "UPDATE audit_log SET seq = 7 WHERE seq = 2";
         database.execute(gap).await;

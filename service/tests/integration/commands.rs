@@ -9,10 +9,11 @@ use tokio::process::Command;
 use crate::database::Database;
 use crate::test_app::{TestApp, config_dir, eventually, free_port};
 
-/// Runs it to its end, while services of the same test go on: they may be in the middle of a write.
+/// Runs it with its words to its end, while services of the same test go on: they may be in the middle of
+/// a write.
 pub async fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     let Output { status, stderr, .. } = Command::new(env!("CARGO_BIN_EXE_service"))
-        .arg(command)
+        .args(command.split(' '))
         .env("SERVICE_CONFIG_DIR", config_dir())
         .envs(variables.iter().copied())
         .output()
@@ -178,6 +179,7 @@ async fn nobody_waits_for_the_log() {
         .env("SERVICE__SERVER__LISTEN", &public)
         .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
         .env("SERVICE__RATE_LIMIT__BURST", "20000")
+        .stdout(Stdio::null())
         .stderr(log)
         .kill_on_drop(true)
         .spawn()

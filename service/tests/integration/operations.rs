@@ -88,6 +88,7 @@ async fn a_process_that_waits_for_its_database_is_ready() {
         let app = TestApp::start_on(database.clone(), |config| {
             config.database.max_connections = 1.try_into().unwrap();
             config.database.acquire_timeout = patience;
+            config.database.statement_timeout = patience;
             config.database.busy_timeout = patience;
             config.server.request_timeout = patience;
         })
@@ -115,6 +116,22 @@ async fn a_process_that_waits_for_its_database_is_ready() {
     }
 }
 
+/// Whoever has given up on a statement leaves none that goes on, and keeps others waiting with its locks.
+#[tokio::test]
+async fn the_server_ends_a_statement_that_takes_too_long() {
+    let database = Database::postgres().await;
+    let app = TestApp::start_on(database.clone(), |config| {
+        config.database.statement_timeout = Timeout(Duration::from_millis(300));
+        config.server.request_timeout = Timeout(Duration::from_secs(40));
+    })
+    .await;
+    let held = database.hold().await;
+    let (status, problem) = app.post("/v1/orders", order()).await;
+    assert_eq!((status, &problem["type"]), (503, &json!("overloaded")));
+    drop(held);
+    assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+}
+
 /// Where none comes back for long, it is not for being busy.
 #[tokio::test]
 async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
@@ -125,6 +142,7 @@ async fn a_process_that_gets_no_connection_any_more_is_not_ready() {
                 config.database.max_connections = 1.try_into().unwrap();
             }
             config.database.acquire_timeout = Timeout(Duration::from_millis(500));
+            config.database.statement_timeout = Timeout(Duration::from_secs(80));
             config.database.busy_timeout = Timeout(Duration::from_secs(80));
             config.server.request_timeout = Timeout(Duration::from_secs(80));
         })

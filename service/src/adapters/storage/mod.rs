@@ -237,11 +237,10 @@ enum Meaning {
 fn meaning(code: &str) -> Meaning {
     match code {
         "25006" => Meaning::ReadOnly,
-        // No room on the disk, too many connections, serialization, deadlock, a lock not to be had;
-        // shutting down; a transaction that was silent for too long.
-        "53100" | "53300" | "40001" | "40P01" | "55P03" | "57P01" | "57P02" | "57P03" | "25P03" => {
-            Meaning::Busy
-        }
+        // No room on the disk, too many connections, serialization, deadlock, a lock not to be had; a
+        // statement that took too long; shutting down; a transaction that was silent for too long.
+        "53100" | "53300" | "40001" | "40P01" | "55P03" | "57014" | "57P01" | "57P02" | "57P03"
+        | "25P03" => Meaning::Busy,
         code if code.len() == 5 => Meaning::Other,
         code => match code.parse::<u32>().map(|code| code & 0xff) {
             // A lock not to be had, a file that cannot be written, no room on the disk.

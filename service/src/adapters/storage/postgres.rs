@@ -39,8 +39,14 @@ const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 const TRUSTED_FOR: Duration = Duration::from_secs(1);
 
 /// Where a connection is lost in the middle of a transaction the server does not know it, and the
-/// transaction's locks would make everybody wait who does the same again.
-const END_ABANDONED: &str = "SET idle_in_transaction_session_timeout = '5s'";
+/// transaction's locks would make everybody wait who does the same again. Nor does it know that nobody
+/// waits for a statement any more.
+fn limits(config: &Database) -> String {
+    let statement = config.statement_timeout.0.as_millis();
+    format!(
+        "SET idle_in_transaction_session_timeout = '5s'; SET statement_timeout = '{statement}ms'"
+    )
+}
 
 /// A connection that takes longer to answer nothing is given up.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -88,8 +94,7 @@ impl Postgres {
         let both = connect(primary.options.clone());
         if config.migrate && !config.read_only {
             // Several processes may start at once; sqlx holds an advisory lock meanwhile.
-            migrations()
-                .run(&both.shared)
+            migrate(config, &primary.options)
                 .await
                 .context("migrating the database")?;
         }
@@ -107,8 +112,22 @@ impl Postgres {
     }
 }
 
+/// However long that takes.
+async fn migrate(config: &Database, on: &PgConnectOptions) -> anyhow::Result<()> {
+    let unlimited = Database {
+        statement_timeout: Timeout(Duration::ZERO),
+        ..config.clone()
+    };
+    let pool = shape(&unlimited, &Handed::default()).max_connections(1);
+    let pool = pool.connect_lazy_with(on.clone());
+    migrations().run(&pool).await?;
+    pool.close().await;
+    Ok(())
+}
+
 fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
     let (acquired, connected) = (handed.clone(), handed.clone());
+    let limits: Arc<str> = limits(config).into();
     PgPoolOptions::new()
         .acquire_timeout(config.acquire_timeout.0)
         .idle_timeout(config.idle_timeout.0)
@@ -125,7 +144,8 @@ fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
         })
         .after_connect(move |connection, _| {
             connected.one();
-            Box::pin(async move { connection.execute(END_ABANDONED).await.map(drop) })
+            let limits = Arc::clone(&limits);
+            Box::pin(async move { connection.execute(&*limits).await.map(drop) })
         })
         .after_release(|connection, _| {
             Box::pin(async move {
