@@ -242,13 +242,29 @@ impl Fixture {
     }
 
     /// Starts a command and returns it when `wanted` came in its events; it goes on.
-    pub fn start_until(
-        &self,
-        arguments: &[&str],
-        mut wanted: impl FnMut(&Value) -> bool,
-    ) -> Running {
-        let mut child = self
-            .command(arguments)
+    pub fn start_until(&self, arguments: &[&str], wanted: impl FnMut(&Value) -> bool) -> Running {
+        Running::until(self.command(arguments), wanted)
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        // A test that failed must not leave processes behind either.
+        let _ = self.command(&["sandbox", "stop"]).output();
+    }
+}
+
+/// A command that is still at work.
+pub struct Running {
+    child: Child,
+    events: JoinHandle<Vec<Value>>,
+    said: JoinHandle<String>,
+}
+
+impl Running {
+    /// Starts it and returns it when `wanted` came in its events; it goes on.
+    pub fn until(mut command: Command, mut wanted: impl FnMut(&Value) -> bool) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -271,36 +287,20 @@ impl Fixture {
         if !found {
             child.wait().unwrap();
             let said = said.join().unwrap();
-            panic!("{arguments:?} ended before that: {said}");
+            panic!("{command:?} ended before that: {said}");
         }
         let events = std::thread::spawn(move || {
             // One that is killed may leave half a line.
             let rest = lines.map_while(|line| serde_json::from_str(&line.ok()?).ok());
             events.into_iter().chain(rest).collect()
         });
-        Running {
+        Self {
             child,
             events,
             said,
         }
     }
-}
 
-impl Drop for Fixture {
-    fn drop(&mut self) {
-        // A test that failed must not leave processes behind either.
-        let _ = self.command(&["sandbox", "stop"]).output();
-    }
-}
-
-/// A command that is still at work.
-pub struct Running {
-    child: Child,
-    events: JoinHandle<Vec<Value>>,
-    said: JoinHandle<String>,
-}
-
-impl Running {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

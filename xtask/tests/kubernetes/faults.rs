@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::namespace::{Namespace, short};
+use serde_json::json;
+
+use crate::namespace::{Namespace, ends_with, short};
 use crate::proxy::{Fault, Proxy};
 
 const FAULTS: [Fault; 8] = [
@@ -107,5 +109,44 @@ fn a_partition_is_waited_for() {
     let ended = ended.expect(0, "healthy");
     assert!(was_cut.load(Ordering::SeqCst), "{}", ended.said);
     assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    load.stop_without_failures();
+}
+
+/// A machine is cut off for so long that its lease runs out, and another goes on with its rollout. When
+/// the first one's calls arrive again, it is told so, and changes nothing any more.
+#[test]
+fn who_was_cut_off_and_replaced_changes_nothing() {
+    let namespace = Namespace::with("fenced", "gateway", &[("rollout.min_stage", "10s".into())]);
+    let proxy = Proxy::start(None);
+    namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let release = namespace.release("1.1.0");
+    let replaced = namespace.judged_canary_by(&proxy.kubeconfig(), &release);
+    proxy.fail(|_, _| Fault::CallLost);
+    // Whether a process of this machine is there is looked up, and its lease is not waited for.
+    let elsewhere = json!({ "spec": { "holderIdentity": "another-machine boot 1 1" } });
+    let lease = "lease/service-rollouts";
+    namespace.ask(&[
+        "patch",
+        lease,
+        "--type=merge",
+        "--patch",
+        &elsewhere.to_string(),
+    ]);
+
+    let resume = ["canary", "resume"];
+    let is_action = |event: &serde_json::Value| event["event"] == "action";
+    let other = namespace.fixture.start_until(&resume, is_action);
+    proxy.fail(|_, _| Fault::None);
+    ends_with("fenced", &replaced.wait().expect(2, "failed"));
+    other.wait().expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    let changed = |call: &&(String, String, bool)| call.0 != "GET" && !call.1.contains("lease");
+    let log = proxy.log();
+    assert_eq!(
+        log.iter().filter(changed).collect::<Vec<_>>(),
+        Vec::<&_>::new()
+    );
+    drop(log);
     load.stop_without_failures();
 }

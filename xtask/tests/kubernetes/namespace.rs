@@ -273,15 +273,16 @@ impl Namespace {
             .image(version, lines, &["--load", "production"])
     }
 
+    /// A command with another way to the cluster.
+    fn command_by(&self, kubeconfig: &std::path::Path, arguments: &[&str]) -> Command {
+        let mut command = self.fixture.command(arguments);
+        command.env("XTASK_KUBECONFIG", kubeconfig);
+        command
+    }
+
     /// Runs a command with another way to the cluster.
     pub fn run_by(&self, kubeconfig: &std::path::Path, arguments: &[&str]) -> Ended {
-        let mut command = self.fixture.command(arguments);
-        ended(
-            command
-                .env("XTASK_KUBECONFIG", kubeconfig)
-                .output()
-                .unwrap(),
-        )
+        ended(self.command_by(kubeconfig, arguments).output().unwrap())
     }
 
     pub fn deploy(&self, release: &str) -> Ended {
@@ -296,9 +297,15 @@ impl Namespace {
 
     /// A canary that goes on, once its candidate has been judged for the first time.
     pub fn judged_canary(&self, release: &str) -> Running {
+        self.judged_canary_by(std::path::Path::new(&kubeconfig()), release)
+    }
+
+    /// The same with another way to the cluster.
+    pub fn judged_canary_by(&self, kubeconfig: &std::path::Path, release: &str) -> Running {
         let start = ["canary", "start", "--release", release];
-        self.fixture
-            .start_until(&start, |event| event["event"] == "judgement")
+        Running::until(self.command_by(kubeconfig, &start), |event| {
+            event["event"] == "judgement"
+        })
     }
 
     /// A first release in service.
