@@ -31,8 +31,8 @@ use crate::pause::Pause;
 use crate::sessions::Sessions;
 use crate::traces;
 
-/// How long a readiness probe waits for each part, and whoever renews copies for storage.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long storage is waited for where nobody waits for the answer: renewed copies, and metrics.
+const STORAGE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long it is believed what a readiness probe has found.
 const PROBE_AGAIN: Duration = Duration::from_millis(250);
@@ -355,7 +355,7 @@ impl App {
     /// An order has changed, here or in another process: copies of it are old.
     pub async fn changed(&self, id: OrderId) {
         // What was told of it has no contact.
-        let order = tokio::time::timeout(PROBE_TIMEOUT, self.storage.find(id)).await;
+        let order = tokio::time::timeout(STORAGE_TIMEOUT, self.storage.find(id)).await;
         if let Ok(Ok(Some(order))) = order {
             self.cache.put(&order).await;
         }
@@ -382,10 +382,11 @@ impl App {
         {
             return parts.clone();
         }
-        let late = || Some("no answer within 1 s".to_owned());
+        let limit = self.config.health.timeout.0;
+        let late = || Some(format!("no answer within {limit:?}"));
         let (storage, callers) = tokio::join!(
-            tokio::time::timeout(PROBE_TIMEOUT, self.storage.check()),
-            tokio::time::timeout(PROBE_TIMEOUT, self.auth.trouble()),
+            tokio::time::timeout(limit, self.storage.check()),
+            tokio::time::timeout(limit, self.auth.trouble()),
         );
         let storage = match storage {
             Ok(Ok(())) => None,
@@ -428,7 +429,7 @@ impl App {
     /// Tells metrics what is still to be done. Where the database does not say, they stay as they are:
     /// other metrics tell of that.
     pub async fn count_backlog(&self) {
-        let backlog = tokio::time::timeout(PROBE_TIMEOUT, self.storage.backlog()).await;
+        let backlog = tokio::time::timeout(STORAGE_TIMEOUT, self.storage.backlog()).await;
         if let Ok(Ok(backlog)) = backlog {
             METRICS.outbox_waiting.set(backlog.untold);
             METRICS.audit_waiting.set(backlog.unaudited);

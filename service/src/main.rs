@@ -52,9 +52,11 @@ fn allow_many_connections() {
 }
 
 fn run(command: Command, config: Config) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Some(workers) = config.server.workers {
+        builder.worker_threads(workers.get());
+    }
+    let runtime = builder.enable_all().build()?;
     let done = carry_out(command, config, &runtime);
     // A thread that waits for a file's lock cannot be told to stop.
     runtime.shutdown_background();

@@ -40,12 +40,11 @@ fn tracer(provider: &SdkTracerProvider) -> SdkTracer {
 }
 
 fn provider(config: &Tracing) -> anyhow::Result<SdkTracerProvider> {
-    let name = env!("CARGO_PKG_NAME");
     // <https://opentelemetry.io/docs/specs/semconv/resource/>
     let mut attributes = vec![KeyValue::new("service.version", app::version())];
     let environment = config::environment();
     attributes.extend(environment.map(|name| KeyValue::new("deployment.environment.name", name)));
-    let resource = Resource::builder().with_service_name(name);
+    let resource = Resource::builder().with_service_name(config.service_name.clone());
     let resource = resource.with_attributes(attributes).build();
     let builder = SdkTracerProvider::builder().with_resource(resource);
     let Some(endpoint) = &config.endpoint else {

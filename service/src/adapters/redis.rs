@@ -9,7 +9,6 @@ use redis::{Client, RedisResult, TlsCertificates};
 
 use crate::config::Redis as Config;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Whoever calls decides about trying again.
 const TRIES: usize = 1;
 /// Who waits no more after less has another reason.
@@ -19,6 +18,7 @@ const SILENT_AFTER: Duration = Duration::from_millis(10);
 /// more.
 pub struct Redis {
     client: Client,
+    connection_timeout: Duration,
     /// And when it was made.
     current: Mutex<(ConnectionManager, Instant)>,
 }
@@ -40,9 +40,11 @@ impl Redis {
             }
         };
         let client = client.with_context(url)?;
-        let current = connect(&client).with_context(url)?;
+        let connection_timeout = config.connection_timeout.0;
+        let current = connect(&client, connection_timeout).with_context(url)?;
         Ok(Self {
             client,
+            connection_timeout,
             current: Mutex::new((current, Instant::now())),
         })
     }
@@ -84,8 +86,9 @@ impl Drop for Asked<'_> {
         let current = self.redis.current.lock();
         let mut current = current.unwrap_or_else(PoisonError::into_inner);
         // A younger one may still be connecting.
-        if current.1.elapsed() > CONNECT_TIMEOUT
-            && let Ok(new) = connect(&self.redis.client)
+        let limit = self.redis.connection_timeout;
+        if current.1.elapsed() > limit
+            && let Ok(new) = connect(&self.redis.client, limit)
         {
             *current = (new.clone(), Instant::now());
             // It only connects while somebody waits for it, and calls may be short and rare.
@@ -99,9 +102,9 @@ impl Drop for Asked<'_> {
     }
 }
 
-fn connect(client: &Client) -> RedisResult<ConnectionManager> {
+fn connect(client: &Client, timeout: Duration) -> RedisResult<ConnectionManager> {
     let settings = ConnectionManagerConfig::new()
-        .set_connection_timeout(Some(CONNECT_TIMEOUT))
+        .set_connection_timeout(Some(timeout))
         .set_number_of_retries(TRIES);
     ConnectionManager::new_lazy_with_config(client.clone(), settings)
 }

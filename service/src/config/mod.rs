@@ -52,6 +52,7 @@ pub struct Config {
     pub rate_limit: RateLimit,
     pub auth: Auth,
     pub logging: Logging,
+    pub health: Health,
     pub tracing: Tracing,
     pub database: Database,
     pub cache: Cache,
@@ -70,6 +71,8 @@ pub struct Config {
 pub struct Server {
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
+    /// Threads that answer; as many as there are processors unless given.
+    pub workers: Option<NonZeroUsize>,
     pub request_timeout: Timeout,
     /// Bytes.
     pub body_limit: NonZeroUsize,
@@ -162,10 +165,19 @@ pub struct Logging {
     pub keep_files: NonZeroUsize,
 }
 
-/// Where traces go.
+/// What readiness is found by.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Health {
+    /// How long each part is waited for.
+    pub timeout: Timeout,
+}
+
+/// Where traces go, and as whose.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tracing {
+    pub service_name: String,
     /// An OTLP collector, by gRPC.
     pub endpoint: Option<String>,
     pub sample: Share,
@@ -234,6 +246,7 @@ pub struct Redis {
     pub url: ServerUrl,
     /// PEM: who signs the server's certificate.
     pub ca: Option<PathBuf>,
+    pub connection_timeout: Timeout,
     /// How all keys begin.
     pub prefix: String,
 }
