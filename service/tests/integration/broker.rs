@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use base64::prelude::{BASE64_STANDARD, Engine};
+use krafka::producer::{Producer, ProducerRecord};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use service::config::{BusKind, Config, ServerUrl};
@@ -83,6 +85,30 @@ impl Broker {
         let answer = self.queue(Method::GET, consumer).send().await.unwrap();
         let mut queue: Value = answer.json().await.unwrap();
         queue["arguments"].take()
+    }
+
+    /// Puts something of somebody else's where the service's events are.
+    pub async fn put(&self, what: &[u8]) {
+        if self.kind == "kafka" {
+            let producer = Producer::builder().bootstrap_servers(&self.url);
+            let producer = producer.build().await.unwrap();
+            let record = ProducerRecord::new(&self.exchange, what.to_vec());
+            producer.send_record(record).await.unwrap();
+            return;
+        }
+        let server = self.server.as_ref().unwrap();
+        let (_, management) = test_servers::rabbitmq(&server.address).unwrap();
+        let url = format!("{management}/api/exchanges/%2f/{}/publish", self.exchange);
+        let request = reqwest::Client::new().post(url);
+        let request = request.basic_auth("guest", Some("guest"));
+        let request = request.json(&json!({
+            "properties": { "delivery_mode": 2 },
+            "routing_key": "order.placed.v1",
+            "payload": BASE64_STANDARD.encode(what),
+            "payload_encoding": "base64",
+        }));
+        let answer: Value = request.send().await.unwrap().json().await.unwrap();
+        assert_eq!(answer, json!({ "routed": true }));
     }
 
     /// Reached at another address.

@@ -116,6 +116,38 @@ async fn a_poisoned_event_is_put_aside() {
     }
 }
 
+/// What comes by the broker and cannot be read is put aside, too, and read again in vain.
+#[tokio::test]
+async fn what_somebody_else_puts_there_is_put_aside() {
+    let [_, rabbitmq, kafka] = Broker::each().await;
+    let [sqlite, postgres] = Database::each().await;
+    // PostgreSQL's texts have no NUL.
+    for (broker, database) in [(rabbitmq, sqlite), (kafka, postgres)] {
+        let app = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
+        let all = async |orders: usize| {
+            let all =
+                [json!({ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 })];
+            totals(&app, "ada").await == json!(all)
+        };
+        app.post("/v1/orders", order()).await;
+        eventually("an order", async || all(1).await).await;
+        for junk in [&b"{\"specversion\":"[..], b"\xff\x00", b""] {
+            broker.put(junk).await;
+        }
+        app.post("/v1/orders", order()).await;
+        eventually("the next one", async || all(2).await).await;
+        // Those of another partition may come later.
+        eventually("the others", async || {
+            app.app.storage().buried(9).await.unwrap().len() == 3
+        })
+        .await;
+        let url = [("SERVICE__DATABASE__URL", database.url())];
+        let (code, said) = crate::commands::run("replay", &url).await;
+        let left = said.contains("0 events acted on, 3 left");
+        assert_eq!((code, left), (1, true), "{}: {said}", broker.kind);
+    }
+}
+
 /// However many there are, and however long each takes: the ones after them are acted on.
 #[tokio::test]
 async fn many_poisoned_events_keep_nobody_waiting_for_ever() {

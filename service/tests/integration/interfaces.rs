@@ -87,7 +87,7 @@ async fn close_code(socket: &mut Socket) -> u16 {
     }
 }
 
-fn place(order: &Value) -> pb::PlaceOrderRequest {
+pub fn place(order: &Value) -> pb::PlaceOrderRequest {
     let items = order["items"].as_array().unwrap().iter();
     let items = items.map(|item| pb::Item {
         sku: item["sku"].as_str().unwrap().to_owned(),
@@ -102,11 +102,11 @@ fn place(order: &Value) -> pb::PlaceOrderRequest {
     }
 }
 
-const PLACE: &str = "mutation($order: NewOrder!, $key: String) {
+pub const PLACE: &str = "mutation($order: NewOrder!, $key: String) {
     placeOrder(order: $order, idempotencyKey: $key) { id totalCents status } }";
 
 /// An order as GraphQL's input has it.
-fn new_order(order: &Value) -> Value {
+pub fn new_order(order: &Value) -> Value {
     let items = order["items"].as_array().unwrap().iter();
     let items: Vec<Value> = items
         .map(|item| {

@@ -11,10 +11,13 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
 use opentelemetry_proto::tonic::trace::v1::Span;
+use serde_json::{Value, json};
+use service::api::grpc::pb::orders_client::OrdersClient;
+use service::hex::hex;
 use tonic::server::NamedService;
 
-use service::hex::hex;
-
+use crate::broker::Broker;
+use crate::interfaces::{PLACE, new_order, place};
 use crate::test_app::{config_dir, free_port, order};
 
 /// A collector that keeps what it is sent.
@@ -58,21 +61,32 @@ impl Collector {
         (collector, address)
     }
 
-    fn span(&self, name: &str) -> Option<Span> {
+    /// The span of that name in a trace, and in any where that is empty.
+    fn span(&self, name: &str, trace: &str) -> Option<Span> {
         let spans = self.spans.lock().unwrap();
-        spans.iter().find(|span| span.name == name).cloned()
+        let is_wanted = |span: &&Span| span.name == name && hex(&span.trace_id).starts_with(trace);
+        spans.iter().find(is_wanted).cloned()
     }
 }
 
+/// Whichever the interface is that an order comes by, and the bus that its event takes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_goes_through_to_the_consumer() {
+    for broker in Broker::each().await {
+        goes_through(broker).await;
+    }
+}
+
+async fn goes_through(broker: Broker) {
     let (collector, endpoint) = Collector::start().await;
     let dir = tempfile::tempdir().unwrap();
     let [port, admin] = [free_port(), free_port()];
     let mut running = tokio::process::Command::new(env!("CARGO_BIN_EXE_service"))
         .kill_on_drop(true)
         .env("SERVICE_CONFIG_DIR", config_dir())
+        .envs(broker.variables())
         .env("SERVICE__TRACING__ENDPOINT", &endpoint)
+        .env("SERVICE__TRACING__SERVICE_NAME", "orders-of-ada")
         .env("IMAGE_VERSION", "7.8.9")
         .env("SERVICE__LOGGING__FILE", dir.path().join("log"))
         .env("SERVICE__LOGGING__FORMAT", "json")
@@ -90,11 +104,13 @@ async fn a_trace_goes_through_to_the_consumer() {
         .unwrap();
     let client = reqwest::Client::new();
     let (trace, caller) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    let (by_graphql, by_grpc) = (trace.replace("4bf9", "aaaa"), trace.replace("4bf9", "bbbb"));
+    let parent = |trace: &str| format!("00-{trace}-{caller}-01");
     let began = Instant::now();
     loop {
         let placed = client
             .post(format!("http://127.0.0.1:{port}/v1/orders"))
-            .header("traceparent", format!("00-{trace}-{caller}-01"))
+            .header("traceparent", parent(trace))
             .json(&order())
             .send()
             .await;
@@ -104,7 +120,18 @@ async fn a_trace_goes_through_to_the_consumer() {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Consumers act on it; then the end sends what is left.
+    let graphql = client.post(format!("http://127.0.0.1:{port}/graphql"));
+    let graphql = graphql.header("traceparent", parent(&by_graphql));
+    let graphql =
+        graphql.json(&json!({ "query": PLACE, "variables": { "order": new_order(&order()) } }));
+    let graphql: Value = graphql.send().await.unwrap().json().await.unwrap();
+    assert_eq!(graphql["errors"], Value::Null, "{graphql}");
+    let grpc = OrdersClient::connect(format!("http://127.0.0.1:{port}")).await;
+    let mut request = tonic::Request::new(place(&order()));
+    let metadata = parent(&by_grpc).parse().unwrap();
+    request.metadata_mut().insert("traceparent", metadata);
+    grpc.unwrap().place_order(request).await.unwrap();
+    // Consumers act on them; then the end sends what is left.
     let totals = format!("http://127.0.0.1:{port}/v1/customers/ada/totals");
     loop {
         let totals = client
@@ -115,10 +142,14 @@ async fn a_trace_goes_through_to_the_consumer() {
             .text()
             .await
             .unwrap();
-        if totals.contains("EUR") {
+        if totals.contains("\"orders\":3") {
             break;
         }
-        assert!(began.elapsed() < Duration::from_secs(20), "{totals}");
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "{}: {totals}",
+            broker.kind
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     // Numbers lead to the traces behind them, for whoever reads OpenMetrics.
@@ -151,18 +182,25 @@ async fn a_trace_goes_through_to_the_consumer() {
     assert!(running.wait().await.unwrap().success());
 
     let attributes = collector.attributes.lock().unwrap().join("\n");
-    assert!(attributes.contains("7.8.9"), "{attributes}");
-    let request = collector.span("POST /v1/orders").unwrap();
-    assert_eq!(hex(&request.trace_id), trace);
-    assert_eq!(hex(&request.parent_span_id), caller);
-    let consumer = collector.span("totals order.placed.v1").unwrap();
-    assert_eq!(hex(&consumer.trace_id), trace);
-    assert_eq!(consumer.parent_span_id, request.span_id);
+    for said in ["7.8.9", "orders-of-ada"] {
+        assert!(attributes.contains(said), "{attributes}");
+    }
+    let ways = [
+        ("POST /v1/orders", trace),
+        ("POST /graphql", by_graphql.as_str()),
+        ("POST /orders.v1.Orders/{method}", by_grpc.as_str()),
+    ];
+    for (name, trace) in ways {
+        let why = format!("{name} and {}", broker.kind);
+        let request = collector.span(name, trace).expect(&why);
+        assert_eq!(hex(&request.parent_span_id), caller);
+        let consumer = collector.span("totals order.placed.v1", trace).expect(&why);
+        assert_eq!(consumer.parent_span_id, request.span_id, "{why}");
+    }
     // One that nobody had begun is a trace of its own.
-    let other = collector
-        .span("GET /v1/customers/{customer}/totals")
-        .unwrap();
-    assert_ne!(other.trace_id, request.trace_id);
+    let name = "GET /v1/customers/{customer}/totals";
+    let other = collector.span(name, "").unwrap();
+    assert_ne!(hex(&other.trace_id), trace);
 
     // The log, in its file of today, names the trace.
     let files: Vec<_> = std::fs::read_dir(&dir).unwrap().flatten().collect();
