@@ -17,7 +17,7 @@ pub const PRODUCTION: &str = "production";
 /// No condition takes longer than this, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at a condition: most of them start a command, and what is tested needs the cores.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(200);
 /// A load ends by itself after this time.
 const LONGEST_LOAD: Duration = Duration::from_secs(240);
 

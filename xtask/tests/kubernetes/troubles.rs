@@ -316,13 +316,21 @@ fn the_candidate_follows_an_autoscaler() {
     ]);
     running.wait().expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&next), 4, 4)]);
-    let autoscalers = namespace.json(&["get", "hpa"]);
-    let names: Vec<_> = autoscalers["items"].as_array().unwrap().iter().collect();
-    assert_eq!(names.len(), 1, "{autoscalers}");
-    assert_eq!(
-        names[0]["spec"]["scaleTargetRef"]["name"],
-        format!("service-{}", short(&next))
-    );
+    let scales_only = |release: &str| {
+        let autoscalers = namespace.json(&["get", "hpa"]);
+        let autoscalers = autoscalers["items"].as_array().unwrap().clone();
+        let targets = autoscalers
+            .iter()
+            .map(|hpa| &hpa["spec"]["scaleTargetRef"]["name"]);
+        let wanted = format!("service-{}", short(release));
+        assert_eq!(targets.collect::<Vec<_>>(), [&wanted], "{autoscalers:?}");
+    };
+    scales_only(&next);
+
+    // Back, as many as there are now, while its own autoscaler goes and the other's comes.
+    namespace.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&first), 4, 4)]);
+    scales_only(&first);
     load.stop_without_failures();
 }
 
