@@ -171,7 +171,9 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
         failed += u32::from(matches!(error, StorageError::Failed(_)));
         if failed >= attempts {
             let why = error.to_string();
-            let bury = storage.bury(consumer.name, id, &delivery.event, &why);
+            // Others may send anything, and no database's text has a NUL.
+            let event = delivery.event.replace('\0', "\u{fffd}");
+            let bury = storage.bury(consumer.name, id, &event, &why);
             if let Ok(Ok(())) = tokio::time::timeout(LONGEST, bury).await {
                 tracing::error!(%error, %id, consumer = consumer.name, "an event is put aside");
                 break "buried";

@@ -93,7 +93,7 @@ impl Broker {
             let producer = Producer::builder().bootstrap_servers(&self.url);
             let producer = producer.build().await.unwrap();
             let record = ProducerRecord::new(&self.exchange, what.to_vec());
-            producer.send_record(record).await.unwrap();
+            let _placed = producer.send_record(record).await.unwrap();
             return;
         }
         let server = self.server.as_ref().unwrap();

@@ -135,7 +135,7 @@ async fn what_somebody_else_puts_there_is_put_aside() {
             broker.put(junk).await;
         }
         app.post("/v1/orders", order()).await;
-        eventually("the next one", async || all(2).await).await;
+        eventually(broker.kind, async || all(2).await).await;
         // Those of another partition may come later.
         eventually("the others", async || {
             app.app.storage().buried(9).await.unwrap().len() == 3

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use service::api::grpc::pb::orders_client::OrdersClient;
 use service::hex::hex;
 use tonic::server::NamedService;
+use tonic::transport::Channel;
 
 use crate::broker::Broker;
 use crate::interfaces::{PLACE, new_order, place};
@@ -126,11 +127,15 @@ async fn goes_through(broker: Broker) {
         graphql.json(&json!({ "query": PLACE, "variables": { "order": new_order(&order()) } }));
     let graphql: Value = graphql.send().await.unwrap().json().await.unwrap();
     assert_eq!(graphql["errors"], Value::Null, "{graphql}");
-    let grpc = OrdersClient::connect(format!("http://127.0.0.1:{port}")).await;
+    let channel = Channel::from_shared(format!("http://127.0.0.1:{port}"));
+    let channel = channel.unwrap().connect().await.unwrap();
     let mut request = tonic::Request::new(place(&order()));
     let metadata = parent(&by_grpc).parse().unwrap();
     request.metadata_mut().insert("traceparent", metadata);
-    grpc.unwrap().place_order(request).await.unwrap();
+    OrdersClient::new(channel)
+        .place_order(request)
+        .await
+        .unwrap();
     // Consumers act on them; then the end sends what is left.
     let totals = format!("http://127.0.0.1:{port}/v1/customers/ada/totals");
     loop {
@@ -208,6 +213,6 @@ async fn goes_through(broker: Broker) {
     let file = files.iter().find(|file| is_log(&file.file_name())).unwrap();
     let log = std::fs::read_to_string(file.path()).unwrap();
     let line = log.lines().find(|line| line.contains("answered")).unwrap();
-    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    let line: Value = serde_json::from_str(line).unwrap();
     assert_eq!(line["span"]["trace_id"], trace, "{line}");
 }

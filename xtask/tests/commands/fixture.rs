@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 pub const PRODUCTION: &str = "production";
 /// No condition takes longer than this, however busy the machine is.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(150);
 /// Between two looks at a condition: most of them start a command, and what is tested needs the cores.
 const PAUSE: Duration = Duration::from_millis(200);
 /// A load ends by itself after this time.

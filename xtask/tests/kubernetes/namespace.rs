@@ -317,7 +317,7 @@ impl Namespace {
 
     /// Requests that go on until they are stopped; several environments at a time leave the cluster room.
     pub fn load(&self) -> Load {
-        Load::with(self.address.clone(), Load::client(), 60)
+        Load::with(self.address.clone(), Load::client(), 40)
     }
 
     pub fn kubectl(&self, words: &[&str]) -> Output {
