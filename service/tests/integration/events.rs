@@ -399,6 +399,54 @@ async fn dies_everywhere(database: Database, broker: Broker) {
     assert_eq!(totals(&last, "ada").await, wanted, "{kind}");
 }
 
+/// A process that stands still for longer than its lease does not know that another has gone on. What it
+/// was about to tell and to count when it stopped, and does when it goes on, counts once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_stands_still_is_replaced_and_nothing_is_doubled() {
+    let database = Database::postgres().await;
+    let broker = Broker::kafka().await;
+    let ports = [free_port(), free_port()];
+    let start = |port: u16| service(&database, &broker, port, free_port());
+    let processes = ports.map(start);
+    let client = reqwest::Client::new();
+    let place = async |port: u16| {
+        let url = format!("http://127.0.0.1:{port}/v1/orders");
+        eventually("it is placed", async || {
+            let placed = client.post(&url).json(&order()).send().await;
+            placed.is_ok_and(|placed| placed.status() == 201)
+        })
+        .await;
+    };
+    let mut orders = 0;
+    for round in 0..4 {
+        let (still, other) = (round % 2, 1 - round % 2);
+        for port in ports {
+            place(port).await;
+        }
+        let pid = i32::try_from(processes[still].0.id()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        for _ in 0..10 {
+            place(ports[other]).await;
+        }
+        orders += 12;
+        let url = format!("http://127.0.0.1:{}/v1/customers/ada/totals", ports[other]);
+        let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+        let counted = async || {
+            let totals = client.get(&url).send().await.unwrap();
+            totals.json::<Value>().await.unwrap() == wanted
+        };
+        eventually("the other counts all", counted).await;
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    }
+    drop(processes);
+    let last = TestApp::start_on(database.clone(), |config| broker.use_in(config)).await;
+    assert_eq!(last.number_of_orders().await, orders);
+    audited(&database, orders).await;
+    let wanted = json!([{ "currency": "EUR", "orders": orders, "total_cents": orders * 2100 }]);
+    assert_eq!(totals(&last, "ada").await, wanted);
+}
+
 /// Places one order after another, each under a key of its own until it is told that it is placed; the
 /// ids of all of them.
 async fn careful_client(url: String, name: usize, stop: Arc<AtomicBool>) -> Vec<String> {

@@ -17,6 +17,8 @@ use crate::wire::{State, Wire};
 
 /// How long each fault lasts: longer than any time-out but the request's.
 const FAULT: Duration = Duration::from_millis(1500);
+/// How long servers are away: as where somebody starts them anew.
+const OUTAGE: Duration = Duration::from_secs(30);
 const CLIENTS: usize = 6;
 
 const FAULTS: [State; 5] = [
@@ -117,28 +119,34 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
         .map(tokio::spawn)
         .collect();
     let careless = tokio::spawn(careless_client(url, Arc::clone(&stop)));
-    for (name, wire) in &wires {
-        for fault in FAULTS {
-            wire.becomes(fault);
-            tokio::time::sleep(FAULT).await;
-            let before = placed.load(SeqCst);
-            if *name != "database" {
-                // Without the broker, the cache and the lock, orders are placed all the same.
-                eventually(
-                    &format!("orders while the {name} is {fault:?}"),
-                    async || placed.load(SeqCst) > before + CLIENTS,
-                )
-                .await;
-            }
-            wire.becomes(State::Whole);
+    let through = async |wires: &[(&str, Wire)], fault: State, time: Duration| {
+        let names: Vec<&str> = wires.iter().map(|(name, _)| *name).collect();
+        let become_all = |state: State| wires.iter().for_each(|(_, wire)| wire.becomes(state));
+        let more_orders = async |when: &str| {
             let before = placed.load(SeqCst);
             eventually(
-                &format!("orders after the {name} was {fault:?}"),
+                &format!("orders {when} {names:?} were {fault:?}"),
                 async || placed.load(SeqCst) > before + CLIENTS,
             )
             .await;
+        };
+        become_all(fault);
+        tokio::time::sleep(time).await;
+        if !names.contains(&"database") {
+            // Without the broker, the cache and the lock, orders are placed all the same.
+            more_orders("while").await;
+        }
+        become_all(State::Whole);
+        more_orders("after").await;
+    };
+    for wire in &wires {
+        for fault in FAULTS {
+            through(std::slice::from_ref(wire), fault, FAULT).await;
         }
     }
+    let (database_only, others) = wires.split_at(1);
+    through(others, State::Cut, OUTAGE).await;
+    through(database_only, State::Cut, OUTAGE).await;
     stop.store(true, SeqCst);
     for client in clients {
         client.await.unwrap();
