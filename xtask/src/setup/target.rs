@@ -9,8 +9,8 @@ use anyhow::Result;
 use crate::cargo;
 use crate::output::Output;
 
-/// Bytes that the directory may have after a run of `ci`. A whole run takes less than half of it, and what
-/// is removed takes a quarter of an hour to build.
+/// Bytes that the directory may have after a run of `ci`: what is removed may take a quarter of an hour
+/// to build again.
 pub const LIMIT: u64 = 20 << 30;
 
 /// Bytes in the directory, files with several names counted once.
