@@ -3,11 +3,13 @@
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
+use test_servers::Server;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 
+use crate::broker::Broker;
 use crate::database::Database;
-use crate::test_app::{TestApp, config_dir, eventually, free_port};
+use crate::test_app::{TestApp, config_dir, eventually, free_port, order};
 
 /// Runs it with its words to its end, while services of the same test go on: they may be in the middle of
 /// a write.
@@ -214,6 +216,99 @@ async fn nobody_waits_for_the_log() {
     let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
     assert!(ended.expect("it ends").unwrap().success());
     drop(unread);
+}
+
+/// An address with a user and a password.
+fn with_user(address: &str, user: [&str; 2]) -> String {
+    address.replacen("://", &format!("://{}@", user.join(":")), 1)
+}
+
+/// Secrets are in no line of the log, however much is logged, and in no answer: not those of the settings,
+/// not a caller's token, and not what only the service may read.
+#[tokio::test]
+async fn no_secret_is_ever_shown() {
+    let redis = test_servers::lease(Server::Redis).await.unwrap();
+    let redis = with_user(&redis.address, ["", "canary-redis"]);
+    // It is asked to let somebody in, and does not.
+    let rabbitmq = Broker::rabbitmq().await;
+    let refused = format!("amqp://{}", rabbitmq.address());
+    let refused = with_user(&refused, ["guest", "canary-rabbitmq"]);
+    let key = "Y2FuYXJ5LWtleS1jYW5hcnkta2V5LWNhbmFyeS1rZXk=";
+    let canaries = ["canary", "Y2FuYXJ5"];
+    for bus in ["rabbitmq", "kafka"] {
+        let (database, dir) = (Database::sqlite(), tempfile::tempdir().unwrap());
+        let address = || format!("127.0.0.1:{}", free_port());
+        let (public, admin) = (address(), address());
+        let log = dir.path().join("log");
+        let _running = Command::new(env!("CARGO_BIN_EXE_service"))
+            .env("SERVICE_CONFIG_DIR", config_dir())
+            .env("SERVICE__DATABASE__URL", database.url())
+            .env("SERVICE__DATABASE__ENCRYPTION_KEYS", format!("a:{key}"))
+            .env("SERVICE__SERVER__LISTEN", &public)
+            .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
+            .env("SERVICE__LOGGING__LEVEL", "trace")
+            .env("SERVICE__AUTH__CLIENT_SECRET", "canary-client")
+            .env("SERVICE__CACHE__KIND", "redis")
+            .env("SERVICE__REDIS__URL", &redis)
+            .env("SERVICE__EVENTS__BUS", bus)
+            .env("SERVICE__RABBITMQ__URL", &refused)
+            .env("SERVICE__KAFKA__BOOTSTRAP_SERVERS", address())
+            .env("SERVICE__KAFKA__USER", "ada")
+            .env("SERVICE__KAFKA__PASSWORD", "canary-kafka")
+            .stderr(std::fs::File::create(&log).unwrap())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let client = reqwest::Client::new();
+        let mut shown = String::new();
+        let mut see = async |request: reqwest::RequestBuilder| {
+            let answer = request.bearer_auth("canary-token").send().await;
+            let text = answer.unwrap().text().await.unwrap();
+            shown.push_str(&text);
+            text
+        };
+        let at = |path: &str| format!("http://{public}{path}");
+        eventually("it runs", async || {
+            client.get(at("/health/live")).send().await.is_ok()
+        })
+        .await;
+        let mut with_contact = order();
+        with_contact["contact"] = serde_json::json!("canary@example.com");
+        let placed = client.post(at("/v1/orders")).json(&with_contact);
+        let placed = placed.send().await.unwrap();
+        assert_eq!(placed.status(), 201);
+        let placed: serde_json::Value = placed.json().await.unwrap();
+        let id = placed["id"].as_str().unwrap();
+        // By the cache, which cannot be had, and what cannot be read.
+        for path in [
+            "/info",
+            "/v1/nothing",
+            "/v1/orders?limit=x",
+            "/health/ready",
+        ] {
+            see(client.get(at(path))).await;
+        }
+        client
+            .get(at(&format!("/v1/orders/{id}")))
+            .send()
+            .await
+            .unwrap();
+        see(client.post(at("/v1/orders")).body("{")).await;
+        see(client.get(format!("http://{admin}/info"))).await;
+        eventually("the bus was asked for", async || {
+            let metrics = see(client.get(format!("http://{admin}/metrics"))).await;
+            metrics.contains("duty_failures_total{duty=\"relay\"}")
+        })
+        .await;
+        let log = std::fs::read_to_string(&log).unwrap();
+        assert!(log.contains("TRACE") && log.contains("relay"), "{log}");
+        for canary in canaries {
+            for text in [&shown, &log] {
+                let line = text.lines().find(|line| line.contains(canary));
+                assert_eq!(line, None, "{bus}");
+            }
+        }
+    }
 }
 
 #[tokio::test]
