@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
+use service::api::fault::{Fault, Names};
 use service::api::grpc::pb;
 use service::api::grpc::pb::orders_client::OrdersClient;
-use service::config::AuthMode;
+use service::config::{AuthMode, Timeout};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -238,6 +239,42 @@ async fn errors_are_the_same_over_every_interface() {
     let answer = graphql(&app, PLACE, variables).await;
     let code = &answer["errors"][0]["extensions"]["code"];
     assert_eq!(code, "IDEMPOTENCY_KEY_REUSED", "{answer}");
+}
+
+/// What the database says is the same by every interface, too.
+#[tokio::test]
+async fn a_database_that_takes_nothing_is_the_same_over_every_interface() {
+    let database = Database::postgres().await;
+    let app = TestApp::start_on(database.clone(), |_| {}).await;
+    let is_everywhere = async |app: &TestApp, fault: Fault| {
+        let Names {
+            kind, http, grpc, ..
+        } = fault.names();
+        let (status, problem) = app.post("/v1/orders", order()).await;
+        assert_eq!((status, &problem["type"]), (http.as_u16(), &json!(kind)));
+        let answer = graphql(app, PLACE, json!({ "order": new_order(&order()) })).await;
+        let code = kind.to_uppercase().replace('-', "_");
+        assert_eq!(answer["errors"][0]["extensions"]["code"], code, "{answer}");
+        let refused = orders(app).await.place_order(place(&order())).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), grpc);
+        let details = refused.get_error_details();
+        assert_eq!(details.error_info().unwrap().reason, code);
+    };
+    let copy = app.beside(|config| config.database.read_only = true).await;
+    is_everywhere(&copy, Fault::ReadOnly).await;
+
+    let limit = Timeout(Duration::from_millis(300));
+    let impatient = app
+        .beside(|config| config.database.statement_timeout = limit)
+        .await;
+    let held = database.hold().await;
+    is_everywhere(&impatient, Fault::Overloaded).await;
+    drop(held);
+
+    // Somebody has removed what is needed.
+    app.execute("ALTER TABLE outbox RENAME TO gone").await;
+    is_everywhere(&app, Fault::Internal).await;
 }
 
 #[tokio::test]
