@@ -108,9 +108,11 @@ impl Breaker {
             (state, _) => state,
         };
         let is_open = |state| !matches!(state, State::Closed { .. });
-        if is_open(*state) != is_open(next) {
-            let dependency = self.dependency;
+        let (dependency, has_changed) = (self.dependency, is_open(*state) != is_open(next));
+        if has_changed {
             tracing::warn!(dependency, open = is_open(next), "the circuit has changed");
+        }
+        if has_changed || is_open(next) {
             let circuit = METRICS
                 .circuit_open
                 .get_or_create(&[("dependency", dependency)]);
