@@ -25,6 +25,19 @@ pub async fn run(command: &str, variables: &[(&str, &str)]) -> (i32, String) {
     (status.code().unwrap(), said)
 }
 
+/// A service at these addresses, on this database; it goes with what is started of it.
+fn serving(database: &Database, public: &str, admin: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_service"));
+    command
+        .arg("serve")
+        .env("SERVICE_CONFIG_DIR", config_dir())
+        .env("SERVICE__DATABASE__URL", database.url())
+        .env("SERVICE__SERVER__LISTEN", public)
+        .env("SERVICE__SERVER__ADMIN_LISTEN", admin)
+        .kill_on_drop(true);
+    command
+}
+
 #[tokio::test]
 async fn migrating_is_done_once_and_can_be_left_to_another() {
     for database in Database::each().await {
@@ -104,15 +117,9 @@ async fn the_log_is_turned_up_and_down_while_it_runs() {
     let database = Database::sqlite();
     let address = || format!("127.0.0.1:{}", free_port());
     let (public, admin) = (address(), address());
-    let mut child = Command::new(env!("CARGO_BIN_EXE_service"))
-        .arg("serve")
-        .env("SERVICE_CONFIG_DIR", config_dir())
-        .env("SERVICE__DATABASE__URL", database.url())
-        .env("SERVICE__SERVER__LISTEN", &public)
-        .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
+    let mut child = serving(&database, &public, &admin)
         .env("SERVICE__LOGGING__LEVEL", "info,access=error")
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
         .spawn()
         .unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -174,16 +181,10 @@ async fn nobody_waits_for_the_log() {
     let address = || format!("127.0.0.1:{}", free_port());
     let (public, admin) = (address(), address());
     let (unread, log) = std::io::pipe().unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_service"))
-        .arg("serve")
-        .env("SERVICE_CONFIG_DIR", config_dir())
-        .env("SERVICE__DATABASE__URL", database.url())
-        .env("SERVICE__SERVER__LISTEN", &public)
-        .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
+    let mut child = serving(&database, &public, &admin)
         .env("SERVICE__RATE_LIMIT__BURST", "20000")
         .stdout(Stdio::null())
         .stderr(log)
-        .kill_on_drop(true)
         .spawn()
         .unwrap();
     let client = reqwest::Client::new();
@@ -240,12 +241,8 @@ async fn no_secret_is_ever_shown() {
         let address = || format!("127.0.0.1:{}", free_port());
         let (public, admin) = (address(), address());
         let log = dir.path().join("log");
-        let _running = Command::new(env!("CARGO_BIN_EXE_service"))
-            .env("SERVICE_CONFIG_DIR", config_dir())
-            .env("SERVICE__DATABASE__URL", database.url())
+        let _running = serving(&database, &public, &admin)
             .env("SERVICE__DATABASE__ENCRYPTION_KEYS", format!("a:{key}"))
-            .env("SERVICE__SERVER__LISTEN", &public)
-            .env("SERVICE__SERVER__ADMIN_LISTEN", &admin)
             .env("SERVICE__LOGGING__LEVEL", "trace")
             .env("SERVICE__AUTH__CLIENT_SECRET", "canary-client")
             .env("SERVICE__CACHE__KIND", "redis")
@@ -256,7 +253,6 @@ async fn no_secret_is_ever_shown() {
             .env("SERVICE__KAFKA__USER", "ada")
             .env("SERVICE__KAFKA__PASSWORD", "canary-kafka")
             .stderr(std::fs::File::create(&log).unwrap())
-            .kill_on_drop(true)
             .spawn()
             .unwrap();
         let client = reqwest::Client::new();
