@@ -11,6 +11,7 @@ mod load;
 #[cfg(feature = "registry")]
 mod push;
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -35,7 +36,7 @@ pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
         .as_ref()
         .map(|reference| push::Target::parse(reference, args.plain_http))
         .transpose()?;
-    let recorded = make(&pipeline, args, output)?;
+    let Made { recorded, binary } = make(&pipeline, args, output)?;
     #[cfg(feature = "registry")]
     if let Some(registry) = registry {
         registry.push(&pipeline, &recorded.release.image, output)?;
@@ -47,11 +48,18 @@ pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     Ok(Finished::passed()
         .with("release", &recorded.id)
         .with("image", &recorded.release.image)
-        .with("version", &recorded.release.version))
+        .with("version", &recorded.release.version)
+        .with("binary", binary))
+}
+
+pub struct Made {
+    pub recorded: Recorded,
+    /// The executable that is in its image.
+    pub binary: PathBuf,
 }
 
 /// Builds the service (or takes `args.binary`), assembles its image and records the release.
-pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Recorded> {
+pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Made> {
     let service = &pipeline.service;
     let config_dir = args
         .config
@@ -120,5 +128,5 @@ pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Re
     }
     output.good(format_args!("release {recorded}"));
     output.event("release", &recorded);
-    Ok(recorded)
+    Ok(Made { recorded, binary })
 }

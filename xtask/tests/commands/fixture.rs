@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,8 @@ impl Fixture {
         ];
         settings.extend(changes.iter().cloned());
         fixture.rewrite(&settings);
+        std::fs::create_dir(fixture.state()).unwrap();
+        std::os::unix::fs::symlink(images(), fixture.state().join("images")).unwrap();
         fixture
     }
 
@@ -147,7 +149,7 @@ impl Fixture {
         self.image(version, lines, &[])
     }
 
-    /// The same with more words for the command that makes it.
+    /// The same with more words for the command that makes it. The service is built once.
     pub fn image(&self, version: &str, lines: &[&str], words: &[&str]) -> String {
         let config = self.dir.path().join(format!("config-{version}"));
         std::fs::create_dir_all(&config).unwrap();
@@ -161,7 +163,13 @@ impl Fixture {
         }
         let config = config.display().to_string();
         let command = ["image", "--version", version, "--config", &config];
-        let ended = self.run(&[&command, words].concat()).expect(0, "passed");
+        let image = |words: &[&str]| self.run(&[&command, words].concat()).expect(0, "passed");
+        static BUILT: OnceLock<String> = OnceLock::new();
+        let built = BUILT.get_or_init(|| {
+            let ended = image(&[]);
+            ended.finished()["binary"].as_str().unwrap().to_owned()
+        });
+        let ended = image(&[&["--binary", built], words].concat());
         ended.finished()["release"].as_str().unwrap().to_owned()
     }
 
@@ -301,9 +309,10 @@ impl Running {
         }
     }
 
-    pub fn kill(mut self) {
+    /// Kills it; whether that is what ended it, and not its own end a moment before.
+    pub fn kill(mut self) -> bool {
         self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.child.wait().unwrap().code().is_none()
     }
 
     pub fn wait(mut self) -> Ended {
@@ -326,6 +335,13 @@ pub fn ended(output: Output) -> Ended {
             .collect(),
         said: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
+}
+
+/// Where the images of all fixtures are: they have one layer in common, which is packed once.
+fn images() -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
 }
 
 pub fn root() -> &'static Path {

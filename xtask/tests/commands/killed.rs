@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use serde_json::Value;
+
 use crate::fixture::{Fixture, Load, eventually};
 
 fn kill(pid: u32) {
@@ -12,6 +14,9 @@ fn kill(pid: u32) {
     assert!(status.success());
 }
 
+/// How often a command may be faster than the signal that is to kill it.
+const TOO_LATE: usize = 5;
+
 /// The command of a canary is killed after its n-th action was announced; `resume` must end as
 /// the undisturbed run does, and no request may fail.
 #[test]
@@ -19,30 +24,42 @@ fn a_killed_canary_resumes_to_the_same_end() {
     let fixture = Fixture::new();
     fixture.in_production("1.0.0");
     let load = Load::start(fixture.address());
-    let mut undisturbed = 0;
-    for (minor, point) in (1..).zip([usize::MAX, 1, 2, 3, 4, 5, 6]) {
-        let release = fixture.release(&format!("1.{minor}.0"));
-        let mut actions = 0;
-        let running = fixture.start_until(&["canary", "start", "--release", &release], |event| {
-            actions += usize::from(event["event"] == "action");
-            actions == point || event["event"] == "finished"
+    let mut releases = (1..).map(|minor| fixture.release(&format!("1.{minor}.0")));
+    let mut next = || releases.next().unwrap();
+
+    let release = next();
+    let undisturbed = fixture
+        .run(&["canary", "start", "--release", &release])
+        .expect(0, "healthy");
+    let actions = undisturbed.events.iter();
+    let actions = actions.filter(|event| event["event"] == "action").count();
+    assert_eq!(actions, 6);
+
+    for point in 1..=actions {
+        let killed = (0..TOO_LATE).any(|_| {
+            let release = next();
+            let start = ["canary", "start", "--release", &release];
+            let killed = fixture.start_until(&start, nth_action(point)).kill();
+            if killed {
+                let resumed = fixture.run(&["canary", "resume"]).expect(0, "healthy");
+                assert_eq!(resumed.finished()["failed"]["candidate"], 0);
+            }
+            let end = [(release, 100, 2, 2)];
+            assert_eq!(fixture.production(), end, "killed at action {point}");
+            killed
         });
-        if actions < point {
-            running.wait().expect(0, "healthy");
-            undisturbed = undisturbed.max(actions);
-        } else {
-            running.kill();
-            let resumed = fixture.run(&["canary", "resume"]).expect(0, "healthy");
-            assert_eq!(resumed.finished()["failed"]["candidate"], 0);
-        }
-        assert_eq!(
-            fixture.production(),
-            [(release, 100, 2, 2)],
-            "killed at action {point}"
-        );
+        assert!(killed, "it always ended before it was killed at {point}");
     }
-    assert_eq!(undisturbed, 6, "every action was a point to be killed at");
     load.stop_without_failures();
+}
+
+/// The event that announces the n-th action.
+fn nth_action(point: usize) -> impl FnMut(&Value) -> bool {
+    let mut actions = 0;
+    move |event| {
+        actions += usize::from(event["event"] == "action");
+        actions == point
+    }
 }
 
 /// The same for an abort and for a rollback.
@@ -53,20 +70,22 @@ fn killed_aborts_and_rollbacks_resume_too() {
     let load = Load::start(fixture.address());
     let bad = fixture.release_with("1.1.0", &["read_only = true"]);
     for point in 1..=3 {
-        let mut actions = 0;
-        let mut turned = false;
-        let running = fixture.start_until(&["canary", "start", "--release", &bad], |event| {
-            turned |= event["event"] == "state" && event["phase"]["name"] == "back";
-            actions += usize::from(turned && event["event"] == "action");
-            actions == point
+        let killed = (0..TOO_LATE).any(|_| {
+            let mut reached = nth_action(point);
+            let mut turned = false;
+            let running = fixture.start_until(&["canary", "start", "--release", &bad], |event| {
+                turned |= event["event"] == "state" && event["phase"]["name"] == "back";
+                turned && reached(event)
+            });
+            let killed = running.kill();
+            if killed {
+                fixture.run(&["canary", "resume"]).expect(1, "rolled-back");
+            }
+            let end = [(first.clone(), 100, 2, 2)];
+            assert_eq!(fixture.production(), end, "killed at {point}");
+            killed
         });
-        running.kill();
-        fixture.run(&["canary", "resume"]).expect(1, "rolled-back");
-        assert_eq!(
-            fixture.production(),
-            [(first.clone(), 100, 2, 2)],
-            "killed at {point}"
-        );
+        assert!(killed, "it always ended before it was killed at {point}");
     }
     assert_eq!(load.stop().keys().collect::<Vec<_>>(), [&bad[..12]]);
 
@@ -75,24 +94,29 @@ fn killed_aborts_and_rollbacks_resume_too() {
     fixture
         .run(&["canary", "start", "--release", &second])
         .expect(0, "healthy");
-    for (point, target) in [(1, &first), (2, &second), (3, &first), (4, &second)] {
-        // What was rolled back must earn its place again before it can be gone back to.
-        let arguments = if target == &second {
-            vec!["canary", "start", "--release", target]
-        } else {
-            vec!["rollback", "--to", target]
-        };
-        let mut actions = 0;
-        let running = fixture.start_until(&arguments, |event| {
-            actions += usize::from(event["event"] == "action");
-            actions == point
+    // What was rolled back must earn its place again before it can be gone back to.
+    let back = ["rollback", "--to", &first];
+    let start = ["canary", "start", "--release", &second];
+    for points in [[1, 2], [3, 4]] {
+        let killed = (0..TOO_LATE).any(|_| {
+            let commands = [(back.as_slice(), &first), (start.as_slice(), &second)];
+            let killed = commands
+                .iter()
+                .zip(points)
+                .filter(|((command, target), point)| {
+                    let killed = fixture.start_until(command, nth_action(*point)).kill();
+                    if killed {
+                        fixture.run(&["canary", "resume"]).expect(0, "healthy");
+                    }
+                    let end = [((*target).clone(), 100, 2, 2)];
+                    assert_eq!(fixture.production(), end, "killed at {point}");
+                    killed
+                });
+            killed.count() == points.len()
         });
-        running.kill();
-        fixture.run(&["canary", "resume"]).expect(0, "healthy");
-        assert_eq!(
-            fixture.production(),
-            [(target.clone(), 100, 2, 2)],
-            "killed at {point}"
+        assert!(
+            killed,
+            "one always ended before it was killed at {points:?}"
         );
     }
     load.stop_without_failures();
