@@ -130,7 +130,7 @@ impl App {
     /// Connects to what the configuration names.
     pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
         let auth = Auth::open(&config.auth, config::environment().as_deref())?;
-        let storage = storage::open(&config.database).await?;
+        let storage = storage::open(&config.database, &config.circuit_breaker).await?;
         Ok(Arc::new(Self {
             auth,
             bus: bus::open(&config),
@@ -159,7 +159,7 @@ impl App {
                 migrate,
                 ..config.database.clone()
             };
-            storage::open(&database).await
+            storage::open(&database, &config.circuit_breaker).await
         };
         let storage = open(false).await?;
         let before = storage.schema_version().await.ok();
@@ -176,7 +176,7 @@ impl App {
 
     /// Tries again what consumers have put aside; how many events were acted on, and those left.
     pub async fn replay(config: Config) -> anyhow::Result<(usize, Vec<DeadLetter>)> {
-        let storage = storage::open(&config.database).await?;
+        let storage = storage::open(&config.database, &config.circuit_breaker).await?;
         let replayed = consumers::replay(&*storage).await;
         storage.close().await;
         Ok(replayed?)
@@ -187,7 +187,7 @@ impl App {
     pub async fn rotate_keys(config: Config) -> anyhow::Result<usize> {
         let keys = config.database.encryption_keys.as_ref();
         keys.context("database.encryption_keys is not set")?;
-        let storage = storage::open(&config.database).await?;
+        let storage = storage::open(&config.database, &config.circuit_breaker).await?;
         let mut after = OrderId::from(uuid::Uuid::nil());
         let mut all = 0;
         let (mut tries, mut pause) = (0, Pause::new(ROTATION_PAUSE));
@@ -218,7 +218,7 @@ impl App {
             read_only: true,
             ..config.database
         };
-        let storage = storage::open(&database).await?;
+        let storage = storage::open(&database, &config.circuit_breaker).await?;
         let verdict = audit::verify(&*storage, anchor).await;
         storage.close().await;
         Ok(verdict?)

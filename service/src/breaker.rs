@@ -58,21 +58,38 @@ impl Breaker {
         limit: Duration,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, Broken<E>> {
+        let work = tokio::time::timeout(limit, work);
+        match self
+            .watch(work, |outcome| matches!(outcome, Ok(Ok(_))))
+            .await
+        {
+            Some(Ok(outcome)) => outcome.map_err(Broken::Failed),
+            Some(Err(_)) => Err(Broken::Late(limit)),
+            None => Err(Broken::Open),
+        }
+    }
+
+    /// The outcome of `work`, of which `went_well` says what it shows of the dependency; `None` where the
+    /// circuit is open.
+    pub async fn watch<T>(
+        &self,
+        work: impl Future<Output = T>,
+        went_well: impl FnOnce(&T) -> bool,
+    ) -> Option<T> {
         let began = Instant::now();
         let Some(tries) = self.pass(began) else {
-            return Err(Broken::Open);
+            let dependency = [("dependency", self.dependency)];
+            METRICS.circuit_refused.get_or_create(&dependency).inc();
+            return None;
         };
         // A call that is dropped has not shown that the dependency is back.
         let attempt = Attempt {
             breaker: self,
             tries: tries.then_some(began),
         };
-        let outcome = match tokio::time::timeout(limit, work).await {
-            Ok(outcome) => outcome.map_err(Broken::Failed),
-            Err(_) => Err(Broken::Late(limit)),
-        };
-        attempt.ended(outcome.is_ok());
-        outcome
+        let outcome = work.await;
+        attempt.ended(went_well(&outcome));
+        Some(outcome)
     }
 
     /// Whether a call that passes is the one that tries; `None` where it does not pass.

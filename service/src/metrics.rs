@@ -109,6 +109,7 @@ pub struct Metrics {
     pub cache_requests: Family<Label, Counter>,
     pub cache_entries: Gauge,
     pub circuit_open: Family<Label, Gauge>,
+    pub circuit_refused: Family<Label, Counter>,
 }
 
 impl Metrics {
@@ -200,6 +201,11 @@ impl Metrics {
             cache_requests: register(all, "cache_requests", "Questions to the cache"),
             cache_entries: register(all, "cache_entries", "Orders in this process' cache"),
             circuit_open: register(all, "circuit_open", "1 where nobody waits for a dependency"),
+            circuit_refused: register(
+                all,
+                "circuit_refused",
+                "Calls of a dependency that nobody made, since its circuit was open",
+            ),
             registry,
         }
     }

@@ -222,7 +222,7 @@ pub struct Cache {
     pub timeout: Timeout,
 }
 
-/// When the cache, where it fails, is left alone.
+/// When the cache, or the database, is left alone where it fails.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CircuitBreaker {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 use serde_json::json;
-use service::config::{CacheKind, LockKind, ServerUrl};
+use service::config::{CacheKind, LockKind, ServerUrl, Timeout};
 use sqlx::Connection;
 use test_servers::Server;
 
@@ -106,7 +106,7 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
         config.lock.kind = LockKind::Redis;
         config.redis.url = ServerUrl(format!("redis://{}", to_redis.address));
         config.redis.prefix = uuid::Uuid::now_v7().to_string();
-        config.events.lease = service::config::Timeout(Duration::from_secs(2));
+        config.events.lease = Timeout(Duration::from_secs(2));
     })
     .await;
     let (placed, stop) = (
@@ -176,6 +176,43 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
     let bobs = orders - placed;
     assert!((told..=sent).contains(&bobs), "{told} <= {bobs} <= {sent}");
     audited(&database, orders).await;
+}
+
+/// After a few have waited in vain nobody waits: not until one has tried whether it is back.
+#[tokio::test]
+async fn a_database_that_is_away_is_left_alone_for_a_while() {
+    let database = Database::postgres().await;
+    for (away, rest) in [
+        (State::Silent, Duration::from_secs(600)),
+        (State::Cut, Duration::from_secs(600)),
+        (State::Silent, Duration::from_millis(100)),
+    ] {
+        let wire = Wire::to(&host(database.url())).await;
+        let distant = database
+            .url()
+            .replace(&host(database.url()), &wire.address.to_string());
+        let app = TestApp::start_on(database.clone(), |config| {
+            config.database.url.0 = distant;
+            config.database.acquire_timeout = Timeout(Duration::from_millis(300));
+            config.server.request_timeout = Timeout(Duration::from_secs(1));
+            config.circuit_breaker.failures = 3.try_into().unwrap();
+            config.circuit_breaker.rest = Timeout(rest);
+        })
+        .await;
+        assert_eq!(app.get("/v1/orders").await.0, 200);
+        wire.becomes(away);
+        for _ in 0..20 {
+            assert!(matches!(app.get("/v1/orders").await.0, 503 | 504));
+        }
+        wire.becomes(State::Whole);
+        let storage = app.app.storage();
+        eventually("it is back", async || storage.untold(1).await.is_ok()).await;
+        let list = async || app.get("/v1/orders").await.0;
+        match rest > Duration::from_secs(60) {
+            true => assert_eq!(list().await, 503, "{away:?}"),
+            false => eventually("one has tried", async || list().await == 200).await,
+        }
+    }
 }
 
 /// The database has placed it, and its answer is lost: it is looked for, and not placed once more.

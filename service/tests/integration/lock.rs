@@ -35,7 +35,9 @@ async fn each() -> Vec<Case> {
         config.redis.url = ServerUrl(server.address.clone());
         config.redis.prefix = uuid::Uuid::now_v7().to_string();
         database.use_in(&mut config);
-        let storage = storage::open(&config.database).await.unwrap();
+        let storage = storage::open(&config.database, &config.circuit_breaker)
+            .await
+            .unwrap();
         let here = lock::open(&config, &storage).unwrap();
         // One process has one.
         let there = match kind {

@@ -28,7 +28,9 @@ async fn open(database: &Database, read_only: bool) -> Arc<dyn Storage> {
     let mut config = shipped_config();
     database.use_in(&mut config);
     config.database.read_only = read_only;
-    storage::open(&config.database).await.unwrap()
+    storage::open(&config.database, &config.circuit_breaker)
+        .await
+        .unwrap()
 }
 
 fn order(lines: u32) -> Order {
@@ -163,7 +165,9 @@ async fn reads_do_not_wait_for_writes() {
     let mut config = shipped_config();
     database.use_in(&mut config);
     config.database.busy_timeout = Timeout(Duration::from_secs(60));
-    let storage = storage::open(&config.database).await.unwrap();
+    let storage = storage::open(&config.database, &config.circuit_breaker)
+        .await
+        .unwrap();
     let placed = order(1);
     place(&*storage, &placed).await.unwrap();
     let mut outsider = SqliteConnection::connect(database.url()).await.unwrap();
@@ -208,7 +212,9 @@ async fn a_database_is_migrated_beside_others_writes() {
     let mut config = shipped_config();
     database.use_in(&mut config);
     config.database.busy_timeout = Timeout(Duration::from_secs(60));
-    let storage = storage::open(&config.database).await.unwrap();
+    let storage = storage::open(&config.database, &config.circuit_breaker)
+        .await
+        .unwrap();
     storage.check().await.unwrap();
     assert!(!writing.is_finished());
     writing.abort();

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::adapters::lock::Fence;
 use crate::audit::Entry;
-use crate::config::{Database, Scheme};
+use crate::config::{CircuitBreaker, Database, Scheme};
 use crate::domain::events::{Cause, Event};
 use crate::domain::orders::{Order, OrderId, Total};
 
@@ -198,10 +198,12 @@ pub enum StorageError {
 
 /// Opens the adapter that the address asks for and, unless told not to, brings its schema up to
 /// date.
-pub async fn open(config: &Database) -> anyhow::Result<Arc<dyn Storage>> {
+pub async fn open(config: &Database, breaker: &CircuitBreaker) -> anyhow::Result<Arc<dyn Storage>> {
     let opened: anyhow::Result<Arc<dyn Storage>> = match config.url.scheme() {
-        Scheme::Sqlite => sqlite::Sqlite::open(config).await.map(|s| Arc::new(s) as _),
-        Scheme::Postgres => postgres::Postgres::open(config)
+        Scheme::Sqlite => sqlite::Sqlite::open(config, breaker)
+            .await
+            .map(|s| Arc::new(s) as _),
+        Scheme::Postgres => postgres::Postgres::open(config, breaker)
             .await
             .map(|s| Arc::new(s) as _),
     };

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Database, Pool};
 
-use super::Connections;
+use super::{Connections, StorageError, rows};
+use crate::breaker::Breaker;
+use crate::config;
 
 /// So many times as long as somebody waits for a connection: then it is not for being busy that none
 /// comes back.
@@ -20,6 +22,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Handed(Arc<AtomicU64>);
 
 impl Handed {
+    fn times(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
     pub(super) fn one(&self) {
         self.0.fetch_add(1, Relaxed);
     }
@@ -31,6 +37,7 @@ pub(super) struct Pools<DB: Database> {
     /// What was handed when it was looked at last, and since when it is so.
     seen: Mutex<(u64, Instant)>,
     stuck_after: Duration,
+    breaker: Breaker,
 }
 
 pub(super) struct Both<DB: Database> {
@@ -39,12 +46,39 @@ pub(super) struct Both<DB: Database> {
 }
 
 impl<DB: Database> Pools<DB> {
-    pub(super) fn new(both: Both<DB>, handed: Handed, acquire_timeout: Duration) -> Self {
+    pub(super) fn new(
+        both: Both<DB>,
+        handed: Handed,
+        config: &config::Database,
+        breaker: &config::CircuitBreaker,
+    ) -> Self {
         Self {
             both: RwLock::new(both),
             handed,
             seen: Mutex::new((0, Instant::now())),
-            stuck_after: acquire_timeout * STUCK_AFTER,
+            stuck_after: config.acquire_timeout.0 * STUCK_AFTER,
+            breaker: Breaker::new("database", breaker),
+        }
+    }
+
+    /// What a request waits for, tried again as [`rows::retried`] does, unless the circuit is open. Many at
+    /// a time make some wait in vain, too: what says that the database is away is that meanwhile nobody got
+    /// a connection.
+    pub(super) async fn retried<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, StorageError>
+    where
+        F: Future<Output = sqlx::Result<T>>,
+    {
+        let before = self.handed.times();
+        let is_there = |outcome: &sqlx::Result<T>| {
+            let got_none = matches!(outcome, Err(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_)));
+            !got_none || self.handed.times() != before
+        };
+        match self.breaker.watch(rows::retried(attempt), is_there).await {
+            Some(outcome) => Ok(outcome?),
+            None => Err(StorageError::Busy(
+                "it is left alone for a while after nobody has got a connection again and again"
+                    .to_owned(),
+            )),
         }
     }
 
@@ -74,7 +108,7 @@ impl<DB: Database> Pools<DB> {
     /// For how long nobody has got a connection, though all are in use, where that is too long.
     pub(super) fn stuck_for(&self) -> Option<Duration> {
         let shared = self.shared();
-        let handed = self.handed.0.load(Relaxed);
+        let handed = self.handed.times();
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let most = shared.options().get_max_connections();
         if seen.0 != handed || shared.num_idle() > 0 || shared.size() < most {

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
-use crate::config::{Database, Timeout};
+use crate::config::{CircuitBreaker, Database, Timeout};
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
 use crate::failpoint;
@@ -73,7 +73,7 @@ pub(super) struct Postgres {
 }
 
 impl Postgres {
-    pub(super) async fn open(config: &Database) -> anyhow::Result<Self> {
+    pub(super) async fn open(config: &Database, breaker: &CircuitBreaker) -> anyhow::Result<Self> {
         let servers = Servers::of(config)?;
         // A pool would try again until its time is up and then say only that; this says why.
         let primary = servers.primary(None).await.with_context(|| {
@@ -98,7 +98,7 @@ impl Postgres {
                 .await
                 .context("migrating the database")?;
         }
-        let pools = Arc::new(Pools::new(both, handed, config.acquire_timeout.0));
+        let pools = Arc::new(Pools::new(both, handed, config, breaker));
         let follows = servers.are_several().then(|| {
             let pools = Arc::clone(&pools);
             let switch = move |to| pools.replace(connect(to));
@@ -134,11 +134,12 @@ fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
         // A busy pool's connections show by themselves whether they are alive: `retried`.
         .test_before_acquire(false)
         .before_acquire(move |connection, seen| {
-            acquired.one();
+            let acquired = acquired.clone();
             Box::pin(async move {
                 if seen.idle_for > TRUSTED_FOR {
                     is_alive(connection).await?;
                 }
+                acquired.one();
                 Ok(true)
             })
         })
@@ -171,7 +172,7 @@ impl Postgres {
 
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Postgres>, StorageError> {
         let pool = self.pools.shared();
-        Ok(rows::retried(|| pool.begin()).await?)
+        self.pools.retried(|| pool.begin()).await
     }
 
     /// All in one statement, and so in one round trip.
@@ -229,14 +230,14 @@ impl Postgres {
                 }
             }
         };
-        Ok(rows::retried(insert).await?)
+        self.pools.retried(insert).await
     }
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
         let totals = rows::totals_of("SELECT unnest($1)");
         let pool = self.pools.shared();
         let totals = || sqlx::query_as(&totals).bind(customers).fetch_all(&pool);
-        Ok(rows::retried(totals).await?)
+        self.pools.retried(totals).await
     }
 
     async fn remove(tx: &mut PgConnection, events: &[i64]) -> Result<(), StorageError> {

@@ -91,7 +91,7 @@ macro_rules! storage_in_sql {
                 let select = rows::select("WHERE id = $1");
                 let pool = self.pools.shared();
                 let lines = || sqlx::query_as(&select).bind(id.as_uuid()).fetch_all(&pool);
-                let lines = rows::retried(lines).await?;
+                let lines = self.pools.retried(lines).await?;
                 Ok(rows::orders(lines, self.keyring.as_ref())?.pop())
             }
 
@@ -114,7 +114,7 @@ macro_rules! storage_in_sql {
                     };
                     query.fetch_all(&pool)
                 };
-                rows::orders(rows::retried(lines).await?, self.keyring.as_ref())
+                rows::orders(self.pools.retried(lines).await?, self.keyring.as_ref())
             }
 
             async fn cancel(
@@ -176,7 +176,7 @@ macro_rules! storage_in_sql {
             async fn totals(&self, customer: &str) -> Result<Vec<Total>, StorageError> {
                 let pool = self.pools.shared();
                 let totals = || sqlx::query_as(rows::TOTALS).bind(customer).fetch_all(&pool);
-                Ok(rows::retried(totals).await?)
+                self.pools.retried(totals).await
             }
 
             async fn totals_of(

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::adapters::lock::Fence;
 use crate::audit::{self, Entry};
-use crate::config::Database;
+use crate::config::{CircuitBreaker, Database};
 use crate::domain::events::{Cause, Event, Kind};
 use crate::domain::orders::{Order, OrderId, Total};
 use crate::failpoint;
@@ -54,7 +54,7 @@ pub(super) struct Sqlite {
 }
 
 impl Sqlite {
-    pub(super) async fn open(config: &Database) -> anyhow::Result<Self> {
+    pub(super) async fn open(config: &Database, breaker: &CircuitBreaker) -> anyhow::Result<Self> {
         let options = SqliteConnectOptions::from_str(&config.url.0)
             .with_context(|| format!("reading database.url = {}", config.url))?
             .busy_timeout(config.busy_timeout.0)
@@ -104,7 +104,8 @@ impl Sqlite {
                     probe,
                 },
                 handed,
-                config.acquire_timeout.0,
+                config,
+                breaker,
             ),
             keyring: config.encryption_keys.clone(),
         })
