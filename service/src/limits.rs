@@ -2,7 +2,7 @@
 //! before it costs anything.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::{ConnectInfo, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -12,11 +12,11 @@ use governor::middleware::StateInformationMiddleware;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
 use ipnet::IpNet;
+use moka::sync::Cache;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::api::fault::Fault;
 use crate::api::problem::Problem;
-use crate::auth::Caller;
 use crate::config::{Config, RateLimit};
 use crate::metrics::METRICS;
 
@@ -31,6 +31,9 @@ pub fn is_exempt(request: &Request) -> bool {
     let path = request.uri().path();
     EXEMPT.iter().any(|exempt| path.starts_with(exempt))
 }
+
+/// Networks whose tokens were not believed that are remembered.
+const MAX_DISTRUSTED: u64 = 10_000;
 
 type Buckets =
     RateLimiter<Client, DashMapStateStore<Client>, DefaultClock, StateInformationMiddleware>;
@@ -58,6 +61,9 @@ pub struct Limits {
     settings: RateLimit,
     trusted: Vec<IpNet>,
     places: Semaphore,
+    /// Networks that have shown too many tokens which were not to be believed, and until when no more of
+    /// them are looked at.
+    distrusted: Cache<Client, Instant>,
 }
 
 impl Limits {
@@ -70,6 +76,7 @@ impl Limits {
             settings,
             trusted: config.server.trusted_proxies.clone(),
             places: Semaphore::new(config.server.max_in_flight.get()),
+            distrusted: Cache::new(MAX_DISTRUSTED),
         }
     }
 
@@ -95,42 +102,79 @@ impl Limits {
         }
     }
 
-    /// Lets a request through, or refuses it: 429 where its client asks for too much, 503 where this
-    /// process has its hands full.
+    /// Lets a client's request through, or refuses it: 429 where they ask for too much, 503 where this
+    /// process has its hands full. Who was a stranger brings the place that they have.
     #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    pub fn admit(&self, request: &Request) -> Result<Admitted<'_>, Response> {
-        if is_exempt(request) {
-            return Ok(Admitted {
-                limits: self,
-                left: None,
-                _place: None,
-            });
+    pub fn admit<'limits>(
+        &'limits self,
+        client: &Client,
+        place: Option<Place<'limits>>,
+    ) -> Result<Admitted<'limits>, Response> {
+        self.enter(self.count(client), place)
+    }
+
+    /// A place for somebody whose token has yet to be verified, which costs more than most requests do:
+    /// not while their network has just shown too many that were not to be believed.
+    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
+    pub fn place_for_stranger(&self, network: &Client) -> Result<Place<'_>, Response> {
+        let until = self.distrusted.get(network);
+        match until.and_then(|until| until.checked_duration_since(Instant::now())) {
+            Some(wait) => Err(self.too_much(wait)),
+            None => self.place(),
         }
-        let caller = request.extensions().get::<Caller>();
-        let counted = match caller {
-            Some(caller) => self.count(&caller.client),
-            None => self.count(&Client::default()),
+    }
+
+    /// The same as [`Self::admit`] for somebody whose token was not believed.
+    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
+    pub fn admit_distrusted<'limits>(
+        &'limits self,
+        network: Client,
+        place: Option<Place<'limits>>,
+    ) -> Result<Admitted<'limits>, Response> {
+        let counted = self.count(&network);
+        if let Err(wait) = counted {
+            self.distrusted.insert(network, Instant::now() + wait);
+        }
+        self.enter(counted, place)
+    }
+
+    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
+    fn enter<'limits>(
+        &'limits self,
+        counted: Result<u32, Duration>,
+        place: Option<Place<'limits>>,
+    ) -> Result<Admitted<'limits>, Response> {
+        let left = counted.map_err(|wait| self.too_much(wait))?;
+        let place = match place {
+            Some(place) => place,
+            None => self.place().map_err(|mut refusal| {
+                self.tell(refusal.headers_mut(), left, 1);
+                refusal
+            })?,
         };
-        let left = counted.map_err(|wait| {
-            refused("rate-limited");
-            let seconds = wait.as_secs() + 1;
-            let mut response = Problem::new(Fault::RateLimited).into_response();
-            let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-            self.tell(headers, 0, seconds);
-            response
-        })?;
-        let place = self.places.try_acquire().map_err(|_| {
-            refused("overloaded");
-            let mut response = Problem::new(Fault::Overloaded).into_response();
-            self.tell(response.headers_mut(), left, 1);
-            response
-        })?;
-        Ok(Admitted {
+        Ok(Admitted(Some(Counted {
             limits: self,
-            left: Some(left),
-            _place: Some(place),
+            left,
+            _place: place,
+        })))
+    }
+
+    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
+    fn place(&self) -> Result<Place<'_>, Response> {
+        self.places.try_acquire().map_err(|_| {
+            refused("overloaded");
+            Problem::new(Fault::Overloaded).into_response()
         })
+    }
+
+    fn too_much(&self, wait: Duration) -> Response {
+        refused("rate-limited");
+        let seconds = wait.as_secs() + 1;
+        let mut response = Problem::new(Fault::RateLimited).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        self.tell(headers, 0, seconds);
+        response
     }
 
     /// The fields that tell a client what it may do.
@@ -182,20 +226,30 @@ fn parsed(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(with_port)
 }
 
-/// A request that was let through; its place in the process is its own until this goes.
+/// One of the places that the process has for requests.
+pub type Place<'limits> = SemaphorePermit<'limits>;
+
+/// A request that was let through; its place in the process is its own until this goes. `None` for one
+/// that was not counted.
 #[must_use]
-pub struct Admitted<'limits> {
+pub struct Admitted<'limits>(Option<Counted<'limits>>);
+
+struct Counted<'limits> {
     limits: &'limits Limits,
-    /// Requests that its client has left; `None` for one that was not counted.
-    left: Option<u32>,
-    _place: Option<SemaphorePermit<'limits>>,
+    /// Requests that its client has left.
+    left: u32,
+    _place: Place<'limits>,
 }
 
 impl Admitted<'_> {
+    pub fn uncounted() -> Self {
+        Self(None)
+    }
+
     /// Tells the client what it has left.
     pub fn tell(self, response: &mut Response) {
-        if let Some(left) = self.left {
-            self.limits.tell(response.headers_mut(), left, 1);
+        if let Some(Counted { limits, left, .. }) = self.0 {
+            limits.tell(response.headers_mut(), left, 1);
         }
     }
 }

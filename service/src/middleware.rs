@@ -31,9 +31,11 @@ use crate::api::fault::Fault;
 use crate::api::problem::Problem;
 use crate::api::{grpc, rest};
 use crate::app::App;
+use crate::auth::{Caller, Distrust, Shown};
 use crate::config::{Config, Origin};
+use crate::limits::{Admitted, Client};
 use crate::metrics::{Answer, Exemplar, METRICS, Route};
-use crate::{auth, drain, limits, traces};
+use crate::{drain, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
@@ -136,14 +138,19 @@ fn surround(app: &Arc<App>, inside: &mut impl Inside, request: Request) -> Answe
 fn admit(app: &Arc<App>, inside: &mut impl Inside, mut request: Request) -> Answering {
     let (app, mut inside) = (Arc::clone(app), inside.clone());
     Box::pin(async move {
-        let recognised = auth::recognise(&app, &mut request).await;
-        // Whoever tries tokens is a client like any other.
-        let admitted = match app.limits.admit(&request) {
-            Ok(admitted) => admitted,
+        let shown = match limits::is_exempt(&request) {
+            // Whoever watches the service need not say who they are.
+            true => None,
+            false => Some(app.auth.shown(request.headers())),
+        };
+        let network = app.limits.network_of(&request);
+        let (recognised, admitted) = match receive(&app, shown, network).await {
+            Ok(received) => received,
             Err(refusal) => return Ok(refusal),
         };
         let mut response = match recognised {
-            Ok(()) => {
+            Ok(caller) => {
+                request.extensions_mut().insert(caller);
                 let (answer, limit) = (inside.call(request), app.config.server.request_timeout.0);
                 match tokio::time::timeout(limit, answer).await {
                     Ok(response) => response?.into_response(),
@@ -155,6 +162,36 @@ fn admit(app: &Arc<App>, inside: &mut impl Inside, mut request: Request) -> Answ
         admitted.tell(&mut response);
         Ok(response)
     })
+}
+
+/// Who calls, or why they are not believed, where there is a place for them; `shown` is nothing for those
+/// who are always let in.
+async fn receive(
+    app: &App,
+    shown: Option<Result<Shown, Distrust>>,
+    network: Client,
+) -> Result<(Result<Caller, Distrust>, Admitted<'_>), Response> {
+    let limits = &app.limits;
+    let (recognised, place) = match shown {
+        None => return Ok((Ok(Caller::default()), Admitted::uncounted())),
+        Some(Ok(Shown::Caller(caller))) => (Ok(caller), None),
+        Some(Ok(Shown::Stranger(token))) => {
+            let place = limits.place_for_stranger(&network)?;
+            (app.auth.verify(token).await, Some(place))
+        }
+        Some(Err(distrust)) => (Err(distrust), None),
+    };
+    // Whoever tries tokens is a client like any other.
+    match recognised {
+        Ok(mut caller) => {
+            if caller.subject.is_none() {
+                caller.client = network;
+            }
+            let admitted = limits.admit(&caller.client, place)?;
+            Ok((Ok(caller), admitted))
+        }
+        Err(distrust) => Ok((Err(distrust), limits.admit_distrusted(network, place)?)),
+    }
 }
 
 /// A request's id (the client's own, where it sent a usable one), its span, its log line and its

@@ -9,7 +9,6 @@ pub(crate) mod provider;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use jsonwebtoken::{Algorithm, Validation};
@@ -19,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::api::fault::Fault;
 use crate::api::problem::Problem;
-use crate::app::{App, Error};
+use crate::app::Error;
 use crate::config::{self, AuthMode};
 use crate::limits::Client;
 use crate::metrics::METRICS;
@@ -127,6 +126,19 @@ impl Distrust {
     }
 }
 
+/// What a request shows of its caller before any signature is looked at.
+pub enum Shown {
+    Caller(Caller),
+    /// Somebody with a token that is not known yet.
+    Stranger(Token),
+}
+
+/// A token that has yet to be verified.
+pub struct Token {
+    text: String,
+    digest: [u8; 32],
+}
+
 /// What a token says.
 #[derive(Debug, Deserialize)]
 struct Claims {
@@ -188,24 +200,26 @@ impl Auth {
         self.keys.as_ref()?.provider().await
     }
 
-    /// Who sent these fields. Without a token that is nobody in particular.
-    pub async fn caller(&self, headers: &HeaderMap) -> Result<Caller, Distrust> {
-        if self.keys.is_none() {
-            return Ok(Caller::anybody());
-        }
+    /// Who sent these fields, as far as that is known. Without a token that is nobody in particular.
+    pub fn shown(&self, headers: &HeaderMap) -> Result<Shown, Distrust> {
         let mut fields = headers.get_all(header::AUTHORIZATION).iter();
         match (fields.next(), fields.next()) {
-            (None, _) => Ok(Caller::default()),
-            (Some(field), None) => self.bearer(field.to_str().unwrap_or_default()).await,
+            _ if self.keys.is_none() => Ok(Shown::Caller(Caller::anybody())),
+            (None, _) => Ok(Shown::Caller(Caller::default())),
+            (Some(field), None) => self.shown_by(field.to_str().unwrap_or_default()),
             (Some(_), Some(_)) => Err(Distrust::new("there is more than one Authorization field")),
         }
     }
 
     /// Who a field `Bearer TOKEN` speaks for.
     pub async fn bearer(&self, field: &str) -> Result<Caller, Distrust> {
-        let Some(keys) = &self.keys else {
-            return Ok(Caller::anybody());
-        };
+        match self.shown_by(field)? {
+            Shown::Caller(caller) => Ok(caller),
+            Shown::Stranger(token) => self.verify(token).await,
+        }
+    }
+
+    fn shown_by(&self, field: &str) -> Result<Shown, Distrust> {
         let token = match field.split_once(' ') {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
             _ => return Err(Distrust::new("the Authorization field is no bearer token")),
@@ -213,18 +227,30 @@ impl Auth {
         if token.len() > MAX_TOKEN {
             return Err(Distrust::new("the token is too long"));
         }
-        let digest = Sha256::digest(token).into();
-        match self.verified.get(&digest) {
-            Some(caller) if !caller.has_ended() => Ok(caller),
-            _ => {
-                let caller = self.verify(keys, token).await?;
-                self.verified.insert(digest, caller.clone());
-                Ok(caller)
-            }
+        if self.keys.is_none() {
+            return Ok(Shown::Caller(Caller::anybody()));
         }
+        let digest = Sha256::digest(token).into();
+        Ok(match self.verified.get(&digest) {
+            Some(caller) if !caller.has_ended() => Shown::Caller(caller),
+            _ => Shown::Stranger(Token {
+                text: token.to_owned(),
+                digest,
+            }),
+        })
     }
 
-    async fn verify(&self, keys: &Keys, token: &str) -> Result<Caller, Distrust> {
+    /// Who a token speaks for. Its key may have to be fetched from the provider first.
+    pub async fn verify(&self, token: Token) -> Result<Caller, Distrust> {
+        let Some(keys) = &self.keys else {
+            return Ok(Caller::anybody());
+        };
+        let caller = self.verify_by(keys, &token.text).await?;
+        self.verified.insert(token.digest, caller.clone());
+        Ok(caller)
+    }
+
+    async fn verify_by(&self, keys: &Keys, token: &str) -> Result<Caller, Distrust> {
         let header = jsonwebtoken::decode_header(token)
             .map_err(|_| Distrust::new("the token is no signed JWT"))?;
         if !ALGORITHMS.contains(&header.alg) {
@@ -273,20 +299,6 @@ impl Auth {
             subject: Some(claims.sub),
         }
     }
-}
-
-/// Finds out who calls, for everything behind it. A token that is not believed makes the caller nobody.
-pub async fn recognise(app: &App, request: &mut Request) -> Result<(), Distrust> {
-    let found = app.auth.caller(request.headers()).await;
-    let (mut caller, recognised) = match found {
-        Ok(caller) => (caller, Ok(())),
-        Err(distrust) => (Caller::default(), Err(distrust)),
-    };
-    if caller.subject.is_none() {
-        caller.client = app.limits.network_of(request);
-    }
-    request.extensions_mut().insert(caller);
-    recognised
 }
 
 impl IntoResponse for Distrust {

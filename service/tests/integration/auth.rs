@@ -380,12 +380,26 @@ async fn callers_have_shares_of_their_own() {
         })
         .await;
     let by = |subject: &str| signer.token(&with(claims(&json!(["clerk"])), "sub", json!(subject)));
-    assert_eq!(list(&app, &by("ada")).await.0, 200);
-    assert_eq!(list(&app, &by("ada")).await.0, 429);
+    let ada = by("ada");
+    assert_eq!(list(&app, &ada).await.0, 200);
+    assert_eq!(list(&app, &ada).await.0, 429);
     assert_eq!(list(&app, &by("bob")).await.0, 200);
     // What is not believed counts against where it came from.
     assert_eq!(list(&app, "nonsense").await.0, 401);
     assert_eq!(list(&app, "nonsense").await.0, 429);
+    // Nor are further ones looked at then, for a while: the answer to a good one is not its owner's.
+    let mut strangers = 0;
+    eventually("strangers are turned away", async || {
+        strangers += 1;
+        list(&app, "nonsense").await;
+        list(&app, &by(&format!("stranger {strangers}"))).await.0 == 429
+    })
+    .await;
+    eventually("whoever is known is not", async || {
+        list(&app, "nonsense").await;
+        list(&app, &ada).await.0 == 200
+    })
+    .await;
 }
 
 /// When a token ends, so does what was begun with it.
