@@ -2,8 +2,8 @@
 //! database, in alternating rounds of one run.
 //!
 //! `cargo xtask servers run -- cargo bench --package service --bench bare` prints requests a second, the 99th
-//! percentile, and the ratios. Both run as processes of their own beside PostgreSQL and the load, on
-//! loopback only, and it ends by itself.
+//! percentile, and the ratios, and fails where a median is not what is wanted of the service. Both run as
+//! processes of their own beside PostgreSQL and the load, on loopback only, and it ends by itself.
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on fails")]
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
 
@@ -26,6 +26,12 @@ const BUSY: usize = 64;
 const IDLE: usize = 10_000;
 /// Of both pools.
 const DATABASE_CONNECTIONS: u32 = 16;
+/// What the service does in a second, as a share of the bare handler's, and of its own without idle
+/// connections; and how many times as long its 99th percentile may be.
+const GET_AT_LEAST: f64 = 0.75;
+const POST_AT_LEAST: f64 = 0.85;
+const BESIDE_IDLE_AT_LEAST: f64 = 0.85;
+const P99_AT_MOST: f64 = 1.5;
 /// Set, this program is the bare handler.
 const ROLE: &str = "BARE_HANDLER";
 
@@ -38,10 +44,13 @@ fn main() {
         return runtime.block_on(handler::serve(&url, DATABASE_CONNECTIONS));
     }
     load::raise_open_files();
-    runtime.block_on(compare());
+    if !runtime.block_on(compare()) {
+        std::process::exit(1);
+    }
 }
 
-async fn compare() {
+/// Whether all is as is wanted.
+async fn compare() -> bool {
     let server = test_servers::lease(Server::Postgres).await.unwrap();
     let bare = Contestant::bare(&server).await;
     let service = Contestant::service(&server).await;
@@ -52,14 +61,21 @@ async fn compare() {
     );
     let by_transaction: Prepare =
         |address, token, _| Load::post_to(handler::BY_TRANSACTION, address, token);
-    for (name, request, of_bare) in [
+    let mut all = true;
+    for (name, request, of_bare, at_least) in [
         (
             "GET of one order",
             Load::get as Prepare,
             Load::get as Prepare,
+            GET_AT_LEAST,
         ),
-        ("POST of an order", Load::post, Load::post),
-        ("POST, bare by BEGIN … COMMIT", Load::post, by_transaction),
+        ("POST of an order", Load::post, Load::post, POST_AT_LEAST),
+        (
+            "POST, bare by BEGIN … COMMIT",
+            Load::post,
+            by_transaction,
+            POST_AT_LEAST,
+        ),
     ] {
         let mut ratios = [Vec::new(), Vec::new()];
         for _ in 0..ROUNDS {
@@ -78,7 +94,13 @@ async fn compare() {
             );
         }
         let [throughput, latency] = ratios.map(median);
-        println!("{name:30}median ratio: throughput {throughput:.2}, p99 {latency:.2}\n");
+        let is_met = throughput >= at_least && latency <= P99_AT_MOST;
+        println!(
+            "{name:30}median ratio: throughput {throughput:.2} (at least {at_least}), p99 {latency:.2} (at \
+             most {P99_AT_MOST}): {}\n",
+            verdict(is_met)
+        );
+        all &= is_met;
     }
     println!("GET of one order beside {IDLE} idle connections");
     let mut ratios = Vec::new();
@@ -90,7 +112,17 @@ async fn compare() {
         ratios.push(beside / alone);
         println!("{alone:>10.0}/s {beside:>10.0}/s {:>8.2}", beside / alone);
     }
-    println!("median ratio {:.2}", median(ratios));
+    let ratio = median(ratios);
+    let is_met = ratio >= BESIDE_IDLE_AT_LEAST;
+    println!(
+        "median ratio {ratio:.2} (at least {BESIDE_IDLE_AT_LEAST}): {}",
+        verdict(is_met)
+    );
+    all && is_met
+}
+
+fn verdict(is_met: bool) -> &'static str {
+    if is_met { "met" } else { "NOT MET" }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
