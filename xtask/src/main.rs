@@ -18,7 +18,7 @@ mod config;
 mod demo;
 mod files;
 mod findings;
-#[cfg(feature = "rollout")]
+#[cfg(any(feature = "registry", feature = "rollout"))]
 mod http;
 mod image;
 mod output;

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use ::http::HeaderValue;
+use ::http::header::WWW_AUTHENTICATE;
 use anyhow::{Context, Result, bail};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
-use http::HeaderValue;
 use oci_client::client::{Client, ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 use super::layout::{Layout, MANIFEST};
 use crate::config::Pipeline;
+use crate::http;
 use crate::output::Output;
 
 const CONNECT: Duration = Duration::from_secs(10);
@@ -25,6 +27,8 @@ pub struct Target {
     /// Whether a tag was named; a reference without one has `latest`.
     is_tagged: bool,
     protocol: ClientProtocol,
+    /// Whether it was said that no encryption will do.
+    plain_http: bool,
     auth: RegistryAuth,
 }
 
@@ -50,6 +54,7 @@ impl Target {
             is_tagged: last.contains(':'),
             reference,
             protocol,
+            plain_http,
             auth: credentials(&host)?,
         })
     }
@@ -76,6 +81,9 @@ impl Target {
             ..ClientConfig::default()
         });
         let reference = &self.reference;
+        if !matches!(self.auth, RegistryAuth::Anonymous) {
+            self.check_realm().await?;
+        }
         client
             .auth(reference, &self.auth, RegistryOperation::Push)
             .await
@@ -109,6 +117,42 @@ impl Target {
             reference.repository()
         ))
     }
+
+    /// Whoever gives out the registry's tokens is told the password, too: without encryption only on this
+    /// machine, unless asked for.
+    async fn check_realm(&self) -> Result<()> {
+        let host = self.reference.resolve_registry();
+        let scheme = match &self.protocol {
+            ClientProtocol::Https => "https",
+            _ => "http",
+        };
+        let asked = http::client()?.get(format!("{scheme}://{host}/v2/"));
+        let answer = asked
+            .timeout(READ)
+            .send()
+            .await
+            .with_context(|| format!("asking {host} who may push"))?;
+        let challenges = answer.headers().get_all(WWW_AUTHENTICATE).iter();
+        for realm in challenges.filter_map(|challenge| realm(challenge.to_str().ok()?)) {
+            let plain = realm.strip_prefix("http://");
+            let server = plain.map(|rest| rest.split('/').next().unwrap_or(rest));
+            if let Some(server) = server.filter(|server| !self.plain_http && !is_loopback(server)) {
+                bail!(
+                    "{host} sends whoever pushes to {server} for a token, with the password and without \
+                     encryption; --plain-http allows that"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a challenge sends whoever asks for a token. <https://www.rfc-editor.org/rfc/rfc6750#section-3>
+fn realm(challenge: &str) -> Option<&str> {
+    let (scheme, parameters) = challenge.trim().split_once(' ')?;
+    let (_, rest) = parameters.split_once("realm=\"")?;
+    let (realm, _) = rest.split_once('"')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(realm)
 }
 
 /// A refusal with what to do about it. Some registries ask who it is only when something is pushed.
@@ -178,6 +222,16 @@ mod tests {
             assert!(matches!(target.protocol, ClientProtocol::Https), "{text}");
         }
         assert!(Target::parse("registry.example/service@sha256:1", false).is_err());
+    }
+
+    #[test]
+    fn a_realm_is_a_bearers() {
+        let bearer = "Bearer realm=\"https://auth.example/token\",service=\"registry.example\"";
+        assert_eq!(realm(bearer), Some("https://auth.example/token"));
+        let later = "bearer service=\"s\",realm=\"http://auth.example\"";
+        assert_eq!(realm(later), Some("http://auth.example"));
+        assert_eq!(realm("Basic realm=\"http://auth.example\""), None);
+        assert_eq!(realm("Bearer"), None);
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub enum Scheme {
     Basic,
     /// The registry sends whoever asks to a server of tokens.
     Bearer,
+    /// The same, and that one is elsewhere and without encryption.
+    Elsewhere,
 }
 
 /// Guards the registry at `registry`; returns where the guard is, without a scheme.
@@ -72,6 +74,10 @@ async fn serve(
     }
     let (wanted, challenge) = match scheme {
         Scheme::Basic => (basic, "Basic realm=\"guarded\"".to_owned()),
+        Scheme::Elsewhere => (
+            format!("Bearer {TOKEN}"),
+            "Bearer realm=\"http://tokens.invalid/token\",service=\"guarded\"".to_owned(),
+        ),
         Scheme::Bearer => (
             format!("Bearer {TOKEN}"),
             format!(

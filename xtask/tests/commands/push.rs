@@ -111,6 +111,16 @@ async fn whoever_pushes_says_who_it_is() {
             pushed.said
         );
     }
+    // Nobody elsewhere is told the password for everybody on the way to read.
+    let host = guard(&registry.address, Scheme::Elsewhere).await;
+    let config = json!({ "auths": { &host: { "auth": CREDENTIALS } } });
+    std::fs::write(docker.path().join("config.json"), config.to_string()).unwrap();
+    let reference = format!("{host}/guarded/service:1.0.0");
+    let mut command = fixture.command(&["image", "--version", "1.0.0", "--push", &reference]);
+    let command = command.env("DOCKER_CONFIG", docker.path());
+    let refused = ended(command.output().unwrap()).expect(2, "failed");
+    let why = "sends whoever pushes to tokens.invalid for a token";
+    assert!(refused.said.contains(why), "{}", refused.said);
 }
 
 #[test]
