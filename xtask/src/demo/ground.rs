@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Stage;
 use super::steps::{PRODUCTION, Steps};
-use crate::cluster::{Cluster, places};
+use crate::cluster::{self, Cluster, places};
 use crate::config::{Pipeline, PlatformKind};
 use crate::files;
 use crate::output::Output;
@@ -87,8 +87,17 @@ impl Ground {
         if stage.platform == PlatformKind::Sandbox {
             return Ok(Self::Sandbox);
         }
-        output.step("starting a cluster");
         let cluster = Cluster::open()?;
+        let given = std::env::var_os(cluster::KUBECONFIG);
+        if let Some(given) = given.filter(|given| **given != *cluster.kubeconfig()) {
+            bail!(
+                "{} = {} names another cluster, and the demo runs on its own, whose gateway it knows: unset \
+                 it",
+                cluster::KUBECONFIG,
+                given.display()
+            );
+        }
+        output.step("starting a cluster");
         let is_ours = !cluster.is_running();
         cluster.up(output)?;
         let mut namespaces = Vec::new();
