@@ -138,6 +138,8 @@ pub fn start_etcd(parts: &mut Parts, program: &Path, endpoints: &Endpoints) -> R
 pub fn start_server(parts: &mut Parts, program: &Path, endpoints: &Endpoints) -> Result<()> {
     let [etcd, _] = endpoints.etcd();
     let mut command = part(program, "kube-apiserver", endpoints);
+    // It makes much garbage on a small heap: memory is there, and the processors are the pods'.
+    command.env("GOGC", "400");
     command
         .arg(format!("--etcd-servers={etcd}"))
         .arg(format!("--secure-port={}", endpoints.api.port()))

@@ -1,6 +1,6 @@
 //! A pipeline with its own state and ports, and a load on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ pub const PRODUCTION: &str = "production";
 /// No condition takes longer than this, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// Between two looks at a condition: most of them start a command, and what is tested needs the cores.
-const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE: Duration = Duration::from_millis(400);
 /// A load ends by itself after this time.
 const LONGEST_LOAD: Duration = Duration::from_secs(240);
 
@@ -379,8 +379,28 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 /// Requests to an environment at a steady rate, on a thread of their own.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<BTreeMap<Failure, u64>>,
+    thread: JoinHandle<Seen>,
 }
+
+/// What became of a load's requests.
+#[derive(Default)]
+struct Seen {
+    failures: BTreeMap<Failure, u64>,
+    /// The releases that named themselves.
+    answered: BTreeSet<String>,
+}
+
+impl Seen {
+    fn note(&mut self, outcome: Result<String, Failure>) {
+        match outcome {
+            Ok(by) => drop(self.answered.insert(by)),
+            Err(failure) => *self.failures.entry(failure).or_default() += 1,
+        }
+    }
+}
+
+/// Makes a load's n-th request.
+pub type Request = fn(&reqwest::Client, &str, u64) -> reqwest::RequestBuilder;
 
 /// How a request failed.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -405,6 +425,16 @@ impl Load {
 
     /// The same with a client of the caller's, and at this rate, in requests a second.
     pub fn with(address: String, client: reqwest::ClientBuilder, rate: u32) -> Self {
+        Self::of(rest, address, client, rate)
+    }
+
+    /// Other requests.
+    pub fn of(
+        request: Request,
+        address: String,
+        client: reqwest::ClientBuilder,
+        rate: u32,
+    ) -> Self {
         let client = client.build().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -414,93 +444,94 @@ impl Load {
                 .build();
             runtime
                 .unwrap()
-                .block_on(send(address, client, rate, stopped))
+                .block_on(send(request, address, client, rate, stopped))
         });
         Self { stop, thread }
     }
 
-    /// No request may have failed.
+    /// No request may have failed; the releases that have answered.
     #[track_caller]
-    pub fn stop_without_failures(self) {
-        assert_eq!(self.failures(), BTreeMap::new(), "requests failed");
+    pub fn stop_without_failures(self) -> BTreeSet<String> {
+        let Seen { failures, answered } = self.seen();
+        assert_eq!(failures, BTreeMap::new(), "requests failed");
+        answered
     }
 
     /// The failed requests by release; where none answered, why.
     pub fn stop(self) -> BTreeMap<String, u64> {
         let mut failed = BTreeMap::new();
-        for (failure, number) in self.failures() {
+        for (failure, number) in self.seen().failures {
             *failed.entry(failure.by).or_default() += number;
         }
         failed
     }
 
-    fn failures(self) -> BTreeMap<Failure, u64> {
+    fn seen(self) -> Seen {
         self.stop.store(true, Ordering::SeqCst);
         self.thread.join().unwrap()
     }
 }
 
+fn rest(client: &reqwest::Client, address: &str, number: u64) -> reqwest::RequestBuilder {
+    let url = format!("{address}/v1/orders");
+    let body = r#"{"customer":"test","currency":"EUR","items":[{"sku":"a","quantity":1,"unit_price_cents":5}]}"#;
+    if number.is_multiple_of(3) {
+        client
+            .post(url)
+            .header("content-type", "application/json")
+            .body(body)
+    } else {
+        client.get(url).query(&[("limit", "2")])
+    }
+}
+
 async fn send(
+    request: Request,
     address: String,
     client: reqwest::Client,
     rate: u32,
     stop: Arc<AtomicBool>,
-) -> BTreeMap<Failure, u64> {
+) -> Seen {
     let began = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_secs(1) / rate);
     let mut requests = tokio::task::JoinSet::new();
-    let mut failures = BTreeMap::new();
+    let mut seen = Seen::default();
     let mut number = 0;
     while !stop.load(Ordering::SeqCst) && began.elapsed() < LONGEST_LOAD {
         ticks.tick().await;
         number += 1;
-        let url = format!("{address}/v1/orders");
-        let body = r#"{"customer":"test","currency":"EUR","items":[{"sku":"a","quantity":1,"unit_price_cents":5}]}"#;
-        let request = if number % 3 == 0 {
-            client
-                .post(url)
-                .header("content-type", "application/json")
-                .body(body)
-        } else {
-            client.get(url).query(&[("limit", "2")])
-        };
         // One that is late on a busy machine is not lost.
-        requests.spawn(failure(request.timeout(Duration::from_secs(30))));
-        while let Some(failure) = requests.try_join_next() {
-            note(&mut failures, failure.unwrap());
+        let request = request(&client, &address, number).timeout(Duration::from_secs(30));
+        requests.spawn(outcome(request));
+        while let Some(outcome) = requests.try_join_next() {
+            seen.note(outcome.unwrap());
         }
     }
-    while let Some(failure) = requests.join_next().await {
-        note(&mut failures, failure.unwrap());
+    while let Some(outcome) = requests.join_next().await {
+        seen.note(outcome.unwrap());
     }
-    failures
+    seen
 }
 
-async fn failure(request: reqwest::RequestBuilder) -> Option<Failure> {
-    let answer = match request.send().await {
-        Ok(answer) => answer,
-        Err(error) => {
-            return Some(Failure {
-                by: format!("nobody: {error:?}"),
-                answer: "none".to_owned(),
-            });
-        }
-    };
+/// Who has answered, or how it failed.
+async fn outcome(request: reqwest::RequestBuilder) -> Result<String, Failure> {
+    let answer = request.send().await.map_err(|error| Failure {
+        by: format!("nobody: {error:?}"),
+        answer: "none".to_owned(),
+    })?;
     let status = answer.status();
-    if !status.is_server_error() {
-        return None;
+    let header = |name: &str| {
+        let value = answer.headers().get(name)?;
+        Some(value.to_str().unwrap().to_owned())
+    };
+    let by = header("x-release").unwrap_or_else(|| format!("nobody: {status}"));
+    // Of calls by gRPC only those that fail have their status there.
+    let grpc = header("grpc-status").filter(|status| status != "0");
+    if !status.is_server_error() && grpc.is_none() {
+        return Ok(by);
     }
-    let by = answer.headers().get("x-release").map_or_else(
-        || format!("nobody: {status}"),
-        |release| release.to_str().unwrap().to_owned(),
-    );
+    let said = header("grpc-message").unwrap_or_default();
     let body = answer.text().await.unwrap_or_default();
-    let answer = format!("{status} {body}");
-    Some(Failure { by, answer })
-}
-
-fn note(failures: &mut BTreeMap<Failure, u64>, failure: Option<Failure>) {
-    if let Some(failure) = failure {
-        *failures.entry(failure).or_default() += 1;
-    }
+    let answer = format!("{status} {body}{}{said}", grpc.unwrap_or_default());
+    Err(Failure { by, answer })
 }
