@@ -11,7 +11,17 @@ const KEPT_IDLE: Duration = Duration::from_secs(20);
 
 /// A client that follows no redirect and uses no proxy.
 pub fn client() -> Result<reqwest::Client> {
-    reqwest::Client::builder()
+    built(reqwest::Client::builder())
+}
+
+/// The same for calls by gRPC: HTTP/2, also where no TLS agrees on it.
+#[cfg(feature = "kubernetes")]
+pub fn grpc_client() -> Result<reqwest::Client> {
+    built(reqwest::Client::builder().http2_prior_knowledge())
+}
+
+fn built(client: reqwest::ClientBuilder) -> Result<reqwest::Client> {
+    client
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(CONNECT_TIMEOUT)

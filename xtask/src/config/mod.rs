@@ -138,6 +138,8 @@ pub struct Kubernetes {
     pub traffic: TrafficKind,
     /// Where clients reach the environment; each must have one.
     pub address: Option<String>,
+    /// The same by gRPC, for an environment that has a GRPCRoute.
+    pub grpc_address: Option<String>,
     /// The header in which the gateway names the release that answered.
     pub release_header: Option<String>,
     /// The container's port with the metrics and the readiness.
@@ -153,6 +155,7 @@ pub struct KubernetesChanges {
     pub namespace: Option<String>,
     pub traffic: Option<TrafficKind>,
     pub address: Option<String>,
+    pub grpc_address: Option<String>,
 }
 
 /// What splits the traffic between two releases.
@@ -161,7 +164,7 @@ pub struct KubernetesChanges {
 pub enum TrafficKind {
     /// The numbers of pods behind one Service.
     Replicas,
-    /// The weights of a Gateway API HTTPRoute.
+    /// The weights of a Gateway API HTTPRoute, and of a GRPCRoute beside it.
     Gateway,
     /// The weights of a Contour HTTPProxy.
     HttpProxy,
@@ -358,6 +361,7 @@ impl Pipeline {
             namespace: fill(changes.namespace.unwrap_or(common.namespace)),
             traffic: changes.traffic.unwrap_or(common.traffic),
             address: Some(fill(address)),
+            grpc_address: changes.grpc_address.or(common.grpc_address).map(fill),
             ..common
         })
     }

@@ -20,18 +20,15 @@ const FAULTS: [Fault; 8] = [
     Fault::HalfAnswer,
 ];
 
-/// Every fifth call fails, each time in another way, in three rollouts with both shifted: a conflict
-/// is one of writes only, and some are of reads only.
+/// Every fifth call fails, each time in another way, in five rollouts with both shifted, so that each
+/// position has failed: a conflict is one of writes only, and some are of reads only.
 #[test]
 fn every_fault_at_every_call() {
     let namespace = Namespace::new("faults");
     let proxy = Proxy::start(None);
-    namespace.in_service("1.0.0");
-    for shift in 0..3 {
-        let load = namespace.load();
-        let release = namespace.release(&format!("1.{}.0", shift + 1));
+    let through = |shift: u64, words: &[&str], code: i32, outcome: &str| {
         proxy.fail(move |number, writes| {
-            if (number + shift) % 5 != 0 {
+            if !(number + shift).is_multiple_of(5) {
                 return Fault::None;
             }
             let fault = FAULTS[((number / 5 + shift) % FAULTS.len() as u64) as usize];
@@ -41,22 +38,36 @@ fn every_fault_at_every_call() {
                 fault => fault,
             }
         });
-        let ended = namespace.run_by(
-            &proxy.kubeconfig(),
-            &["canary", "start", "--release", &release],
-        );
-        let ended = ended.expect(0, "healthy");
+        let ended = namespace.run_by(&proxy.kubeconfig(), words);
+        let ended = ended.expect(code, outcome);
         let calls = proxy.log().len();
-        assert!(calls > 100, "{calls} calls\n{}", ended.said);
-        assert_eq!(
-            namespace.running(),
-            [(short(&release), 2, 2)],
-            "{}",
-            ended.said
-        );
-        let failed = load.stop();
-        assert!(failed.is_empty(), "failed by release: {failed:?}");
+        assert!(calls > 50, "{calls} calls\n{}", ended.said);
+    };
+    fn start(release: &str) -> [&str; 4] {
+        ["canary", "start", "--release", release]
     }
+    let running = |release: &str| assert_eq!(namespace.running(), [(short(release), 2, 2)]);
+
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let second = namespace.release("1.1.0");
+    through(0, &start(&second), 0, "healthy");
+    running(&second);
+    let bad = namespace.release_with("1.2.0", &["read_only = true"]);
+    through(1, &start(&bad), 1, "rolled-back");
+    running(&second);
+    through(2, &["rollback"], 0, "healthy");
+    running(&first);
+    let failed = load.stop();
+    assert_eq!(failed.keys().collect::<Vec<_>>(), [&short(&bad)]);
+
+    let load = namespace.load();
+    let third = namespace.release("1.3.0");
+    through(3, &start(&third), 0, "healthy");
+    running(&third);
+    through(4, &["rollback"], 0, "healthy");
+    running(&first);
+    load.stop_without_failures();
 }
 
 /// Answers take their time: some longer than a call is waited for, after they took effect.

@@ -188,6 +188,22 @@ impl Namespace {
         std::fs::write(dir.join("kustomization.yaml"), kustomization.to_string()).unwrap();
     }
 
+    /// Releases that are made from now on are reached by gRPC, too: behind a listener of the gateway that no
+    /// other running test has.
+    pub fn add_grpc(&self, listener: Grpc) {
+        self.add_component("grpc");
+        let parent = json!([{ "op": "replace", "path": "/spec/parentRefs/0", "value": {
+            "name": "gateway", "namespace": "xtask-gateway", "sectionName": listener.name(),
+        } }]);
+        self.change_overlay(|kustomization| {
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            patches.push(json!({
+                "target": { "kind": "GRPCRoute", "name": "service-grpc" },
+                "patch": parent.to_string(),
+            }));
+        });
+    }
+
     /// Releases that are made from now on have this component of `k8s/components` too.
     pub fn add_component(&self, name: &str) {
         self.change_overlay(|kustomization| {
@@ -400,6 +416,42 @@ impl Drop for Namespace {
         // The cluster finishes it by itself.
         let _ = self.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
     }
+}
+
+/// A listener for calls by gRPC.
+#[derive(Clone, Copy)]
+pub struct Grpc(pub u16);
+
+impl Grpc {
+    fn name(self) -> String {
+        format!("test-grpc-{}", self.0)
+    }
+
+    fn address(self) -> String {
+        format!("http://172.31.77.2:{}", 18094 + self.0)
+    }
+
+    /// Lists of orders are asked for until they are stopped.
+    pub fn load(self) -> Load {
+        let client = Load::client().http2_prior_knowledge();
+        Load::of(list, self.address(), client, 10)
+    }
+
+    /// The settings of an environment behind it.
+    pub fn setting(self) -> (&'static str, toml::Value) {
+        let name = "environments.production.kubernetes.grpc_address";
+        (name, self.address().into())
+    }
+}
+
+fn list(client: &reqwest::Client, address: &str, _number: u64) -> reqwest::RequestBuilder {
+    /// An empty message: not compressed, and no bytes long.
+    const EMPTY: &[u8] = &[0; 5];
+    client
+        .post(format!("{address}/orders.v1.Orders/ListOrders"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(EMPTY)
 }
 
 /// An address among the cluster's Services, known before there is one.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::fixture::root;
-use crate::namespace::{Namespace, ends_with, short};
+use crate::namespace::{Grpc, Namespace, ends_with, short};
 use crate::proxy::Proxy;
 
 type Right = (String, String, String);
@@ -31,8 +31,9 @@ fn granted(role: &Value) -> BTreeSet<Right> {
     rights
 }
 
-/// What is left of a release that nobody goes back to: its Deployment, its Service, its journal.
-fn old(number: u32) -> [Value; 3] {
+/// What is left of a release that nobody goes back to: its Deployment, its Service, its journal, its
+/// configuration.
+fn old(number: u32) -> [Value; 4] {
     let id = format!("{number}{:063}", 0);
     let name = format!("service-{}", &id[..12]);
     let pod = json!({
@@ -55,6 +56,15 @@ fn old(number: u32) -> [Value; 3] {
             "labels": { "xtask.dev/workload": "service", "xtask.dev/rollout": "2000" },
         },
     });
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": format!("service-config-old-{number}"),
+            "labels": { "xtask.dev/workload": "service", "app.kubernetes.io/managed-by": "xtask" },
+        },
+        "immutable": true,
+    });
     let deployment = json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -69,7 +79,7 @@ fn old(number: u32) -> [Value; 3] {
             "template": { "metadata": { "labels": { "app": name } }, "spec": pod },
         },
     });
-    [deployment, service, journal]
+    [deployment, service, journal, config]
 }
 
 /// One of each kind that the manifests have besides.
@@ -126,7 +136,8 @@ fn compared(namespace: &Namespace, proxy: &Proxy) -> (Vec<Right>, Vec<Right>) {
 /// Releases come and go, one crashes, and old ones are removed, all by a user with these rights.
 #[test]
 fn the_deployer_has_exactly_the_rights_it_needs() {
-    let namespace = Namespace::with("rights", "gateway", &[]);
+    let grpc = Grpc(2);
+    let namespace = Namespace::with("rights", "gateway", &[grpc.setting()]);
     namespace.add_component("autoscaling");
     let proxy = deployer(&namespace, "k8s/deployer");
     let by = proxy.kubeconfig();
@@ -146,6 +157,8 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
             namespace.apply(&object);
         }
     }
+    // A way in by gRPC comes with a release, and goes with it.
+    namespace.add_grpc(grpc);
     let last = namespace.release("1.1.0");
     namespace
         .run_by(&by, &["canary", "start", "--release", &last])
@@ -161,7 +174,13 @@ fn the_deployer_has_exactly_the_rights_it_needs() {
         assert!(!there.contains("more"), "{there}");
         assert!(there.contains("service"), "{there}");
     }
+    let configs = namespace.ask(&["get", "configmaps", "--output", "name"]);
+    assert!(!configs.contains("service-config-old"), "{configs}");
+    assert!(configs.contains("service-config-"), "{configs}");
+    let routes = || namespace.ask(&["get", "grpcroutes", "--output", "name"]);
+    assert!(routes().contains("service-grpc"));
     namespace.run_by(&by, &["rollback"]).expect(0, "healthy");
+    assert_eq!(routes(), "");
     load.stop_without_failures();
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
 

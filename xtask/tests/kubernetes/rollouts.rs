@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::fixture::{Ended, Load, eventually};
-use crate::namespace::{Namespace, ends_with, short};
+use crate::namespace::{Grpc, Namespace, ends_with, short};
 
 fn start(release: &str) -> [&str; 4] {
     ["canary", "start", "--release", release]
@@ -22,8 +22,8 @@ fn weights(ended: &Ended) -> Vec<u64> {
         .collect()
 }
 
-fn good_bad_and_back(namespace: &Namespace) {
-    let first = namespace.in_service("1.0.0");
+/// A good release, a bad one, and back to the `first`; the two.
+fn good_bad_and_back(namespace: &Namespace, first: &str) -> [String; 2] {
     let load = namespace.load();
 
     let second = namespace.release("1.1.0");
@@ -41,13 +41,13 @@ fn good_bad_and_back(namespace: &Namespace) {
         caught.said
     );
 
+    // An edit of the Service inside the cluster keeps no way back closed.
+    let nobody = r#"{"spec":{"selector":{"xtask.dev/release":"nobody"}}}"#;
+    namespace.ask(&["patch", "service", "service", "--patch", nobody]);
     let back = namespace.run(&["rollback"]).expect(0, "healthy");
-    assert_eq!(
-        namespace.running(),
-        [(short(&first), 2, 2)],
-        "{}",
-        back.said
-    );
+    assert_eq!(namespace.running(), [(short(first), 2, 2)], "{}", back.said);
+    let front = namespace.json(&["get", "service", "service"]);
+    assert_eq!(front["spec"]["selector"]["xtask.dev/release"], short(first));
     let failed = load.stop();
     let others: Vec<&String> = failed
         .keys()
@@ -57,12 +57,22 @@ fn good_bad_and_back(namespace: &Namespace) {
         others.is_empty(),
         "failed besides the bad release: {failed:?}"
     );
+    [second, bad]
 }
 
 #[test]
 fn behind_a_gateway() {
-    let namespace = Namespace::new("gateway");
-    good_bad_and_back(&namespace);
+    let grpc = Grpc(1);
+    let namespace = Namespace::with("gateway", "gateway", &[grpc.setting()]);
+    namespace.add_grpc(grpc);
+    let first = namespace.in_service("1.0.0");
+    // Calls by gRPC have a route of their own, and the same weights.
+    let calls = grpc.load();
+    let [second, bad] = good_bad_and_back(&namespace, &first);
+    let answered = calls.stop_without_failures();
+    for release in [&first, &second, &bad] {
+        assert!(answered.contains(&short(release)), "{answered:?}");
+    }
 
     // Whoever looks with kubectl sees it too.
     let events = namespace.ask(&["get", "events"]);
@@ -212,7 +222,9 @@ fn a_release_may_change_only_its_secret() {
 
 #[test]
 fn behind_contours_own_route() {
-    good_bad_and_back(&Namespace::with("httpproxy", "httpproxy", &[]));
+    let namespace = Namespace::with("httpproxy", "httpproxy", &[]);
+    let first = namespace.in_service("1.0.0");
+    good_bad_and_back(&namespace, &first);
 }
 
 #[test]

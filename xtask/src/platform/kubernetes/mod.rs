@@ -452,6 +452,7 @@ impl Platform for Kubernetes {
             return Ok(());
         }
         let bundle = Bundle::render(release, &self.settings, &render::kubectl()?)?;
+        self.traffic.check(&bundle)?;
         record::ensure(&self.api, &self.settings, &self.environment).await?;
         // The server itself says what it would refuse, before anything is changed.
         for object in bundle.all() {

@@ -1,5 +1,6 @@
 //! What a release needs besides its pods: made before them, and taken away again.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::api::{self, Kind};
 use super::fence::Fence;
-use super::render::{Bundle, JOB_OF, RELEASE, WORKLOAD};
+use super::render::{Bundle, JOB_OF, MANAGED_BY, RELEASE, WORKLOAD};
 use super::{
     Kubernetes, TICK, autoscalers, budgets, deployments, pods, record, release_of, services,
 };
@@ -24,7 +25,8 @@ const KEPT: usize = 5;
 const BROUGHT_BY: &str = "xtask.dev/brought-by";
 
 /// Kinds that hold nothing that could not be made again: only those are removed.
-const REMOVABLE: [&str; 7] = [
+const REMOVABLE: [&str; 8] = [
+    "GRPCRoute",
     "Ingress",
     "NetworkPolicy",
     "PodDisruptionBudget",
@@ -45,6 +47,7 @@ fn only_in<'a>(
         bundle
             .others
             .iter()
+            .chain(&bundle.grpc_route)
             .map(identity)
             .collect::<Result<Vec<_>>>()
     };
@@ -64,6 +67,15 @@ fn brought_by(object: &Value, release: &ReleaseId) -> Value {
     object
 }
 
+/// The same, where that is so of the object as it is there.
+pub(super) fn noted(object: &Value, there: Option<&Value>, release: &ReleaseId) -> Value {
+    let is_its = |there: &Value| api::annotation(there, BROUGHT_BY) == Some(release.as_str());
+    match there.is_none_or(is_its) {
+        true => brought_by(object, release),
+        false => object.clone(),
+    }
+}
+
 fn jobs() -> Kind {
     Kind::new("batch/v1", "Job")
 }
@@ -74,12 +86,9 @@ impl Kubernetes {
     pub(super) async fn provide(&self, fence: &Fence<'_>, bundle: &Bundle) -> Result<()> {
         for object in &bundle.others {
             let there = self.api.get(&Kind::of(object)?, api::name(object)).await?;
-            let ours =
-                |there: &Value| api::annotation(there, BROUGHT_BY) == Some(bundle.id.as_str());
-            match there.as_ref().is_none_or(ours) {
-                true => fence.apply(&brought_by(object, &bundle.id)).await?,
-                false => fence.apply(object).await?,
-            };
+            fence
+                .apply(&noted(object, there.as_ref(), &bundle.id))
+                .await?;
         }
         for config in &bundle.configs {
             fence.apply(config).await?;
@@ -332,6 +341,36 @@ impl Kubernetes {
             }
             // The rest is found by it.
             fence.remove(&deployments(), name).await?;
+        }
+        match surplus {
+            0 => Ok(()),
+            _ => self.forget_configs(fence).await,
+        }
+    }
+
+    /// Removes the configurations that none of the releases which are kept has.
+    async fn forget_configs(&self, fence: &Fence<'_>) -> Result<()> {
+        let ours = format!("{MANAGED_BY}=xtask,{WORKLOAD}={}", self.settings.name);
+        let all = self.api.list(&record::kind(), &ours).await?;
+        let mut needed = BTreeSet::new();
+        for release in all.iter().filter(|one| api::label(one, RELEASE).is_some()) {
+            // One that cannot be read may need any of them.
+            let Ok(bundle) = record::bundle_of(release) else {
+                return Ok(());
+            };
+            needed.extend(
+                bundle
+                    .configs
+                    .iter()
+                    .map(|config| api::name(config).to_owned()),
+            );
+        }
+        let is_config =
+            |one: &&Value| one["immutable"] == true && api::label(one, RELEASE).is_none();
+        for config in all.iter().filter(is_config) {
+            if !needed.contains(api::name(config)) {
+                fence.remove(&record::kind(), api::name(config)).await?;
+            }
         }
         Ok(())
     }

@@ -207,13 +207,23 @@ pub async fn recall(
     let Some(object) = api.get(&kind(), &name).await? else {
         return Ok(None);
     };
-    let damaged =
-        || format!("the ConfigMap {name} is damaged; remove it and name the release again");
-    let part = |part: &str| object["data"][part].as_str().with_context(damaged);
-    let recorded: Recorded = serde_json::from_str(part("release")?).with_context(damaged)?;
-    let bundle: Bundle = serde_json::from_str(part("bundle")?).with_context(damaged)?;
+    let damaged = || damaged(&name);
+    let release = object["data"]["release"].as_str().with_context(damaged)?;
+    let recorded: Recorded = serde_json::from_str(release).with_context(damaged)?;
+    let bundle = bundle_of(&object)?;
     if recorded.release.id()? != *id {
         bail!("{}: its content is another release's", damaged());
     }
     Ok(Some((recorded, bundle)))
+}
+
+/// What was rendered of a release that was kept.
+pub fn bundle_of(object: &Value) -> Result<Bundle> {
+    let damaged = || damaged(api::name(object));
+    let bundle = object["data"]["bundle"].as_str().with_context(damaged)?;
+    serde_json::from_str(bundle).with_context(damaged)
+}
+
+fn damaged(name: &str) -> String {
+    format!("the ConfigMap {name} is damaged; remove it and name the release again")
 }

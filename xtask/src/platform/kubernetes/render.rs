@@ -29,7 +29,7 @@ pub const VERSION: &str = "xtask.dev/version";
 /// The short id of the release that a job's pod belongs to: it is none of the release's pods.
 pub const JOB_OF: &str = "xtask.dev/job-of";
 
-const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Kinds that no release can bring along, because they are the whole cluster's.
 const OF_THE_CLUSTER: [&str; 16] = [
@@ -70,6 +70,9 @@ pub struct Bundle {
     /// The Service of all releases, and what splits the traffic in front of it.
     pub front: Value,
     pub route: Option<Value>,
+    /// The same for calls by gRPC, where they have a route of their own.
+    #[serde(default)]
+    pub grpc_route: Option<Value>,
     /// What the environment has besides.
     pub others: Vec<Value>,
 }
@@ -88,7 +91,7 @@ impl Bundle {
         let name = settings.name.as_str();
         let overlay = &settings.overlay;
         let (mut deployment, mut front, mut route) = (None, None, None);
-        let (mut autoscaler, mut budget) = (None, None);
+        let (mut autoscaler, mut budget, mut grpc_route) = (None, None, None);
         let (mut jobs, mut configs, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for mut object in objects {
             mark(&mut object, name);
@@ -97,7 +100,14 @@ impl Bundle {
             match kind.as_str() {
                 "Deployment" if is_ours => deployment = Some(object),
                 "Service" if is_ours => front = Some(object),
-                "HTTPRoute" | "GRPCRoute" | "HTTPProxy" if is_ours => {
+                "GRPCRoute" if api::name(&object) == grpc_route_name(settings) => {
+                    grpc_route = Some(object);
+                }
+                "GRPCRoute" if is_ours => bail!(
+                    "{overlay}: the GRPCRoute {name:?} must have a name of its own, {:?}",
+                    grpc_route_name(settings)
+                ),
+                "HTTPRoute" | "HTTPProxy" if is_ours => {
                     if let Some(other) = route.replace(object) {
                         bail!(
                             "{overlay}: {} and {kind} are both named {name:?}, and only one can \
@@ -137,6 +147,7 @@ impl Bundle {
             jobs,
             configs,
             route,
+            grpc_route,
             others,
         };
         let templates = [&bundle.deployment].into_iter().chain(&bundle.jobs);
@@ -226,7 +237,14 @@ impl Bundle {
             .chain(self.of_pods())
             .chain(&self.autoscaler)
             .chain(&self.route)
+            .chain(&self.grpc_route)
     }
+}
+
+/// The name of the route for calls by gRPC. Not that of the other route: Contour tells routes apart by
+/// their names alone, and gives the one the other's status.
+pub fn grpc_route_name(settings: &Settings) -> String {
+    format!("{}-grpc", settings.name)
 }
 
 /// The name of what runs a release.
@@ -330,17 +348,18 @@ pub mod tests {
             rotated_secrets: Vec::new(),
             traffic: TrafficKind::Gateway,
             address: None,
+            grpc_address: None,
             release_header: None,
             admin_port: 9090,
         }
     }
 
-    fn named(kind: &str, name: &str) -> Value {
+    pub fn named(kind: &str, name: &str) -> Value {
         json!({ "kind": kind, "metadata": { "name": name } })
     }
 
     /// What is made of a Deployment and a Service, and these besides.
-    fn sorted(more: Vec<Value>) -> Result<Bundle> {
+    pub fn sorted(more: Vec<Value>) -> Result<Bundle> {
         let mut deployment = named("Deployment", "service");
         deployment["spec"] = json!({ "template": { "spec": { "containers": [
             { "image": "registry.example/service@sha256:1" },
@@ -389,8 +408,12 @@ pub mod tests {
             ),
             (vec![named("ConfigMap", "settings")], "has no hash"),
             (
-                vec![named("HTTPRoute", "service"), named("GRPCRoute", "service")],
-                "HTTPRoute and GRPCRoute are both named",
+                vec![named("GRPCRoute", "service")],
+                "must have a name of its own, \"service-grpc\"",
+            ),
+            (
+                vec![named("HTTPRoute", "service"), named("HTTPProxy", "service")],
+                "HTTPRoute and HTTPProxy are both named",
             ),
         ] {
             let refused = sorted(objects).unwrap_err().to_string();

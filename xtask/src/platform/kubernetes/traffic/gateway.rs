@@ -1,4 +1,4 @@
-//! Weights of a Gateway API HTTPRoute or GRPCRoute.
+//! Weights of a Gateway API HTTPRoute, and of a GRPCRoute beside it.
 //! <https://gateway-api.sigs.k8s.io/reference/spec/#httpbackendref>
 
 use serde_json::{Value, json};
@@ -6,14 +6,21 @@ use serde_json::{Value, json};
 use super::weighted::{Shape, Taken};
 use crate::platform::kubernetes::api::{self, Kind};
 
+const VERSION: &str = "gateway.networking.k8s.io/v1";
+
 pub struct Gateway;
 
 impl Shape for Gateway {
-    fn kinds(&self) -> Vec<Kind> {
-        let version = "gateway.networking.k8s.io/v1";
-        ["HTTPRoute", "GRPCRoute"]
-            .map(|kind| Kind::new(version, kind))
-            .into()
+    fn kind(&self) -> Kind {
+        Kind::new(VERSION, "HTTPRoute")
+    }
+
+    fn grpc_kind(&self) -> Option<Kind> {
+        Some(Kind::new(VERSION, "GRPCRoute"))
+    }
+
+    fn most_rules(&self) -> usize {
+        16
     }
 
     fn fields(&self) -> (&'static str, &'static str) {
@@ -59,35 +66,51 @@ impl Shape for Gateway {
 
     /// Every parent must have taken this generation; a condition of an older one says nothing.
     fn taken(&self, route: &Value, generation: u64) -> Taken {
-        let parents = api::items(&route["spec"]["parentRefs"]).count();
-        let mut taken = 0;
+        let mut waits = false;
         let mut refused = None;
-        for parent in api::items(&route["status"]["parents"]) {
-            let is = |name: &str, status: &str| {
-                api::items(&parent["conditions"]).find(|condition| {
-                    condition["type"] == name
-                        && condition["status"] == status
-                        && condition["observedGeneration"].as_u64() >= Some(generation)
-                })
-            };
-            let no = is("Accepted", "False").or(is("ResolvedRefs", "False"));
-            refused = refused.or(no.map(|condition| {
-                format!(
-                    "by the gateway {}: {}: {}",
-                    parent["parentRef"]["name"].as_str().unwrap_or_default(),
-                    condition["reason"].as_str().unwrap_or_default(),
-                    condition["message"].as_str().unwrap_or_default()
-                )
-            }));
-            let yes = is("Accepted", "True").is_some() && is("ResolvedRefs", "True").is_some();
-            taken += usize::from(yes);
+        for wanted in api::items(&route["spec"]["parentRefs"]) {
+            let all = api::items(&route["status"]["parents"]);
+            let mut is_taken = false;
+            for parent in all.filter(|parent| is_same(&parent["parentRef"], wanted, route)) {
+                let is = |name: &str, status: &str| {
+                    api::items(&parent["conditions"]).find(|condition| {
+                        condition["type"] == name
+                            && condition["status"] == status
+                            && condition["observedGeneration"].as_u64() >= Some(generation)
+                    })
+                };
+                let no = is("Accepted", "False").or(is("ResolvedRefs", "False"));
+                refused = refused.or(no.map(|condition| {
+                    format!(
+                        "by the gateway {}: {}: {}",
+                        parent["parentRef"]["name"].as_str().unwrap_or_default(),
+                        condition["reason"].as_str().unwrap_or_default(),
+                        condition["message"].as_str().unwrap_or_default()
+                    )
+                }));
+                is_taken |=
+                    is("Accepted", "True").is_some() && is("ResolvedRefs", "True").is_some();
+            }
+            waits |= !is_taken;
         }
         match refused {
-            _ if taken >= parents => Taken::Yes,
+            _ if !waits => Taken::Yes,
             Some(why) => Taken::Refused(why),
             None => Taken::NotYet,
         }
     }
+}
+
+/// Whether two of a route's references are to the same parent.
+fn is_same(one: &Value, other: &Value, route: &Value) -> bool {
+    let namespace = |parent: &Value| match &parent["namespace"] {
+        Value::Null => route["metadata"]["namespace"].clone(),
+        named => named.clone(),
+    };
+    namespace(one) == namespace(other)
+        && ["name", "sectionName", "port"]
+            .iter()
+            .all(|field| one[field] == other[field])
 }
 
 #[cfg(test)]
@@ -118,6 +141,14 @@ mod tests {
             Gateway.taken(&route(2, "False"), 2),
             Taken::Refused(_)
         ));
+        // Two answers about one parent are none about another.
+        let mut two = route(2, "True");
+        two["spec"]["parentRefs"] = json!([{ "name": "g" }, { "name": "g", "sectionName": "s" }]);
+        let answer = two["status"]["parents"][0].clone();
+        two["status"]["parents"] = json!([answer.clone(), answer.clone()]);
+        assert!(matches!(Gateway.taken(&two, 2), Taken::NotYet));
+        two["status"]["parents"][1]["parentRef"]["sectionName"] = json!("s");
+        assert!(matches!(Gateway.taken(&two, 2), Taken::Yes));
         let silent = json!({ "spec": { "parentRefs": [{ "name": "g" }] } });
         assert!(matches!(Gateway.taken(&silent, 1), Taken::NotYet));
     }

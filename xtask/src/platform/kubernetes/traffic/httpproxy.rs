@@ -9,8 +9,8 @@ use crate::platform::kubernetes::api::{self, Kind};
 pub struct HttpProxy;
 
 impl Shape for HttpProxy {
-    fn kinds(&self) -> Vec<Kind> {
-        vec![Kind::new("projectcontour.io/v1", "HTTPProxy")]
+    fn kind(&self) -> Kind {
+        Kind::new("projectcontour.io/v1", "HTTPProxy")
     }
 
     fn fields(&self) -> (&'static str, &'static str) {

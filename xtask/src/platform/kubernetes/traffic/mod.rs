@@ -1,6 +1,7 @@
 //! What splits an environment's traffic between two releases: one trait, one adapter for each kind
 //! of router.
 
+mod effect;
 mod gateway;
 mod httpproxy;
 mod replicas;
@@ -49,6 +50,11 @@ pub trait Traffic: Send + Sync {
         Ok(())
     }
 
+    /// Refuses manifests whose traffic it could not split, before anything is changed.
+    fn check(&self, _bundle: &Bundle) -> Result<()> {
+        Ok(())
+    }
+
     /// The objects that it changes: kind and name.
     fn objects(&self) -> Vec<(api::Kind, String)>;
 
@@ -87,11 +93,27 @@ pub fn in_service(weights: &Weights) -> Option<&ReleaseId> {
 }
 
 /// Points the Service inside the cluster, which cannot split, at the release in service: the
-/// candidate's pods are enough for all of its traffic only once they carry everything.
-async fn point(fence: &Fence<'_>, front: &Value, weights: &Weights) -> Result<()> {
+/// candidate's pods are enough for all of its traffic only once they carry everything. What was taken over
+/// is told.
+async fn point(fence: &Fence<'_>, front: &Value, weights: &Weights) -> Result<Option<String>> {
     let mut front = front.clone();
     if let Some(release) = in_service(weights) {
         front["spec"]["selector"][RELEASE] = json!(release.short());
     }
-    fence.apply(&front).await.map(|_| ())
+    Ok(apply(fence, &front, weights).await?.1)
+}
+
+/// Applies what leads to releases, and tells what was taken over from somebody else: where one release is
+/// to get everything, nobody's edit may keep a way back closed.
+async fn apply(
+    fence: &Fence<'_>,
+    wanted: &Value,
+    weights: &Weights,
+) -> Result<(Value, Option<String>)> {
+    match fence.apply(wanted).await {
+        Err(error) if weights.len() == 1 && api::is_owned_by_others(&error) => {
+            Ok((fence.take_over(wanted).await?, Some(format!("{error:#}"))))
+        }
+        applied => Ok((applied?, None)),
+    }
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{Known, Traffic, Weights};
+use super::{Known, Traffic, Weights, apply};
 use crate::config::{Kubernetes as Settings, Stage};
 use crate::platform::kubernetes::api::{self, Api, Kind};
 use crate::platform::kubernetes::fence::Fence;
@@ -70,7 +70,7 @@ impl Traffic for Replicas {
             (_, Some(selector)) => drop(selector.remove(RELEASE)),
             (_, None) => {}
         }
-        fence.apply(&front).await.map(|_| None)
+        Ok(apply(fence, &front, weights).await?.1)
     }
 
     fn objects(&self) -> Vec<(Kind, String)> {

@@ -11,32 +11,31 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
+use super::effect::{Asking, PROBE_HEADER, Sign};
 use super::{Known, Traffic, Weights, point};
 use crate::config::{Kubernetes as Settings, Service};
-use crate::http;
 use crate::platform::kubernetes::api::{self, Api, Kind};
 use crate::platform::kubernetes::fence::Fence;
-use crate::platform::kubernetes::render::Bundle;
+use crate::platform::kubernetes::objects;
+use crate::platform::kubernetes::render::{Bundle, grpc_route_name};
 
 /// How long a router may take to say that it has taken a route.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long requests may take to follow a route.
-const EFFECT: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(50);
-const PROBE: Duration = Duration::from_secs(2);
-/// Requests in a row that show that a route is in effect, on every one of a router's threads.
-const PROBES: u32 = 20;
-/// The header by which a rule of the rollout's own is asked, and in which its answers say so.
-const PROBE_HEADER: &str = "x-xtask-probe";
-
-/// What to do about answers that do not name their release.
-const NAMELESS: &str = "(a gateway that does not heed filters of backends, such as Traefik, can only \
-     do without kubernetes.release_header)";
 
 /// What is particular to a kind of route.
 pub trait Shape: Send + Sync {
-    /// The kinds of objects, the usual one first.
-    fn kinds(&self) -> Vec<Kind>;
+    fn kind(&self) -> Kind;
+
+    /// The kind for calls by gRPC, which may be split beside the other.
+    fn grpc_kind(&self) -> Option<Kind> {
+        None
+    }
+
+    /// How many rules a route may have.
+    fn most_rules(&self) -> usize {
+        usize::MAX
+    }
 
     /// Below `spec`: the list of rules, and in a rule the list of backends.
     fn fields(&self) -> (&'static str, &'static str);
@@ -74,22 +73,46 @@ struct Probe<'a> {
     secret: &'a str,
 }
 
-/// By what answers are recognised.
-enum Sign<'a> {
-    /// One of these releases names itself.
-    Releases(Vec<&'a str>),
-    /// The probe with this secret answers.
-    Probe(&'a str),
+/// A route that is to be changed.
+struct Way {
+    /// As the manifests have it.
+    manifest: Value,
+    /// The backends that it has now.
+    present: Vec<Backend>,
+    is_grpc: bool,
+}
+
+impl Way {
+    fn serves_any(&self) -> bool {
+        self.present.iter().any(|(_, weight)| *weight > 0)
+    }
+
+    /// One that got no traffic so far may be unknown to the router, even if it is in the route.
+    fn serves(&self, short: &str) -> bool {
+        let mut backends = self.present.iter();
+        backends.any(|(other, weight)| other == short && *weight > 0)
+    }
 }
 
 impl<S: Shape> Weighted<S> {
-    async fn current(&self, api: &Api) -> Result<Option<Value>> {
-        for kind in self.shape.kinds() {
-            if let Some(route) = api.get(&kind, &self.settings.name).await? {
-                return Ok(Some(route));
-            }
+    /// The routes that a release's manifests have.
+    async fn ways(&self, api: &Api, bundle: &Bundle) -> Result<Vec<Way>> {
+        let mut ways = Vec::new();
+        for manifest in [&bundle.route, &bundle.grpc_route].into_iter().flatten() {
+            let kind = Kind::of(manifest)?;
+            let current = api.get(&kind, api::name(manifest)).await?;
+            let is_grpc = Some(&kind) == self.shape.grpc_kind().as_ref();
+            ways.push(Way {
+                // Where a release comes to nothing, what only it has brought along goes with it.
+                manifest: match is_grpc {
+                    true => objects::noted(manifest, current.as_ref(), &bundle.id),
+                    false => manifest.clone(),
+                },
+                present: current.map_or_else(Vec::new, |route| self.backends(&route)),
+                is_grpc,
+            });
         }
-        Ok(None)
+        Ok(ways)
     }
 
     /// The backends of the first rule that leads to releases.
@@ -123,6 +146,15 @@ impl<S: Shape> Weighted<S> {
                 .cloned();
             // A rule that leads elsewhere is none of a rollout's business.
             let Some(like) = like else { continue };
+            if api::items(&rule[backends]).count() > 1 {
+                bail!(
+                    "{}: a rule of the {} {} leads to the Service {name} and to others, too; a rollout \
+                     has the weights of its rules to itself",
+                    self.settings.overlay,
+                    kind_of(route),
+                    api::name(route)
+                );
+            }
             ours += 1;
             let backend = |short: &str, weight: u64| {
                 let mut backend = like.clone();
@@ -147,26 +179,36 @@ impl<S: Shape> Weighted<S> {
         }
         if ours == 0 {
             bail!(
-                "{}: no rule of the route {} leads to the Service {name}",
+                "{}: no rule of the {} {} leads to the Service {name}",
                 self.settings.overlay,
+                kind_of(route),
                 api::name(route)
             );
         }
         if let Some(rules) = wanted["spec"][rules].as_array_mut() {
             rules.extend(probes);
+            let most = self.shape.most_rules();
+            if rules.len() > most {
+                bail!(
+                    "{}: the {} {} has too many rules: a rollout adds one for each of the {ours} that \
+                     lead to the Service {name}, and {most} is as many as there may be",
+                    self.settings.overlay,
+                    kind_of(route),
+                    api::name(route)
+                );
+            }
         }
         Ok(wanted)
     }
 
-    /// Applies the route and waits until it is taken. With `firm`, fields that somebody else has
-    /// come to own are taken over, and told.
-    async fn apply(&self, fence: &Fence<'_>, wanted: &Value, firm: bool) -> Result<Option<String>> {
-        let (applied, taken_over) = match fence.apply(wanted).await {
-            Err(error) if firm && api::is_owned_by_others(&error) => {
-                (fence.take_over(wanted).await?, Some(format!("{error:#}")))
-            }
-            applied => (applied?, None),
-        };
+    /// Applies the route and waits until it is taken; what was taken over is told.
+    async fn apply(
+        &self,
+        fence: &Fence<'_>,
+        wanted: &Value,
+        weights: &Weights,
+    ) -> Result<Option<String>> {
+        let (applied, taken_over) = super::apply(fence, wanted, weights).await?;
         let generation = applied["metadata"]["generation"].as_u64().unwrap_or(0);
         let kind = Kind::of(wanted)?;
         let deadline = Instant::now() + PATIENCE;
@@ -194,65 +236,25 @@ impl<S: Shape> Weighted<S> {
         }
     }
 
-    /// Asks the environment until its answers carry the sign: a router that says it has taken a
-    /// route may yet act on the one before.
-    async fn see(&self, sign: Sign<'_>) -> Result<()> {
-        let release_header = self.settings.release_header.as_deref();
-        let (header, values) = match &sign {
-            Sign::Releases(releases) => (release_header.unwrap_or_default(), releases.clone()),
-            Sign::Probe(secret) => (PROBE_HEADER, vec![*secret]),
+    /// Waits until a way is in effect: a router that says it has taken a route may yet act on the one
+    /// before.
+    async fn see(&self, way: &Way, sign: Sign<'_>) -> Result<()> {
+        let asking = match way.is_grpc {
+            true => Asking::by_grpc(self.settings.grpc_address.as_deref().unwrap_or_default()),
+            false => {
+                let address = self.settings.address.as_deref().unwrap_or_default();
+                Asking::by_http(&format!("{address}{}", self.service.ready_path))
+            }
         };
-        let client = http::client()?;
-        let address = self.settings.address.as_deref().unwrap_or_default();
-        let url = format!("{address}{}", self.service.ready_path);
-        let deadline = Instant::now() + EFFECT;
-        let mut in_a_row = 0;
-        let mut last = "nobody".to_owned();
-        while in_a_row < PROBES {
-            if Instant::now() > deadline {
-                bail!(
-                    "the router has taken the route, but {url} is still answered by {last}, not by \
-                     {}",
-                    values.join(" or ")
-                );
-            }
-            let mut request = client.get(&url).timeout(PROBE);
-            if let Sign::Probe(secret) = sign {
-                request = request.header(PROBE_HEADER, secret);
-            }
-            let answer = request.send().await;
-            let from = answer
-                .as_ref()
-                .ok()
-                .filter(|answer| !answer.status().is_server_error());
-            let from = from.and_then(|answer| {
-                let name = answer.headers().get(header)?;
-                name.to_str().ok().map(str::to_owned)
-            });
-            match from {
-                Some(from) if values.contains(&from.as_str()) => in_a_row += 1,
-                from => {
-                    in_a_row = 0;
-                    let wants_name = matches!(sign, Sign::Releases(_));
-                    last = from.unwrap_or_else(|| match answer {
-                        Ok(answer) if wants_name && answer.status().is_success() => {
-                            format!("somebody without the header {header} {NAMELESS}")
-                        }
-                        Ok(answer) => format!("nobody ({})", answer.status()),
-                        Err(error) => format!("nobody ({error})"),
-                    });
-                    tokio::time::sleep(POLL).await;
-                }
-            }
-        }
-        Ok(())
+        asking?.until(sign).await
     }
 }
 
 #[async_trait]
 impl<S: Shape> Traffic for Weighted<S> {
     async fn weights(&self, api: &Api, known: &Known) -> Result<Weights> {
-        let Some(route) = self.current(api).await? else {
+        let route = api.get(&self.shape.kind(), &self.settings.name).await?;
+        let Some(route) = route else {
             return Ok(Vec::new());
         };
         let backends = self.backends(&route);
@@ -275,99 +277,242 @@ impl<S: Shape> Traffic for Weighted<S> {
         front: &Value,
         weights: &Weights,
     ) -> Result<Option<String>> {
-        let kinds = self.shape.kinds();
-        let route = bundle
-            .route
-            .as_ref()
-            .filter(|route| Kind::of(route).is_ok_and(|kind| kinds.contains(&kind)));
-        let route = route.with_context(|| {
-            format!(
-                "{} renders no {} named {:?}, which kubernetes.traffic asks for",
-                self.settings.overlay, kinds[0].kind, self.settings.name
-            )
-        })?;
-        let current = self.current(fence.api).await?;
-        let present = current
-            .as_ref()
-            .map_or_else(Vec::new, |route| self.backends(route));
-        let is_served = present.iter().any(|(_, weight)| *weight > 0);
-        let mut split: Vec<Backend> = weights
+        let ways = self.ways(fence.api, bundle).await?;
+        let split: Vec<Backend> = weights
             .iter()
             .map(|(release, weight)| (release.short().to_owned(), u64::from(*weight)))
             .collect();
-        let is_in =
-            |backends: &[Backend], short: &str| backends.iter().any(|(other, _)| other == short);
-
-        // One release for everything: nobody's edit of the route may keep a way back closed.
-        let firm = weights.len() == 1;
-        // One that got no traffic so far may be unknown to the router, even if it is in the route.
-        let serves = |short: &str| {
-            let mut backends = present.iter();
-            backends.any(|(other, weight)| other == short && *weight > 0)
-        };
-        for (short, _) in split
-            .iter()
-            .filter(|(short, _)| is_served && !serves(short))
-        {
-            let mut introduced: Vec<Backend> = present.clone();
-            introduced.retain(|(_, weight)| *weight > 0);
-            introduced.push((short.clone(), 0));
-            let secret = format!("{short}-{}", fence.token);
-            let probe = Probe {
-                short,
-                secret: &secret,
-            };
-            let wanted = self.wanted(route, &introduced, Some(&probe))?;
-            self.apply(fence, &wanted, firm).await?;
-            self.see(Sign::Probe(&secret)).await?;
-        }
-        for (short, weight) in present {
-            // What nobody gets requests from any more may go; what loses them just now stays.
-            if weight > 0 && !is_in(&split, &short) {
-                split.push((short, 0));
+        for way in ways.iter().filter(|way| way.serves_any()) {
+            for (short, _) in split.iter().filter(|(short, _)| !way.serves(short)) {
+                let mut introduced: Vec<Backend> = way.present.clone();
+                introduced.retain(|(_, weight)| *weight > 0);
+                introduced.push((short.clone(), 0));
+                let secret = format!("{short}-{}", fence.token);
+                let probe = Probe {
+                    short,
+                    secret: &secret,
+                };
+                let wanted = self.wanted(&way.manifest, &introduced, Some(&probe))?;
+                self.apply(fence, &wanted, weights).await?;
+                self.see(way, Sign::Probe(&secret)).await?;
             }
         }
         // Those are ready by now; whoever is killed after the next write need not come back to this.
-        point(fence, front, weights).await?;
-        // Where answers do not name their release, the new route has a rule of its own to be seen by.
-        let secret = format!("{}-{}", fence.token, json!(split));
-        let secret: String = secret
-            .chars()
-            .filter(|c| c.is_ascii_alphanumeric())
-            .collect();
-        let probe = weights.last().map(|(release, _)| Probe {
-            short: release.short(),
-            secret: &secret,
-        });
-        let probe = probe.filter(|_| self.settings.release_header.is_none());
-        let wanted = self.wanted(route, &split, probe.as_ref())?;
-        let taken_over = self.apply(fence, &wanted, firm).await?;
-        if probe.is_some() {
-            self.see(Sign::Probe(&secret)).await?;
-        } else if !weights.is_empty() {
-            let releases = weights.iter().map(|(release, _)| release.short());
-            self.see(Sign::Releases(releases.collect())).await?;
+        let mut taken_over = Vec::from_iter(point(fence, front, weights).await?);
+        let releases: Vec<&str> = split.iter().map(|(short, _)| short.as_str()).collect();
+        for way in &ways {
+            let mut split = split.clone();
+            for (short, weight) in &way.present {
+                // What nobody gets requests from any more may go; what loses them just now stays.
+                if *weight > 0 && !releases.contains(&short.as_str()) {
+                    split.push((short.clone(), 0));
+                }
+            }
+            // It has a rule of its own to be seen by: between two splits of the same releases, no other
+            // answer tells which one is in effect.
+            let secret = format!("{}-{}", fence.token, json!(split));
+            let secret: String = secret
+                .chars()
+                .filter(|c| c.is_ascii_alphanumeric())
+                .collect();
+            let probe = releases.last().map(|short| Probe {
+                short,
+                secret: &secret,
+            });
+            let wanted = self.wanted(&way.manifest, &split, probe.as_ref())?;
+            taken_over.extend(self.apply(fence, &wanted, weights).await?);
+            if !weights.is_empty() {
+                self.see(way, Sign::Probe(&secret)).await?;
+                if let Some(header) = &self.settings.release_header {
+                    let releases = &releases;
+                    self.see(way, Sign::Releases { header, releases }).await?;
+                }
+            }
         }
-        Ok(taken_over)
+        Ok((!taken_over.is_empty()).then(|| taken_over.join("; ")))
     }
 
     async fn settle(&self, fence: &Fence<'_>, stable: &Bundle) -> Result<()> {
-        let Some(current) = self.current(fence.api).await? else {
-            return Ok(());
+        for way in self.ways(fence.api, stable).await? {
+            if !way.present.is_empty() {
+                let wanted = self.wanted(&way.manifest, &way.present, None)?;
+                self.apply(fence, &wanted, &Vec::new()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, bundle: &Bundle) -> Result<()> {
+        let (settings, kind) = (&self.settings, self.shape.kind());
+        let kind_of = |route: &Option<Value>| route.as_ref().map(Kind::of).transpose();
+        if kind_of(&bundle.route)?.as_ref() != Some(&kind) {
+            bail!(
+                "{} renders no {} named {:?}, which kubernetes.traffic asks for",
+                settings.overlay,
+                kind.kind,
+                settings.name
+            );
+        }
+        if let Some(grpc) = kind_of(&bundle.grpc_route)? {
+            if Some(&grpc) != self.shape.grpc_kind().as_ref() {
+                bail!(
+                    "{}: beside a {} nothing splits the {} {:?}",
+                    settings.overlay,
+                    kind.kind,
+                    grpc.kind,
+                    grpc_route_name(settings)
+                );
+            }
+            if settings.grpc_address.is_none() {
+                bail!(
+                    "{} renders the {} {:?}, and kubernetes.grpc_address is missing: where clients reach it",
+                    settings.overlay,
+                    grpc.kind,
+                    grpc_route_name(settings)
+                );
+            }
+        }
+        let probe = Probe {
+            short: bundle.id.short(),
+            secret: "0",
         };
-        if let Some(route) = &stable.route {
-            let wanted = self.wanted(route, &self.backends(&current), None)?;
-            self.apply(fence, &wanted, false).await?;
+        let split = [(bundle.id.short().to_owned(), 100)];
+        for route in [&bundle.route, &bundle.grpc_route].into_iter().flatten() {
+            self.wanted(route, &split, Some(&probe))?;
         }
         Ok(())
     }
 
     fn objects(&self) -> Vec<(Kind, String)> {
-        let mut kinds = self.shape.kinds();
-        kinds.push(Kind::new("v1", "Service"));
-        kinds
-            .into_iter()
-            .map(|kind| (kind, self.settings.name.clone()))
-            .collect()
+        let name = &self.settings.name;
+        let mut objects = vec![
+            (self.shape.kind(), name.clone()),
+            (Kind::new("v1", "Service"), name.clone()),
+        ];
+        let grpc = self.shape.grpc_kind().into_iter();
+        objects.extend(grpc.map(|kind| (kind, grpc_route_name(&self.settings))));
+        objects
+    }
+}
+
+fn kind_of(route: &Value) -> &str {
+    route["kind"].as_str().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gateway::Gateway;
+    use super::*;
+    use crate::platform::kubernetes::render::tests::{named, settings, sorted};
+
+    fn weighted(grpc_address: Option<&str>) -> Weighted<Gateway> {
+        let service = toml::from_str(
+            r#"
+            package = "service"
+            binary = "service"
+            config_dir = ""
+            migrations_dir = ""
+            ready_path = "/ready"
+            metrics_path = "/metrics"
+            drain_timeout = "1s"
+            "#,
+        );
+        Weighted {
+            shape: Gateway,
+            settings: Settings {
+                grpc_address: grpc_address.map(str::to_owned),
+                ..settings()
+            },
+            service: service.unwrap(),
+        }
+    }
+
+    /// A route of so many rules, each to these Services.
+    fn route(kind: &str, rules: usize, services: &[&str]) -> Value {
+        let name = match kind {
+            "GRPCRoute" => "service-grpc",
+            _ => "service",
+        };
+        let mut route = named(kind, name);
+        route["apiVersion"] = json!("gateway.networking.k8s.io/v1");
+        let services = services
+            .iter()
+            .map(|name| json!({ "name": name, "port": 80 }));
+        let rule = json!({ "backendRefs": services.collect::<Vec<_>>() });
+        route["spec"]["rules"] = vec![rule; rules].into();
+        route
+    }
+
+    #[test]
+    fn what_cannot_be_split_is_refused_before_anything_changes() {
+        let http = route("HTTPRoute", 1, &["service"]);
+        let grpc = route("GRPCRoute", 1, &["service"]);
+        for (routes, address, why) in [
+            (vec![], None, "renders no HTTPRoute named \"service\""),
+            (
+                vec![grpc.clone()],
+                Some("http://grpc"),
+                "renders no HTTPRoute",
+            ),
+            (
+                vec![http.clone(), grpc.clone()],
+                None,
+                "kubernetes.grpc_address is missing",
+            ),
+            (
+                vec![route("HTTPRoute", 1, &["other"])],
+                None,
+                "no rule of the HTTPRoute service leads to the Service service",
+            ),
+            (
+                vec![route("HTTPRoute", 1, &["service", "other"])],
+                None,
+                "leads to the Service service and to others, too",
+            ),
+            (
+                vec![route("HTTPRoute", 9, &["service"])],
+                None,
+                "too many rules",
+            ),
+        ] {
+            let bundle = sorted(routes).unwrap();
+            let refused = weighted(address).check(&bundle).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+            assert!(refused.starts_with("overlays/production"), "{refused}");
+        }
+        let bundle = sorted(vec![http, grpc]).unwrap();
+        weighted(Some("http://grpc")).check(&bundle).unwrap();
+        let bundle = sorted(vec![route("HTTPRoute", 8, &["service"])]).unwrap();
+        weighted(None).check(&bundle).unwrap();
+    }
+
+    #[test]
+    fn a_split_has_a_rule_to_be_seen_by() {
+        let settings = Settings {
+            release_header: Some("x-release".to_owned()),
+            ..settings()
+        };
+        let weighted = Weighted {
+            settings,
+            ..weighted(None)
+        };
+        let split = [("one".to_owned(), 90), ("two".to_owned(), 10)];
+        let probe = Probe {
+            short: "two",
+            secret: "s",
+        };
+        let manifest = route("HTTPRoute", 1, &["service"]);
+        let wanted = weighted.wanted(&manifest, &split, Some(&probe)).unwrap();
+        let rules = &wanted["spec"]["rules"];
+        assert_eq!(weighted.backends(&wanted), split);
+        assert_eq!(rules[0]["matches"], Value::Null);
+        assert_eq!(rules[1]["backendRefs"][0]["name"], "service-two");
+        let header = json!([{ "name": PROBE_HEADER, "value": "s" }]);
+        assert_eq!(rules[1]["matches"], json!([{ "headers": header }]));
+        assert_eq!(
+            rules[1]["filters"][0]["responseHeaderModifier"]["set"],
+            header
+        );
+        assert_eq!(rules[2], Value::Null);
     }
 }
