@@ -124,6 +124,16 @@ impl Breaker {
             // Calls from before it opened say nothing of now.
             (state, _) => state,
         };
+        self.becomes(&mut state, next);
+    }
+
+    /// It has been seen to work, by somebody.
+    pub fn works(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.becomes(&mut state, State::Closed { failed: 0 });
+    }
+
+    fn becomes(&self, state: &mut State, next: State) {
         let is_open = |state| !matches!(state, State::Closed { .. });
         let (dependency, has_changed) = (self.dependency, is_open(*state) != is_open(next));
         if has_changed {
@@ -210,6 +220,15 @@ mod tests {
         assert!(matches!(works(&breaker).await, Err(Broken::Open)));
         tokio::time::sleep(REST).await;
         works(&breaker).await.unwrap();
+        works(&breaker).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn it_closes_when_somebody_has_seen_it_work() {
+        let breaker = breaker(1);
+        assert!(fails(&breaker).await.is_err());
+        assert!(matches!(works(&breaker).await, Err(Broken::Open)));
+        breaker.works();
         works(&breaker).await.unwrap();
     }
 

@@ -9,7 +9,7 @@ use sqlx::{Database, Pool};
 
 use super::{Connections, StorageError, rows};
 use crate::breaker::Breaker;
-use crate::config;
+use crate::config::CircuitBreaker;
 
 /// So many times as long as somebody waits for a connection: then it is not for being busy that none
 /// comes back.
@@ -17,17 +17,32 @@ pub(super) const STUCK_AFTER: u32 = 5;
 /// What a pool that is replaced may still do.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a connection of the shared pool was handed to somebody.
+/// How often a connection that works was handed to somebody.
 #[derive(Clone, Default)]
-pub(super) struct Handed(Arc<AtomicU64>);
+pub(super) struct Handed {
+    times: Arc<AtomicU64>,
+    /// Of those who wait for one, where they need not do so in vain.
+    breaker: Option<Arc<Breaker>>,
+}
 
 impl Handed {
-    fn times(&self) -> u64 {
-        self.0.load(Relaxed)
+    /// Of the shared pool.
+    pub(super) fn shared(settings: &CircuitBreaker) -> Self {
+        Self {
+            times: Arc::default(),
+            breaker: Some(Arc::new(Breaker::new("database", settings))),
+        }
     }
 
     pub(super) fn one(&self) {
-        self.0.fetch_add(1, Relaxed);
+        self.times.fetch_add(1, Relaxed);
+        if let Some(breaker) = &self.breaker {
+            breaker.works();
+        }
+    }
+
+    fn times(&self) -> u64 {
+        self.times.load(Relaxed)
     }
 }
 
@@ -37,7 +52,6 @@ pub(super) struct Pools<DB: Database> {
     /// What was handed when it was looked at last, and since when it is so.
     seen: Mutex<(u64, Instant)>,
     stuck_after: Duration,
-    breaker: Breaker,
 }
 
 pub(super) struct Both<DB: Database> {
@@ -46,18 +60,12 @@ pub(super) struct Both<DB: Database> {
 }
 
 impl<DB: Database> Pools<DB> {
-    pub(super) fn new(
-        both: Both<DB>,
-        handed: Handed,
-        config: &config::Database,
-        breaker: &config::CircuitBreaker,
-    ) -> Self {
+    pub(super) fn new(both: Both<DB>, handed: Handed, acquire_timeout: Duration) -> Self {
         Self {
             both: RwLock::new(both),
             handed,
             seen: Mutex::new((0, Instant::now())),
-            stuck_after: config.acquire_timeout.0 * STUCK_AFTER,
-            breaker: Breaker::new("database", breaker),
+            stuck_after: acquire_timeout * STUCK_AFTER,
         }
     }
 
@@ -73,7 +81,12 @@ impl<DB: Database> Pools<DB> {
             let got_none = matches!(outcome, Err(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_)));
             !got_none || self.handed.times() != before
         };
-        match self.breaker.watch(rows::retried(attempt), is_there).await {
+        let work = rows::retried(attempt);
+        let watched = match &self.handed.breaker {
+            Some(breaker) => breaker.watch(work, is_there).await,
+            None => Some(work.await),
+        };
+        match watched {
             Some(outcome) => Ok(outcome?),
             None => Err(StorageError::Busy(
                 "it is left alone for a while after nobody has got a connection again and again"

@@ -82,7 +82,7 @@ impl Postgres {
                 config.url
             )
         })?;
-        let handed = Handed::default();
+        let handed = Handed::shared(breaker);
         let shared = shape(config, &handed)
             .max_connections(config.max_connections.get())
             .min_connections(config.min_connections);
@@ -98,7 +98,7 @@ impl Postgres {
                 .await
                 .context("migrating the database")?;
         }
-        let pools = Arc::new(Pools::new(both, handed, config, breaker));
+        let pools = Arc::new(Pools::new(both, handed, config.acquire_timeout.0));
         let follows = servers.are_several().then(|| {
             let pools = Arc::clone(&pools);
             let switch = move |to| pools.replace(connect(to));
@@ -144,9 +144,12 @@ fn shape(config: &Database, handed: &Handed) -> PgPoolOptions {
             })
         })
         .after_connect(move |connection, _| {
-            connected.one();
-            let limits = Arc::clone(&limits);
-            Box::pin(async move { connection.execute(&*limits).await.map(drop) })
+            let (connected, limits) = (connected.clone(), Arc::clone(&limits));
+            Box::pin(async move {
+                connection.execute(&*limits).await?;
+                connected.one();
+                Ok(())
+            })
         })
         .after_release(|connection, _| {
             Box::pin(async move {

@@ -75,7 +75,7 @@ impl Sqlite {
         let turns = turns.transpose()?;
         let probe = shape(config, &Handed::default()).max_connections(1);
         let probe = probe.connect_lazy_with(options.clone());
-        let handed = Handed::default();
+        let handed = Handed::shared(breaker);
         let connect = shape(config, &handed)
             .max_connections(config.max_connections.get())
             .min_connections(config.min_connections);
@@ -104,8 +104,7 @@ impl Sqlite {
                     probe,
                 },
                 handed,
-                config,
-                breaker,
+                config.acquire_timeout.0,
             ),
             keyring: config.encryption_keys.clone(),
         })
