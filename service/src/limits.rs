@@ -32,6 +32,8 @@ pub fn is_exempt(request: &Request) -> bool {
     EXEMPT.iter().any(|exempt| path.starts_with(exempt))
 }
 
+/// Of so many requests that the process takes on, one may be somebody's whose token is being verified.
+const STRANGERS: usize = 4;
 /// Networks whose tokens were not believed that are remembered.
 const MAX_DISTRUSTED: u64 = 10_000;
 
@@ -61,6 +63,8 @@ pub struct Limits {
     settings: RateLimit,
     trusted: Vec<IpNet>,
     places: Semaphore,
+    /// Of those whose token is being verified.
+    strangers: Semaphore,
     /// Networks that have shown too many tokens which were not to be believed, and until when no more of
     /// them are looked at.
     distrusted: Cache<Client, Instant>,
@@ -76,6 +80,7 @@ impl Limits {
             settings,
             trusted: config.server.trusted_proxies.clone(),
             places: Semaphore::new(config.server.max_in_flight.get()),
+            strangers: Semaphore::new(config.server.max_in_flight.get().div_ceil(STRANGERS)),
             distrusted: Cache::new(MAX_DISTRUSTED),
         }
     }
@@ -103,68 +108,47 @@ impl Limits {
     }
 
     /// Lets a client's request through, or refuses it: 429 where they ask for too much, 503 where this
-    /// process has its hands full. Who was a stranger brings the place that they have.
+    /// process has its hands full.
     #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    pub fn admit<'limits>(
-        &'limits self,
-        client: &Client,
-        place: Option<Place<'limits>>,
-    ) -> Result<Admitted<'limits>, Response> {
-        self.enter(self.count(client), place)
+    pub fn admit(&self, client: &Client) -> Result<Admitted<'_>, Response> {
+        self.enter(self.count(client))
     }
 
-    /// A place for somebody whose token has yet to be verified, which costs more than most requests do:
-    /// not while their network has just shown too many that were not to be believed.
+    /// A place for somebody whose token has yet to be verified, which costs more than most requests do, and
+    /// may wait for its key: they have few, and none while their network has just shown too many that were
+    /// not to be believed.
     #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    pub fn place_for_stranger(&self, network: &Client) -> Result<Place<'_>, Response> {
+    pub fn place_for_stranger(&self, network: &Client) -> Result<SemaphorePermit<'_>, Response> {
         let until = self.distrusted.get(network);
         match until.and_then(|until| until.checked_duration_since(Instant::now())) {
             Some(wait) => Err(self.too_much(wait)),
-            None => self.place(),
+            None => self.strangers.try_acquire().map_err(|_| overloaded()),
         }
     }
 
     /// The same as [`Self::admit`] for somebody whose token was not believed.
     #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    pub fn admit_distrusted<'limits>(
-        &'limits self,
-        network: Client,
-        place: Option<Place<'limits>>,
-    ) -> Result<Admitted<'limits>, Response> {
+    pub fn admit_distrusted(&self, network: Client) -> Result<Admitted<'_>, Response> {
         let counted = self.count(&network);
         if let Err(wait) = counted {
             self.distrusted.insert(network, Instant::now() + wait);
         }
-        self.enter(counted, place)
+        self.enter(counted)
     }
 
     #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    fn enter<'limits>(
-        &'limits self,
-        counted: Result<u32, Duration>,
-        place: Option<Place<'limits>>,
-    ) -> Result<Admitted<'limits>, Response> {
+    fn enter(&self, counted: Result<u32, Duration>) -> Result<Admitted<'_>, Response> {
         let left = counted.map_err(|wait| self.too_much(wait))?;
-        let place = match place {
-            Some(place) => place,
-            None => self.place().map_err(|mut refusal| {
-                self.tell(refusal.headers_mut(), left, 1);
-                refusal
-            })?,
-        };
+        let place = self.places.try_acquire().map_err(|_| {
+            let mut refusal = overloaded();
+            self.tell(refusal.headers_mut(), left, 1);
+            refusal
+        })?;
         Ok(Admitted(Some(Counted {
             limits: self,
             left,
             _place: place,
         })))
-    }
-
-    #[expect(clippy::result_large_err, reason = "either way it is the answer")]
-    fn place(&self) -> Result<Place<'_>, Response> {
-        self.places.try_acquire().map_err(|_| {
-            refused("overloaded");
-            Problem::new(Fault::Overloaded).into_response()
-        })
     }
 
     fn too_much(&self, wait: Duration) -> Response {
@@ -226,9 +210,6 @@ fn parsed(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(with_port)
 }
 
-/// One of the places that the process has for requests.
-pub type Place<'limits> = SemaphorePermit<'limits>;
-
 /// A request that was let through; its place in the process is its own until this goes. `None` for one
 /// that was not counted.
 #[must_use]
@@ -238,7 +219,7 @@ struct Counted<'limits> {
     limits: &'limits Limits,
     /// Requests that its client has left.
     left: u32,
-    _place: Place<'limits>,
+    _place: SemaphorePermit<'limits>,
 }
 
 impl Admitted<'_> {
@@ -252,6 +233,11 @@ impl Admitted<'_> {
             limits.tell(response.headers_mut(), left, 1);
         }
     }
+}
+
+fn overloaded() -> Response {
+    refused("overloaded");
+    Problem::new(Fault::Overloaded).into_response()
 }
 
 fn refused(why: &'static str) {

@@ -172,14 +172,18 @@ async fn receive(
     network: Client,
 ) -> Result<(Result<Caller, Distrust>, Admitted<'_>), Response> {
     let limits = &app.limits;
-    let (recognised, place) = match shown {
-        None => return Ok((Ok(Caller::default()), Admitted::uncounted())),
-        Some(Ok(Shown::Caller(caller))) => (Ok(caller), None),
-        Some(Ok(Shown::Stranger(token))) => {
-            let place = limits.place_for_stranger(&network)?;
-            (app.auth.verify(token).await, Some(place))
+    let recognised = match shown {
+        None => {
+            let mut caller = Caller::default();
+            caller.client = network;
+            return Ok((Ok(caller), Admitted::uncounted()));
         }
-        Some(Err(distrust)) => (Err(distrust), None),
+        Some(Ok(Shown::Caller(caller))) => Ok(caller),
+        Some(Ok(Shown::Stranger(token))) => {
+            let _place = limits.place_for_stranger(&network)?;
+            app.auth.verify(token).await
+        }
+        Some(Err(distrust)) => Err(distrust),
     };
     // Whoever tries tokens is a client like any other.
     match recognised {
@@ -187,10 +191,10 @@ async fn receive(
             if caller.subject.is_none() {
                 caller.client = network;
             }
-            let admitted = limits.admit(&caller.client, place)?;
+            let admitted = limits.admit(&caller.client)?;
             Ok((Ok(caller), admitted))
         }
-        Err(distrust) => Ok((Err(distrust), limits.admit_distrusted(network, place)?)),
+        Err(distrust) => Ok((Err(distrust), limits.admit_distrusted(network)?)),
     }
 }
 
