@@ -3,19 +3,19 @@
 
 use std::time::Duration;
 
-use ::http::HeaderValue;
-use ::http::header::WWW_AUTHENTICATE;
 use anyhow::{Context, Result, bail};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
+use http::HeaderValue;
+use http::header::WWW_AUTHENTICATE;
 use oci_client::client::{Client, ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Reference, RegistryOperation};
+use reqwest::Url;
 use serde_json::Value;
 
 use super::layout::{Layout, MANIFEST};
 use crate::config::Pipeline;
-use crate::http;
 use crate::output::Output;
 
 const CONNECT: Duration = Duration::from_secs(10);
@@ -82,7 +82,7 @@ impl Target {
         });
         let reference = &self.reference;
         if !matches!(self.auth, RegistryAuth::Anonymous) {
-            self.check_realm().await?;
+            self.check_realms().await?;
         }
         client
             .auth(reference, &self.auth, RegistryOperation::Push)
@@ -120,23 +120,26 @@ impl Target {
 
     /// Whoever gives out the registry's tokens is told the password, too: without encryption only on this
     /// machine, unless asked for.
-    async fn check_realm(&self) -> Result<()> {
+    async fn check_realms(&self) -> Result<()> {
         let host = self.reference.resolve_registry();
         let scheme = match &self.protocol {
             ClientProtocol::Https => "https",
             _ => "http",
         };
-        let asked = http::client()?.get(format!("{scheme}://{host}/v2/"));
+        // By the same proxies as everything else that is pushed.
+        let client = reqwest::Client::builder().connect_timeout(CONNECT).build();
+        let asked = client?.get(format!("{scheme}://{host}/v2/")).timeout(READ);
         let answer = asked
-            .timeout(READ)
             .send()
             .await
             .with_context(|| format!("asking {host} who may push"))?;
         let challenges = answer.headers().get_all(WWW_AUTHENTICATE).iter();
-        for realm in challenges.filter_map(|challenge| realm(challenge.to_str().ok()?)) {
-            let plain = realm.strip_prefix("http://");
-            let server = plain.map(|rest| rest.split('/').next().unwrap_or(rest));
-            if let Some(server) = server.filter(|server| !self.plain_http && !is_loopback(server)) {
+        let challenges = challenges.filter_map(|challenge| challenge.to_str().ok());
+        for realm in challenges.flat_map(realms) {
+            let realm = Url::parse(&realm)
+                .with_context(|| format!("{host} sends whoever pushes to {realm:?} for a token"))?;
+            let server = realm.host_str().unwrap_or_default();
+            if realm.scheme() != "https" && !self.plain_http && !is_loopback(server) {
                 bail!(
                     "{host} sends whoever pushes to {server} for a token, with the password and without \
                      encryption; --plain-http allows that"
@@ -147,12 +150,18 @@ impl Target {
     }
 }
 
-/// Where a challenge sends whoever asks for a token. <https://www.rfc-editor.org/rfc/rfc6750#section-3>
-fn realm(challenge: &str) -> Option<&str> {
-    let (scheme, parameters) = challenge.trim().split_once(' ')?;
-    let (_, rest) = parameters.split_once("realm=\"")?;
-    let (realm, _) = rest.split_once('"')?;
-    scheme.eq_ignore_ascii_case("bearer").then_some(realm)
+/// Where challenges send whoever asks for a token. <https://www.rfc-editor.org/rfc/rfc6750#section-3>
+fn realms(challenges: &str) -> Vec<String> {
+    // What cannot be read leads nowhere.
+    let challenges = http_auth::parse_challenges(challenges).unwrap_or_default();
+    let bearers = challenges
+        .iter()
+        .filter(|challenge| challenge.scheme.eq_ignore_ascii_case("bearer"));
+    let parameters = bearers.flat_map(|bearer| &bearer.params);
+    parameters
+        .filter(|(name, _)| name.eq_ignore_ascii_case("realm"))
+        .map(|(_, value)| value.to_unescaped())
+        .collect()
 }
 
 /// A refusal with what to do about it. Some registries ask who it is only when something is pushed.
@@ -225,13 +234,24 @@ mod tests {
     }
 
     #[test]
-    fn a_realm_is_a_bearers() {
-        let bearer = "Bearer realm=\"https://auth.example/token\",service=\"registry.example\"";
-        assert_eq!(realm(bearer), Some("https://auth.example/token"));
-        let later = "bearer service=\"s\",realm=\"http://auth.example\"";
-        assert_eq!(realm(later), Some("http://auth.example"));
-        assert_eq!(realm("Basic realm=\"http://auth.example\""), None);
-        assert_eq!(realm("Bearer"), None);
+    fn realms_are_bearers() {
+        for (challenges, wanted) in [
+            (
+                "Bearer realm=\"https://auth.example/token\",service=\"registry.example\"",
+                &["https://auth.example/token"][..],
+            ),
+            (
+                "bearer service=\"s\", Realm=\"http://auth.example\"",
+                &["http://auth.example"],
+            ),
+            (
+                "Basic realm=\"one\", Bearer realm=\"http://auth.example\"",
+                &["http://auth.example"],
+            ),
+            ("Basic realm=\"http://auth.example\"", &[]),
+        ] {
+            assert_eq!(realms(challenges), wanted, "{challenges}");
+        }
     }
 
     #[test]
