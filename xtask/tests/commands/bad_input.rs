@@ -267,7 +267,7 @@ fn releases_that_never_get_ready() {
     }
 }
 
-fn which(program: &str) -> String {
+pub fn which(program: &str) -> String {
     let path = std::env::var_os("PATH").unwrap();
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join(program))

@@ -10,6 +10,7 @@ mod fixture;
 mod guard;
 mod judge;
 mod killed;
+mod load;
 mod push;
 mod rollouts;
 mod servers;
