@@ -18,7 +18,7 @@ mod config;
 mod demo;
 mod files;
 mod findings;
-#[cfg(any(feature = "registry", feature = "rollout"))]
+#[cfg(feature = "rollout")]
 mod http;
 mod image;
 mod output;

@@ -42,8 +42,11 @@ pub struct Namespace {
     pub name: String,
     pub address: String,
     pub manifests: PathBuf,
-    _slot: Slot,
+    workload: String,
+    slot: Slot,
 }
+
+const SERVICE: &str = "service";
 
 impl Namespace {
     /// An environment whose traffic a gateway splits.
@@ -53,8 +56,17 @@ impl Namespace {
 
     /// `traffic` as in the settings, or "traefik" for its gateway; `changes` on top of them.
     pub fn with(test: &str, traffic: &str, changes: &[(&str, toml::Value)]) -> Self {
-        let slot = Slot::take();
         let name = format!("{test}-{}", std::process::id());
+        Self::of(SERVICE, name, traffic, changes)
+    }
+
+    /// Another service in the same namespace, behind a plain Service, on the same database.
+    pub fn neighbour(&self) -> Self {
+        Self::of("other-service", self.name.clone(), "replicas", &[])
+    }
+
+    fn of(workload: &str, name: String, traffic: &str, changes: &[(&str, toml::Value)]) -> Self {
+        let slot = Slot::take();
         let address = match traffic {
             // Contour's own routes are told apart by host and share one port.
             "httpproxy" => "http://172.31.77.2:8080".to_owned(),
@@ -64,6 +76,7 @@ impl Namespace {
         };
         let mut settings: Vec<(&str, toml::Value)> = vec![
             ("kubernetes.namespace", name.clone().into()),
+            ("kubernetes.name", workload.into()),
             ("kubernetes.overlay", "overlays/test".into()),
             (
                 "kubernetes.traffic",
@@ -103,9 +116,10 @@ impl Namespace {
             name,
             address,
             manifests,
-            _slot: slot,
+            workload: workload.to_owned(),
+            slot,
         };
-        namespace.write_overlay(traffic, namespace._slot.0);
+        namespace.write_overlay(traffic);
         namespace.apply(&json!({
             "apiVersion": "v1",
             "kind": "Namespace",
@@ -118,7 +132,8 @@ impl Namespace {
     }
 
     /// The service on PostgreSQL, as on the cluster of `cargo xtask cluster`.
-    fn write_overlay(&self, traffic: &str, slot: u16) {
+    fn write_overlay(&self, traffic: &str) {
+        let slot = self.slot.0;
         let component = match traffic {
             "httpproxy" => json!(["../../components/httpproxy", "../../components/postgres"]),
             "gateway" | "traefik" => {
@@ -176,13 +191,42 @@ impl Namespace {
                 "patch": address.to_string(),
             }));
         }
-        let kustomization = json!({
+        let mut kustomization = json!({
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
             "resources": ["../../base"],
             "components": component,
-            "patches": patches,
         });
+        if let Some(prefix) = self
+            .workload
+            .strip_suffix(SERVICE)
+            .filter(|p| !p.is_empty())
+        {
+            let name = &self.workload;
+            let image = format!("{name}@sha256:{:064}", 0);
+            let replace = |path: &str, value: Value| json!({ "op": "replace", "path": format!("/spec/template/spec/{path}"), "value": value });
+            let own = json!([
+                replace("containers/0/image", json!(image)),
+                replace("volumes/0/configMap/name", json!(format!("{name}-config"))),
+                replace(
+                    "containers/0/env/0",
+                    json!({
+                        "name": "SERVICE__DATABASE__URL", "value": "postgres://postgres@postgres/postgres",
+                    })
+                ),
+            ]);
+            patches.push(json!({
+                "target": { "kind": "Deployment|Job" },
+                "patch": own.to_string(),
+            }));
+            kustomization["components"] = json!([]);
+            kustomization["namePrefix"] = json!(prefix);
+            kustomization["labels"] = json!([{
+                "pairs": { "app.kubernetes.io/name": name },
+                "includeSelectors": true, "includeTemplates": true,
+            }]);
+        }
+        kustomization["patches"] = patches.into();
         let dir = self.manifests.join("overlays/test");
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("kustomization.yaml"), kustomization.to_string()).unwrap();
@@ -336,6 +380,12 @@ impl Namespace {
         Load::with(self.address.clone(), Load::client(), 40)
     }
 
+    /// The same with a connection for each request, as a plain Service splits connections.
+    pub fn load_by_connections(&self) -> Load {
+        let client = Load::client().pool_max_idle_per_host(0);
+        Load::with(self.address.clone(), client, 60)
+    }
+
     pub fn kubectl(&self, words: &[&str]) -> Output {
         Command::new(kubectl())
             .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])
@@ -389,14 +439,17 @@ impl Namespace {
         assert!(child.wait().unwrap().success(), "{object}");
     }
 
-    /// Deployments that run pods: their release's short id, pods wanted and ready.
+    /// Deployments that run pods, but a neighbour's: their release's short id, pods wanted and ready.
     pub fn running(&self) -> Vec<(String, u64, u64)> {
         let list = self.json(&["get", "deployments"]);
         let mut running: Vec<(String, u64, u64)> = list["items"]
             .as_array()
             .unwrap()
             .iter()
-            .filter(|deployment| deployment["spec"]["replicas"] != 0)
+            .filter(|deployment| {
+                let of = deployment["metadata"]["labels"]["xtask.dev/workload"].as_str();
+                deployment["spec"]["replicas"] != 0 && of.is_none_or(|of| of == self.workload)
+            })
             .map(|deployment| {
                 let release = &deployment["metadata"]["labels"]["xtask.dev/release"];
                 (
@@ -413,6 +466,10 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
+        // Its Service's address is the next one's.
+        if self.address.contains(&cluster_ip(self.slot.0)) {
+            let _ = self.kubectl(&["delete", "service", &self.workload]);
+        }
         // The cluster finishes it by itself.
         let _ = self.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Ended, Load, eventually};
+use crate::fixture::{Ended, eventually};
 use crate::namespace::{Grpc, Namespace, ends_with, short};
 
 fn start(release: &str) -> [&str; 4] {
@@ -231,9 +231,7 @@ fn behind_contours_own_route() {
 fn behind_a_plain_service() {
     let namespace = Namespace::with("replicas", "replicas", &[]);
     let first = namespace.in_service("1.0.0");
-    // A plain Service splits connections, so each request has one of its own.
-    let client = Load::client().pool_max_idle_per_host(0);
-    let load = Load::with(namespace.address.clone(), client, 60);
+    let load = namespace.load_by_connections();
     let second = namespace.release("1.1.0");
     let good = namespace.run(&start(&second)).expect(0, "healthy");
     // 25 % are wanted, a third is what two pods and one more make.
@@ -247,6 +245,46 @@ fn behind_a_plain_service() {
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
+}
+
+/// Two services in one namespace are rolled out at a time, and neither is the other's business; two
+/// environments in one namespace are refused.
+#[test]
+fn who_shares_a_namespace_is_not_seen() {
+    let staging = ("environments.staging.platform", "kubernetes".into());
+    let namespace = Namespace::with("shared", "replicas", &[staging]);
+    namespace.in_service("1.0.0");
+    let neighbour = namespace.neighbour();
+    let theirs = neighbour.in_service("2.0.0");
+    let loads = [
+        namespace.load_by_connections(),
+        neighbour.load_by_connections(),
+    ];
+
+    let second = namespace.release("1.1.0");
+    let ours = namespace.judged_canary(&second);
+    let next = neighbour.release("2.1.0");
+    neighbour.run(&start(&next)).expect(0, "healthy");
+    ours.wait().expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+    assert_eq!(neighbour.running(), [(short(&next), 2, 2)]);
+    neighbour.run(&["rollback"]).expect(0, "healthy");
+    assert_eq!(neighbour.running(), [(short(&theirs), 2, 2)]);
+    assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+    let status = namespace
+        .run(&["canary", "status"])
+        .expect(0, "healthy")
+        .said;
+    assert!(status.contains(&short(&second)), "{status}");
+    assert!(!status.contains(&short(&theirs)), "{status}");
+    for load in loads {
+        load.stop_without_failures();
+    }
+
+    let status = ["canary", "status", "--environment", "staging"];
+    let refused = namespace.run(&status).expect(2, "failed");
+    let why = "give staging a namespace of its own";
+    assert!(refused.said.contains(why), "{}", refused.said);
 }
 
 /// The command is killed at each of its actions; another machine, which knows of no release and no

@@ -348,10 +348,11 @@ impl Kubernetes {
         }
     }
 
-    /// Removes the configurations that none of the releases which are kept has.
+    /// Removes the configurations that none of the releases which are kept has, of whatever service: those
+    /// of the same content have one name.
     async fn forget_configs(&self, fence: &Fence<'_>) -> Result<()> {
-        let ours = format!("{MANAGED_BY}=xtask,{WORKLOAD}={}", self.settings.name);
-        let all = self.api.list(&record::kind(), &ours).await?;
+        let managed = format!("{MANAGED_BY}=xtask");
+        let all = self.api.list(&record::kind(), &managed).await?;
         let mut needed = BTreeSet::new();
         for release in all.iter().filter(|one| api::label(one, RELEASE).is_some()) {
             // One that cannot be read may need any of them.
@@ -365,8 +366,11 @@ impl Kubernetes {
                     .map(|config| api::name(config).to_owned()),
             );
         }
-        let is_config =
-            |one: &&Value| one["immutable"] == true && api::label(one, RELEASE).is_none();
+        let is_config = |one: &&Value| {
+            one["immutable"] == true
+                && api::label(one, RELEASE).is_none()
+                && api::label(one, WORKLOAD) == Some(self.settings.name.as_str())
+        };
         for config in all.iter().filter(is_config) {
             if !needed.contains(api::name(config)) {
                 fence.remove(&record::kind(), api::name(config)).await?;

@@ -13,7 +13,7 @@ use xshell::{Shell, cmd};
 
 use super::{api, versioned};
 use crate::cluster::Cluster;
-use crate::config::Kubernetes as Settings;
+use crate::config::{Kubernetes as Settings, TrafficKind};
 use crate::files;
 use crate::release::{Recorded, ReleaseId};
 use crate::setup::tools::Tools;
@@ -90,6 +90,8 @@ impl Bundle {
     fn sort(recorded: &Recorded, settings: &Settings, objects: Vec<Value>) -> Result<Self> {
         let name = settings.name.as_str();
         let overlay = &settings.overlay;
+        // By numbers of pods, whatever leads to the Service is split with it.
+        let splits = settings.traffic != TrafficKind::Replicas;
         let (mut deployment, mut front, mut route) = (None, None, None);
         let (mut autoscaler, mut budget, mut grpc_route) = (None, None, None);
         let (mut jobs, mut configs, mut others) = (Vec::new(), Vec::new(), Vec::new());
@@ -100,10 +102,10 @@ impl Bundle {
             match kind.as_str() {
                 "Deployment" if is_ours => deployment = Some(object),
                 "Service" if is_ours => front = Some(object),
-                "GRPCRoute" if api::name(&object) == grpc_route_name(settings) => {
+                "GRPCRoute" if splits && api::name(&object) == grpc_route_name(settings) => {
                     grpc_route = Some(object);
                 }
-                "GRPCRoute" if is_ours => bail!(
+                "GRPCRoute" if splits && is_ours => bail!(
                     "{overlay}: the GRPCRoute {name:?} must have a name of its own, {:?}",
                     grpc_route_name(settings)
                 ),
@@ -334,7 +336,6 @@ pub fn kubectl() -> Result<std::path::PathBuf> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::config::TrafficKind;
 
     pub fn settings() -> Settings {
         Settings {

@@ -5,6 +5,7 @@ mod effect;
 mod gateway;
 mod httpproxy;
 mod replicas;
+mod rules;
 mod weighted;
 
 use std::collections::BTreeMap;
