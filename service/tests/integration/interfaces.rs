@@ -666,6 +666,20 @@ async fn sockets_are_shared_out() {
         assert!(tries < 100, "it is never free again");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    // So it is with those who watch its health.
+    let health = HealthClient::new(channel(&app).await);
+    let watch = async |client: &'static str| {
+        let mut request = Request::new(HealthCheckRequest::default());
+        let from = client.parse().unwrap();
+        request.metadata_mut().insert("x-forwarded-for", from);
+        let watched = health.clone().watch(request).await;
+        watched.map(tonic::Response::into_inner)
+    };
+    let _first = watch("3.3.3.3").await.unwrap();
+    let _second = watch("3.3.3.3").await.unwrap();
+    let refused = watch("3.3.3.3").await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+    let _other = watch("4.4.4.4").await.unwrap();
 }
 
 /// A client that does not answer pings is let go.
