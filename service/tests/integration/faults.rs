@@ -42,6 +42,12 @@ fn host(url: &str) -> String {
         .to_owned()
 }
 
+/// The address of a database at the other end of a wire.
+fn over(wire: &Wire, database: &Database) -> String {
+    let url = database.url();
+    url.replace(&host(url), &wire.address.to_string())
+}
+
 /// Each client places one order after another under a key of its own, and repeats it until it is told
 /// that it was placed, as a careful client does.
 async fn client(url: String, name: usize, placed: Arc<AtomicUsize>, stop: Arc<AtomicBool>) {
@@ -98,9 +104,7 @@ async fn every_order_is_there_once_whatever_happens_on_the_wires() {
         ("cache and lock", Wire::to(&host(&redis.address)).await),
     ];
     let [(_, to_database), (_, to_broker), (_, to_redis)] = &wires;
-    let distant = database
-        .url()
-        .replace(&host(database.url()), &to_database.address.to_string());
+    let distant = over(to_database, &database);
     let app = TestApp::start_on(database.clone(), |config| {
         broker.at(to_broker.address).use_in(config);
         config.database.url.0 = distant;
@@ -190,9 +194,7 @@ async fn a_database_that_is_away_is_left_alone_for_a_while() {
         (State::Silent, Duration::from_millis(100)),
     ] {
         let wire = Wire::to(&host(database.url())).await;
-        let distant = database
-            .url()
-            .replace(&host(database.url()), &wire.address.to_string());
+        let distant = over(&wire, &database);
         let app = TestApp::start_on(database.clone(), |config| {
             config.database.url.0 = distant;
             config.database.acquire_timeout = Timeout(Duration::from_millis(300));
@@ -230,9 +232,7 @@ async fn a_database_that_is_away_is_left_alone_for_a_while() {
 async fn an_order_whose_answer_was_lost_is_placed_once() {
     let database = Database::postgres().await;
     let wire = Wire::to(&host(database.url())).await;
-    let distant = database
-        .url()
-        .replace(&host(database.url()), &wire.address.to_string());
+    let distant = over(&wire, &database);
     let app = TestApp::start_on(database.clone(), |config| {
         config.database.url.0 = distant;
         // It is the same one that knows the statement; and nothing else goes over the wire.
