@@ -52,14 +52,14 @@ pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
         .with("binary", binary))
 }
 
-pub struct Made {
-    pub recorded: Recorded,
+struct Made {
+    recorded: Recorded,
     /// The executable that is in its image.
-    pub binary: PathBuf,
+    binary: PathBuf,
 }
 
 /// Builds the service (or takes `args.binary`), assembles its image and records the release.
-pub fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Made> {
+fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Made> {
     let service = &pipeline.service;
     let config_dir = args
         .config
