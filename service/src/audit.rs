@@ -17,7 +17,7 @@ pub const AUDIT: &str = "audit";
 const BATCH: u32 = 1000;
 
 /// An entry as storage keeps it.
-#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// From 1, without gaps.
     pub seq: i64,

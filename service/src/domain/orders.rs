@@ -108,7 +108,7 @@ pub struct ItemRequest {
 }
 
 /// What one customer has ordered and not cancelled, in one currency.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Total {
     pub currency: String,
     pub orders: i64,

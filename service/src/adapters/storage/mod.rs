@@ -2,6 +2,7 @@
 
 mod abandoned;
 mod contacts;
+mod migrations;
 mod pools;
 mod postgres;
 mod rows;
@@ -122,7 +123,7 @@ pub struct Connections {
 }
 
 /// Events by what they wait for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backlog {
     /// To be told.
     pub untold: i64,
@@ -152,7 +153,7 @@ pub enum Placed {
 }
 
 /// An event of the outbox as JSON, and its place there.
-#[derive(Debug, PartialEq, sqlx::FromRow)]
+#[derive(Debug, PartialEq)]
 pub struct Untold {
     pub seq: i64,
     pub event: String,
@@ -173,7 +174,7 @@ pub enum Change {
 }
 
 /// An event, as it came, that a consumer could do nothing with.
-#[derive(Debug, PartialEq, Serialize, sqlx::FromRow)]
+#[derive(Debug, PartialEq, Serialize)]
 pub struct DeadLetter {
     pub consumer: String,
     pub id: Uuid,

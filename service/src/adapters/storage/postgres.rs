@@ -9,13 +9,13 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, Executor, PgConnection, PgExecutor, Transaction};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::migrations::POSTGRES as MIGRATIONS;
 use super::pools::{Both, Handed, Pools};
 use super::rows::{Placement, TotalOf};
 use super::servers::Servers;
@@ -56,14 +56,6 @@ async fn is_alive(connection: &mut PgConnection) -> sqlx::Result<()> {
         Ok(answer) => answer,
         Err(late) => Err(sqlx::Error::Io(late.into())),
     }
-}
-
-/// The migrations of this program. A database that has newer ones is fine: they only ever add
-/// what the release before can live with, and that release must start after a rollback.
-fn migrations() -> Migrator {
-    let mut migrations = sqlx::migrate!("migrations/postgres");
-    migrations.set_ignore_missing(true);
-    migrations
 }
 
 pub(super) struct Postgres {
@@ -120,7 +112,7 @@ async fn migrate(config: &Database, on: &PgConnectOptions) -> anyhow::Result<()>
     };
     let pool = shape(&unlimited, &Handed::default()).max_connections(1);
     let pool = pool.connect_lazy_with(on.clone());
-    migrations().run(&pool).await?;
+    MIGRATIONS.migrator().await?.run(&pool).await?;
     pool.close().await;
     Ok(())
 }
@@ -304,25 +296,3 @@ impl Postgres {
 }
 
 storage_in_sql!(Postgres, sqlx::Postgres);
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    /// A release has one schema version, whichever database it finds.
-    #[test]
-    fn both_databases_have_the_same_versions() {
-        let versions = |migrations: &Migrator| -> BTreeSet<i64> {
-            migrations
-                .iter()
-                .map(|migration| migration.version)
-                .collect()
-        };
-        assert_eq!(
-            versions(&migrations()),
-            versions(&sqlx::migrate!("migrations/sqlite"))
-        );
-    }
-}

@@ -6,12 +6,14 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use sqlx::migrate::Migrator;
+use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use tower::retry::budget::{Budget, TpsBudget};
 use uuid::Uuid;
 
 use super::abandoned::watched;
-use super::{Change, StorageError, contacts};
+use super::migrations::Migrations;
+use super::{Backlog, Change, DeadLetter, StorageError, Untold, contacts};
+use crate::audit::Entry;
 use crate::domain::orders::{Item, Order, OrderId, Status, Total};
 use crate::keyring::Keyring;
 use crate::metrics::METRICS;
@@ -78,8 +80,56 @@ fn is_dead(error: &sqlx::Error) -> bool {
     }
 }
 
+/// A struct from the columns of the same names, in either database.
+macro_rules! from_row {
+    ($row:ty { $($column:ident: $kind:ty),+ }) => {
+        impl<'row, R: Row> FromRow<'row, R> for $row
+        where
+            &'static str: ColumnIndex<R>,
+            $($kind: Decode<'row, R::Database> + Type<R::Database>),+
+        {
+            fn from_row(row: &'row R) -> sqlx::Result<Self> {
+                Ok(Self { $($column: row.try_get(stringify!($column))?),+ })
+            }
+        }
+    };
+}
+
+from_row!(Backlog {
+    untold: i64,
+    unaudited: i64,
+    buried: i64
+});
+from_row!(DeadLetter {
+    consumer: String,
+    id: Uuid,
+    event: String,
+    error: String
+});
+from_row!(Entry { seq: i64, event: String, hash: Vec<u8> });
+from_row!(Total {
+    currency: String,
+    orders: i64,
+    total_cents: i64
+});
+from_row!(Untold {
+    seq: i64,
+    event: String
+});
+from_row!(Line {
+    id: Uuid,
+    customer: String,
+    currency: String,
+    status: String,
+    created_at: i64,
+    updated_at: i64,
+    sku: String,
+    quantity: i64,
+    unit_price_cents: i64,
+    contact: Option<Vec<u8>>
+});
+
 /// One line of an order, with what all lines of the order share.
-#[derive(sqlx::FromRow)]
 pub(super) struct Line {
     id: Uuid,
     customer: String,
@@ -122,18 +172,16 @@ pub(super) fn totals_of(customers: &str) -> String {
     )
 }
 
-/// A customer with one of its totals.
-#[derive(sqlx::FromRow)]
-pub(super) struct TotalOf {
-    customer: String,
-    #[sqlx(flatten)]
-    total: Total,
-}
+/// A customer with one of its totals, as `totals_of` selects them.
+pub(super) type TotalOf = (String, String, i64, i64);
 
-impl From<TotalOf> for (String, Total) {
-    fn from(row: TotalOf) -> Self {
-        (row.customer, row.total)
-    }
+pub(super) fn total_of((customer, currency, orders, total_cents): TotalOf) -> (String, Total) {
+    let total = Total {
+        currency,
+        orders,
+        total_cents,
+    };
+    (customer, total)
 }
 
 pub(super) const CLAIM_KEY: &str =
@@ -295,9 +343,8 @@ fn order(lines: &[Line], keyring: Option<&Keyring>) -> Result<Order, StorageErro
 }
 
 /// Whether the schema is new enough for this program.
-pub(super) fn judge_schema(found: i64, migrations: &Migrator) -> Result<(), StorageError> {
-    let needed = migrations.iter().map(|migration| migration.version).max();
-    let needed = needed.unwrap_or(0);
+pub(super) fn judge_schema(found: i64, migrations: Migrations) -> Result<(), StorageError> {
+    let needed = migrations.newest();
     if found < needed {
         return Err(StorageError::Schema { found, needed });
     }

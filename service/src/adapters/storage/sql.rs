@@ -2,7 +2,7 @@
 //!
 //! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a
 //! transaction that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing
-//! has moved, where that is too long), its `NOW` and `migrations`, and whatever is said for many at once
+//! has moved, where that is too long), its `NOW` and `MIGRATIONS`, and whatever is said for many at once
 //! in its own way: `insert` (an order, its lines and its event), `insert_alone` (the same, where that is
 //! all), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
@@ -184,7 +184,7 @@ macro_rules! storage_in_sql {
                 customers: &[String],
             ) -> Result<Vec<(String, Total)>, StorageError> {
                 let totals = self.totals_among(customers).await?;
-                Ok(totals.into_iter().map(Into::into).collect())
+                Ok(totals.into_iter().map(rows::total_of).collect())
             }
 
             async fn lease(
@@ -357,7 +357,7 @@ macro_rules! storage_in_sql {
                 }
                 let version = sqlx::query_scalar(rows::SCHEMA_VERSION);
                 let version = watched(version.fetch_one(&self.pools.probe())).await?;
-                rows::judge_schema(version, &migrations())
+                rows::judge_schema(version, MIGRATIONS)
             }
 
             async fn schema_version(&self) -> Result<i64, StorageError> {

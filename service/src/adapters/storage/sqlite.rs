@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
-use sqlx::migrate::Migrator;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
 };
@@ -18,6 +17,7 @@ use sqlx::{Connection, Transaction};
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::migrations::SQLITE as MIGRATIONS;
 use super::pools::{Both, Handed, Pools};
 use super::rows::{Placement, TotalOf};
 use super::sql::storage_in_sql;
@@ -37,14 +37,6 @@ use crate::keyring::Keyring;
 
 /// Milliseconds since the Unix epoch, by the database's clock.
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
-
-/// The migrations of this program. A database that has newer ones is fine: they only ever add
-/// what the release before can live with, and that release must start after a rollback.
-fn migrations() -> Migrator {
-    let mut migrations = sqlx::migrate!("migrations/sqlite");
-    migrations.set_ignore_missing(true);
-    migrations
-}
 
 pub(super) struct Sqlite {
     pools: Pools<sqlx::Sqlite>,
@@ -88,10 +80,9 @@ impl Sqlite {
             let pool = connect.connect_with(options).await;
             if let (Ok(pool), Some(turns), true) = (&pool, &turns, config.migrate) {
                 let _turn = turns.next().await?;
-                migrations()
-                    .run(pool)
-                    .await
-                    .context("migrating the database")?;
+                let migrator = MIGRATIONS.migrator().await?;
+                let migrated = migrator.run(pool).await;
+                migrated.context("migrating the database")?;
             }
             pool
         };
