@@ -1,19 +1,32 @@
 //! What one process does at a time, of all on one database: telling events, chaining the audit log.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::adapters::bus::BusError;
 use crate::adapters::lock::{Fence, LockError};
 use crate::adapters::storage::StorageError;
 use crate::app::App;
 use crate::metrics::METRICS;
-use crate::pause::Pause;
+use crate::pause::{Pause, jittered};
 
 /// The first pause after a failure.
 const PAUSE: Duration = Duration::from_millis(100);
 
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Part of a lease for which the holder does not ask for a longer one: a process with nothing to do
+/// writes nothing most of the time.
+const UNASKED: u32 = 4;
+/// Part of a lease after which the others look whether it is theirs now.
+const OTHERS_LOOK: u32 = 10;
+
+/// A lease, and when it was asked for.
+#[derive(Clone, Copy)]
+struct Held {
+    fence: Fence,
+    since: Instant,
+}
 
 /// Why a step came to nothing; it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -36,25 +49,40 @@ where
 {
     let config = &app.config.events;
     let mut untold = app.untold.subscribe();
+    let lease = config.lease.0;
     let mut pause = Pause::new(PAUSE);
+    let mut held: Option<Held> = None;
     loop {
         untold.mark_unchanged();
+        let age = held.map(|held| held.since.elapsed());
+        let age = age.filter(|age| *age < lease / UNASKED);
         let done = async {
-            match app.lock().hold(name, &app.name, config.lease.0).await? {
-                Some(fence) => step(Arc::clone(&app), fence).await,
-                None => Ok(0),
+            if age.is_none() {
+                let since = Instant::now();
+                let fence = app.lock().hold(name, &app.name, lease).await?;
+                held = fence.map(|fence| Held { fence, since });
+            }
+            match held {
+                Some(held) => step(Arc::clone(&app), held.fence).await.map(Some),
+                None => Ok(None),
             }
         };
         // By then it is another process' duty.
-        let done = tokio::time::timeout(config.lease.0, done).await;
-        match done.unwrap_or(Err(Failure::Late(config.lease.0))) {
-            Ok(0) => {
+        let left = lease - age.unwrap_or_default();
+        let done = tokio::time::timeout(left, done).await;
+        match done.unwrap_or(Err(Failure::Late(left))) {
+            Ok(None) => {
+                pause.reset();
+                tokio::time::sleep(jittered(lease / OTHERS_LOOK)).await;
+            }
+            Ok(Some(0)) => {
                 pause.reset();
                 // Whoever places an order in this process says so; another process' are looked for.
                 let _ = tokio::time::timeout(config.poll.0, untold.changed()).await;
             }
-            Ok(_) => pause.reset(),
+            Ok(Some(_)) => pause.reset(),
             Err(error) => {
+                held = None;
                 // Its token is too old, and would stay so: whoever is next gets a newer one.
                 if let Failure::Storage(StorageError::Fenced(_)) = error {
                     give_up(&app, name).await;
