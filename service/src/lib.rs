@@ -26,6 +26,7 @@ mod log_lines;
 pub mod metrics;
 pub mod middleware;
 mod pause;
+pub mod process;
 pub mod relay;
 pub mod router;
 pub mod server;
