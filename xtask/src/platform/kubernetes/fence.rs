@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::api::{self, Api, Kind};
 use super::record;
+use super::render::WORKLOAD;
 use crate::platform::StaleWriter;
 
 pub const TOKEN: &str = "xtask.dev/token";
@@ -94,8 +95,24 @@ impl Fence<'_> {
 
     /// Removes an object, unless a newer writer has it.
     pub async fn remove(&self, kind: &Kind, name: &str) -> Result<()> {
+        self.remove_where(kind, name, |_| true).await
+    }
+
+    /// The same of a workload's: another's may have the same name.
+    pub async fn remove_of(&self, workload: &str, kind: &Kind, name: &str) -> Result<()> {
+        let is_its = |there: &Value| api::label(there, WORKLOAD) == Some(workload);
+        self.remove_where(kind, name, is_its).await
+    }
+
+    /// The same, where what is there is what is meant.
+    pub async fn remove_where(
+        &self,
+        kind: &Kind,
+        name: &str,
+        is_meant: impl Fn(&Value) -> bool,
+    ) -> Result<()> {
         for _ in 0..ATTEMPTS {
-            match self.remove_once(kind, name).await {
+            match self.remove_once(kind, name, &is_meant).await {
                 Err(error) if api::is_race(&error) => {}
                 removed => return removed,
             }
@@ -103,8 +120,13 @@ impl Fence<'_> {
         bail!("{} {name} changes all the time", kind.kind)
     }
 
-    async fn remove_once(&self, kind: &Kind, name: &str) -> Result<()> {
-        match self.api.get(kind, name).await? {
+    async fn remove_once(
+        &self,
+        kind: &Kind,
+        name: &str,
+        is_meant: impl Fn(&Value) -> bool,
+    ) -> Result<()> {
+        match self.api.get(kind, name).await?.filter(is_meant) {
             Some(current) => {
                 let current = self.stamp(kind, current).await?;
                 self.api.delete(&current).await

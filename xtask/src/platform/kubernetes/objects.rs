@@ -208,12 +208,9 @@ impl Kubernetes {
     ) -> Result<()> {
         let stable = stable.map(|stable| self.bundle(stable)).transpose()?;
         for (kind, name) in only_in(self.bundle(candidate)?, stable)? {
-            let there = self.api.get(&kind, &name).await?;
-            if there.is_some_and(|there| {
-                api::annotation(&there, BROUGHT_BY) == Some(candidate.as_str())
-            }) {
-                fence.remove(&kind, &name).await?;
-            }
+            let is_brought =
+                |there: &Value| api::annotation(there, BROUGHT_BY) == Some(candidate.as_str());
+            fence.remove_where(&kind, &name, is_brought).await?;
         }
         self.remove_jobs(fence, candidate.short()).await
     }
@@ -299,13 +296,8 @@ impl Kubernetes {
         let stay = stay.filter_map(|id| self.bundles.get(id));
         let mut removed = Ok(());
         for (kind, name) in only_in(bundle, stay)? {
-            let there = self.api.get(&kind, &name).await?;
-            // Another workload's may have the same name.
-            let is_ours =
-                |there: &Value| api::label(there, WORKLOAD) == Some(self.settings.name.as_str());
-            if there.as_ref().is_some_and(is_ours) {
-                removed = removed.and(fence.remove(&kind, &name).await);
-            }
+            let gone = fence.remove_of(&self.settings.name, &kind, &name).await;
+            removed = removed.and(gone);
         }
         self.told(ended, "NotRemoved", removed).await
     }

@@ -19,7 +19,7 @@ use crate::platform::StaleWriter;
 use crate::platform::kubernetes::api::{self, Api, Kind};
 use crate::platform::kubernetes::fence::Fence;
 use crate::platform::kubernetes::objects;
-use crate::platform::kubernetes::render::{Bundle, WORKLOAD, grpc_route_name};
+use crate::platform::kubernetes::render::{Bundle, grpc_route_name};
 
 /// How long a router may take to say that it has taken a route.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -136,13 +136,7 @@ impl<S: Shape> Weighted<S> {
             return Ok(());
         };
         let name = grpc_route_name(&self.settings);
-        let there = fence.api.get(&kind, &name).await?;
-        let is_ours =
-            |there: &Value| api::label(there, WORKLOAD) == Some(self.settings.name.as_str());
-        match there.as_ref().is_some_and(is_ours) {
-            true => fence.remove(&kind, &name).await,
-            false => Ok(()),
-        }
+        fence.remove_of(&self.settings.name, &kind, &name).await
     }
 
     /// Writes the route; its generation, and what was taken over.
