@@ -8,12 +8,14 @@
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
 
 mod handler;
+mod judged;
 mod load;
 
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use judged::{judged, median};
 use load::{Load, Measured};
 use sqlx::{Connection, Executor, PgConnection};
 use test_servers::{Lease, Server};
@@ -95,12 +97,12 @@ async fn compare() -> bool {
         }
         let [throughput, latency] = ratios.map(median);
         let is_met = throughput >= at_least && latency <= P99_AT_MOST;
-        println!(
+        let medians = format!(
             "{name:30}median ratio: throughput {throughput:.2} (at least {at_least}), p99 {latency:.2} (at \
-             most {P99_AT_MOST}): {}\n",
-            verdict(is_met)
+             most {P99_AT_MOST})"
         );
-        all &= is_met;
+        all &= judged(&medians, is_met);
+        println!();
     }
     println!("GET of one order beside {IDLE} idle connections");
     let mut ratios = Vec::new();
@@ -113,21 +115,8 @@ async fn compare() -> bool {
         println!("{alone:>10.0}/s {beside:>10.0}/s {:>8.2}", beside / alone);
     }
     let ratio = median(ratios);
-    let is_met = ratio >= BESIDE_IDLE_AT_LEAST;
-    println!(
-        "median ratio {ratio:.2} (at least {BESIDE_IDLE_AT_LEAST}): {}",
-        verdict(is_met)
-    );
-    all && is_met
-}
-
-fn verdict(is_met: bool) -> &'static str {
-    if is_met { "met" } else { "NOT MET" }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    let median = format!("median ratio {ratio:.2} (at least {BESIDE_IDLE_AT_LEAST})");
+    all & judged(&median, ratio >= BESIDE_IDLE_AT_LEAST)
 }
 
 /// A running process with a database of its own.

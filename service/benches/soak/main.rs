@@ -3,11 +3,15 @@
 //! `cargo bench --package service --bench soak [-- MINUTES]` opens 12,000 connections that each ask
 //! something, then 500 WebSockets that must each be told of every order for a minute, then sends
 //! requests for so many minutes (2 unless told) and prints how much memory the process has meanwhile.
-//! The service runs as a process of its own on its embedded defaults; all of it ends by itself, and
-//! with a panic where an answer or an event is missing.
+//! The service runs as a process of its own on its embedded defaults; all of it ends by itself, with a
+//! panic where an answer or an event is missing, and fails where memory grows by more than noise or the
+//! start took too long.
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on fails")]
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
 
+#[expect(dead_code, reason = "some of it is for the other benchmarks only")]
+#[path = "../bare/judged.rs"]
+mod judged;
 #[expect(dead_code, reason = "some of it is for the other benchmark only")]
 #[path = "../bare/load.rs"]
 mod load;
@@ -19,6 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
+use judged::judged;
 use load::{Connection, Load};
 use serde_json::Value;
 use tokio::sync::{Barrier, watch};
@@ -34,17 +39,26 @@ const ORDERS_A_SECOND: u32 = 20;
 /// What is not there by then is lost.
 const PATIENCE: Duration = Duration::from_secs(30);
 const SAMPLES_A_MINUTE: u32 = 12;
+/// MiB that the allocator takes at a time.
+const PIECE: f64 = 1.0;
+/// From the process' start until it answers.
+const READY_WITHIN: Duration = Duration::from_secs(1);
 
 fn main() {
     let minutes = std::env::args().skip(1).find_map(|word| word.parse().ok());
     load::raise_open_files();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let service = Service::start().await;
+    let all = runtime.block_on(async {
+        let (service, took) = Service::start().await;
+        let ready = format!("answers after {took:.2?} (at most {READY_WITHIN:?})");
+        let is_soon = judged(&ready, took <= READY_WITHIN);
         service.many_connections().await;
         service.many_websockets().await;
-        service.memory(minutes.unwrap_or(2)).await;
+        is_soon & service.memory(minutes.unwrap_or(2)).await
     });
+    if !all {
+        std::process::exit(1);
+    }
 }
 
 /// The service, for as long as this lives.
@@ -62,10 +76,12 @@ impl Drop for Service {
 }
 
 impl Service {
-    async fn start() -> Self {
+    /// The service, and how long it took until it could be asked.
+    async fn start() -> (Self, Duration) {
         let dir = tempfile::tempdir().unwrap();
         let address = load::free_address();
         let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/service");
+        let began = Instant::now();
         let database = format!("sqlite://{}", dir.path().join("orders.db").display());
         let process = Command::new(env!("CARGO_BIN_EXE_service"))
             .env("SERVICE_CONFIG_DIR", config)
@@ -83,12 +99,11 @@ impl Service {
             address,
             _database: dir,
         };
-        let began = Instant::now();
         while tokio::net::TcpStream::connect(address).await.is_err() {
             assert!(began.elapsed() < PATIENCE, "the service did not start");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        service
+        (service, began.elapsed())
     }
 
     /// All are open before the first asks, and all are answered.
@@ -177,8 +192,8 @@ impl Service {
         );
     }
 
-    /// How much memory the process has while requests come.
-    async fn memory(&self, minutes: u32) {
+    /// How much memory the process has while requests come: whether it stays as it is.
+    async fn memory(&self, minutes: u32) -> bool {
         println!("{minutes} minutes of requests: minutes, MiB, requests/s");
         let orders = load::orders(self.address, None, 100).await;
         let mut samples = Vec::new();
@@ -194,7 +209,13 @@ impl Service {
         }
         // What it fills once, such as its cache, is full by then.
         let settled = &samples[samples.len() / 2..];
-        println!("in the second half: {:+.2} MiB a minute", slope(settled));
+        let Line { slope, noise } = line(settled);
+        let grown = slope * (settled[settled.len() - 1].0 - settled[0].0);
+        let growth = format!(
+            "in the second half: {slope:+.2} MiB a minute, {grown:+.2} MiB in all (at most twice the noise \
+             of {noise:.2} MiB)"
+        );
+        judged(&growth, grown <= 2.0 * noise)
     }
 
     fn resident_mebibytes(&self) -> f64 {
@@ -206,8 +227,14 @@ impl Service {
     }
 }
 
-/// Of the least squares' line.
-fn slope(points: &[(f64, f64)]) -> f64 {
+/// The least squares' line.
+struct Line {
+    slope: f64,
+    /// The standard deviation of the points from it, or a piece that the allocator takes at a time.
+    noise: f64,
+}
+
+fn line(points: &[(f64, f64)]) -> Line {
     let number = points.len() as f64;
     let (x, y) = points
         .iter()
@@ -215,5 +242,11 @@ fn slope(points: &[(f64, f64)]) -> f64 {
     let (x, y) = (x / number, y / number);
     let covariance: f64 = points.iter().map(|p| (p.0 - x) * (p.1 - y)).sum();
     let variance: f64 = points.iter().map(|p| (p.0 - x).powi(2)).sum();
-    covariance / variance
+    let slope = covariance / variance;
+    let away = points.iter().map(|p| p.1 - y - slope * (p.0 - x));
+    let squares: f64 = away.map(|away| away.powi(2)).sum();
+    Line {
+        slope,
+        noise: (squares / (number - 2.0)).sqrt().max(PIECE),
+    }
 }
