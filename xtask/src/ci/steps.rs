@@ -171,12 +171,13 @@ pub fn steps() -> Vec<Step> {
         cluster_step(
             "demo-kubernetes",
             "the whole path works on a real cluster, too",
-            "cargo xtask demo --platform kubernetes",
+            "cargo xtask demo --platform kubernetes --profile release",
         ),
         cargo_step(
             "demo",
             "the whole path works under load, a bad release and a kill included",
-            "cargo xtask demo",
+            // What the image's step has built.
+            "cargo xtask demo --profile release",
         )
         .packages(&["xtask", "service"])
         .reads(&["config/**"])

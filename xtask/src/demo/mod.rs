@@ -36,7 +36,7 @@ fn promise(platform: PlatformKind) -> Promise {
     match platform {
         PlatformKind::Sandbox => Promise {
             restored_within: 1.0,
-            rate: 600,
+            rate: 300,
         },
         PlatformKind::Kubernetes => Promise {
             restored_within: 5.0,
@@ -58,7 +58,9 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
     }
     let stage = Stage::set(&pipeline, cli, &demo, args.platform)?;
     let ground = Ground::prepare(&stage, output)?;
-    let steps = Steps::new(stage.settings.clone(), ground.image_arguments(), output)?;
+    let mut image = ground.image_arguments();
+    image.extend(["--profile".to_owned(), args.profile.clone()]);
+    let steps = Steps::new(stage.settings.clone(), image, output)?;
     ground.clear(&steps, &stage)?;
     ground.stop_on_interrupt(&steps)?;
 

@@ -107,12 +107,10 @@ impl<'a> Steps<'a> {
 
     /// Runs a command and says nothing of it.
     pub fn quiet(&self, arguments: &[&str]) -> Result<()> {
-        let status = self
-            .command(arguments)
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .status();
-        check(status.context("running a command")?, arguments)
+        let output = self.command(arguments).output();
+        let output = output.context("running a command")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        check(output.status, arguments).with_context(|| format!("it said: {}", said.trim()))
     }
 
     /// Starts a rollout and kills its command in its second stage, after an action was announced

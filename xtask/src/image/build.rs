@@ -58,8 +58,13 @@ impl Source {
     }
 }
 
-/// Builds the service in release mode and returns its executable.
-pub fn binary(service: &Service, source: &Source, output: &Output) -> Result<PathBuf> {
+/// Builds the service by one of cargo's profiles and returns its executable.
+pub fn binary(
+    service: &Service,
+    source: &Source,
+    profile: &str,
+    output: &Output,
+) -> Result<PathBuf> {
     let triple = host_triple()?;
     let (package, binary) = (&service.package, &service.binary);
     let target_dir = &source.target_dir;
@@ -80,13 +85,23 @@ pub fn binary(service: &Service, source: &Source, output: &Output) -> Result<Pat
     shell.set_var("CFLAGS", prefix_maps.join(" "));
     let build = cmd!(
         shell,
-        "cargo build --locked --release --package {package} --bin {binary} --target {triple}"
+        "cargo build --locked --profile {profile} --package {package} --bin {binary} --target {triple}"
     );
     output.command(&build);
     cargo::isolated(build).quiet().run().with_context(|| {
         format!("building {binary}; a C compiler is needed (Debian: apt-get install gcc libc6-dev)")
     })?;
-    Ok(target_dir.join(triple).join("release").join(binary))
+    Ok(target_dir.join(triple).join(folder(profile)).join(binary))
+}
+
+/// Where cargo puts what it builds by a profile.
+/// <https://doc.rust-lang.org/cargo/reference/build-cache.html>
+fn folder(profile: &str) -> &str {
+    match profile {
+        "dev" | "test" => "debug",
+        "bench" => "release",
+        own => own,
+    }
 }
 
 fn flags(triple: &str, target_dir: &Path) -> Result<Vec<String>> {

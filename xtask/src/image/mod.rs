@@ -81,7 +81,7 @@ fn make(pipeline: &Pipeline, args: &ImageArgs, output: &Output) -> Result<Made> 
         .unwrap_or_else(|| source.version.clone());
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
-        None => build::binary(service, &source, output)?,
+        None => build::binary(service, &source, &args.profile, output)?,
     };
 
     let started = Instant::now();

@@ -35,7 +35,7 @@ fn pipeline() -> Fixture {
 }
 
 /// Builds the program's image in `dir`, with the workspace's versions of what it is built from.
-fn image(pipeline: &Fixture, dir: &Path) -> Ended {
+fn image(pipeline: &Fixture, dir: &Path, words: &[&str]) -> Ended {
     for (name, text) in PROBE {
         let path = dir.join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -54,19 +54,20 @@ fn image(pipeline: &Fixture, dir: &Path) -> Ended {
         .args(["--message-format", "json", "--pipeline"])
         .arg(pipeline.settings())
         .arg("image")
+        .args(words)
         .current_dir(dir)
         .env("CARGO_TARGET_DIR", dir.join("target"))
         .output()
         .unwrap();
-    ended(output).expect(0, "passed")
+    ended(output)
 }
 
 #[test]
 fn two_directories_give_one_digest() {
     let pipeline = pipeline();
     let place = tempfile::tempdir().unwrap();
-    let here = image(&pipeline, &place.path().join("here"));
-    let there = image(&pipeline, &place.path().join("somewhere/else"));
+    let here = image(&pipeline, &place.path().join("here"), &[]).expect(0, "passed");
+    let there = image(&pipeline, &place.path().join("somewhere/else"), &[]).expect(0, "passed");
     for part in ["image", "release"] {
         assert_eq!(here.finished()[part], there.finished()[part], "{part}");
     }
@@ -76,6 +77,20 @@ fn two_directories_give_one_digest() {
     let program = std::fs::read(executable(&target, "probe")).unwrap();
     assert!(contains(&program, "/target/"), "nothing was replaced");
     assert!(!contains(&program, place.path().to_str().unwrap()));
+}
+
+#[test]
+fn another_profile_is_one_of_cargos() {
+    let pipeline = pipeline();
+    let place = tempfile::tempdir().unwrap();
+    let unknown = image(&pipeline, place.path(), &["--profile", "swift"]);
+    let said = &unknown.said;
+    assert_eq!(unknown.code, 2, "{said}");
+    assert!(said.contains("profile `swift` is not defined"), "{said}");
+
+    let dev = image(&pipeline, place.path(), &["--profile", "dev"]).expect(0, "passed");
+    let binary = dev.finished()["binary"].as_str().unwrap().to_owned();
+    assert!(binary.ends_with("/debug/probe"), "{binary}");
 }
 
 #[test]
