@@ -81,8 +81,8 @@ impl Service {
         let dir = tempfile::tempdir().unwrap();
         let address = load::free_address();
         let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/service");
-        let began = Instant::now();
         let database = format!("sqlite://{}", dir.path().join("orders.db").display());
+        let began = Instant::now();
         let process = Command::new(env!("CARGO_BIN_EXE_service"))
             .env("SERVICE_CONFIG_DIR", config)
             .env("SERVICE__DATABASE__URL", database)

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -109,8 +109,15 @@ impl<'a> Steps<'a> {
     pub fn quiet(&self, arguments: &[&str]) -> Result<()> {
         let output = self.command(arguments).output();
         let output = output.context("running a command")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        check(output.status, arguments).with_context(|| format!("it said: {}", said.trim()))
+        if output.status.success() {
+            return Ok(());
+        }
+        bail!(
+            "`cargo xtask {}` failed ({}): {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        )
     }
 
     /// Starts a rollout and kills its command in its second stage, after an action was announced
@@ -161,11 +168,4 @@ impl<'a> Steps<'a> {
         }
         Ok(event)
     }
-}
-
-fn check(status: ExitStatus, arguments: &[&str]) -> Result<()> {
-    if status.success() {
-        return Ok(());
-    }
-    bail!("`cargo xtask {}` failed ({status})", arguments.join(" "))
 }

@@ -6,7 +6,9 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
+use sqlx::postgres::PgRow;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{FromRow, Row};
 use tower::retry::budget::{Budget, TpsBudget};
 use uuid::Uuid;
 
@@ -82,52 +84,37 @@ fn is_dead(error: &sqlx::Error) -> bool {
 
 /// A struct from the columns of the same names, in either database.
 macro_rules! from_row {
-    ($row:ty { $($column:ident: $kind:ty),+ }) => {
-        impl<'row, R: Row> FromRow<'row, R> for $row
-        where
-            &'static str: ColumnIndex<R>,
-            $($kind: Decode<'row, R::Database> + Type<R::Database>),+
-        {
-            fn from_row(row: &'row R) -> sqlx::Result<Self> {
+    ($row:ty, $($column:ident),+) => {
+        from_row!(in PgRow, $row, $($column),+);
+        from_row!(in SqliteRow, $row, $($column),+);
+    };
+    (in $columns:ty, $row:ty, $($column:ident),+) => {
+        impl FromRow<'_, $columns> for $row {
+            fn from_row(row: &$columns) -> sqlx::Result<Self> {
                 Ok(Self { $($column: row.try_get(stringify!($column))?),+ })
             }
         }
     };
 }
 
-from_row!(Backlog {
-    untold: i64,
-    unaudited: i64,
-    buried: i64
-});
-from_row!(DeadLetter {
-    consumer: String,
-    id: Uuid,
-    event: String,
-    error: String
-});
-from_row!(Entry { seq: i64, event: String, hash: Vec<u8> });
-from_row!(Total {
-    currency: String,
-    orders: i64,
-    total_cents: i64
-});
-from_row!(Untold {
-    seq: i64,
-    event: String
-});
-from_row!(Line {
-    id: Uuid,
-    customer: String,
-    currency: String,
-    status: String,
-    created_at: i64,
-    updated_at: i64,
-    sku: String,
-    quantity: i64,
-    unit_price_cents: i64,
-    contact: Option<Vec<u8>>
-});
+from_row!(Backlog, untold, unaudited, buried);
+from_row!(DeadLetter, consumer, id, event, error);
+from_row!(Entry, seq, event, hash);
+from_row!(Total, currency, orders, total_cents);
+from_row!(Untold, seq, event);
+from_row!(
+    Line,
+    id,
+    customer,
+    currency,
+    status,
+    created_at,
+    updated_at,
+    sku,
+    quantity,
+    unit_price_cents,
+    contact
+);
 
 /// One line of an order, with what all lines of the order share.
 pub(super) struct Line {
