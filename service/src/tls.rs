@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use axum::serve;
-use rustls::crypto::aws_lc_rs;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -109,7 +109,7 @@ impl Contents {
             .with_context(|| format!("tls.certificate = {}", files.certificate.display()))?;
         let key = PrivateKeyDer::from_pem_slice(&self.key)
             .with_context(|| format!("tls.key = {} is no PEM key", files.key.display()))?;
-        let provider = Arc::new(aws_lc_rs::default_provider());
+        let provider = provider();
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?;
         let builder = match (&files.client_ca, &self.client_ca) {
@@ -134,6 +134,11 @@ impl Contents {
     }
 }
 
+/// Of the ciphers, for every connection here.
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
 fn certificates(pem: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let certificates = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>()?;
     ensure!(
@@ -143,7 +148,8 @@ fn certificates(pem: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     Ok(certificates)
 }
 
-fn roots(pem: &[u8]) -> anyhow::Result<RootCertStore> {
+/// Those in a file of PEM, of which there must be one.
+pub fn roots(pem: &[u8]) -> anyhow::Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(pem)? {
         roots.add(certificate)?;

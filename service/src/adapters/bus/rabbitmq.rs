@@ -2,6 +2,8 @@
 //! events until they are done. One process consumes a queue at a time, so that the order stays.
 //! <https://www.rabbitmq.com/docs/confirms>, <https://www.rabbitmq.com/docs/consumers#single-active-consumer>
 
+mod network;
+
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::str::FromStr;
@@ -14,12 +16,10 @@ use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
     ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::tcp::OwnedTLSConfig;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::AMQPUri;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, ErrorKind,
-    ExchangeKind,
+    BasicProperties, Channel, Confirmation, Connection, Consumer, ErrorKind, ExchangeKind,
 };
 use tokio::sync::Mutex;
 
@@ -93,15 +93,8 @@ impl RabbitMq {
         let mut uri = AMQPUri::from_str(&self.config.url.0)
             .map_err(|error| BusError(format!("rabbitmq.url = {}: {error}", self.config.url)))?;
         uri.query.heartbeat.get_or_insert(HEARTBEAT);
-        let tls = OwnedTLSConfig {
-            identity: None,
-            cert_chain: self.ca().await?,
-        };
         let connect = async {
-            let options = ConnectionProperties::default();
-            let runtime = lapin::runtime::default_runtime()?;
-            let connection =
-                Connection::connect_uri_with_config(uri, options, tls, runtime).await?;
+            let connection = network::connect(uri, self.config.ca.as_deref()).await?;
             let channel = connection.create_channel().await?;
             let options = ExchangeDeclareOptions {
                 durable: true,
@@ -112,26 +105,16 @@ impl RabbitMq {
             channel
                 .exchange_declare(exchange, kind, options, none)
                 .await?;
-            Ok::<_, lapin::Error>(Line {
+            anyhow::Ok(Line {
                 channel,
                 connection,
             })
         };
-        let connecting = |error| BusError(format!("connecting to {}: {error}", self.config.url));
+        let connecting = |error| BusError(format!("connecting to {}: {error:#}", self.config.url));
         within_time(&self.config.url, async {
             connect.await.map_err(connecting)
         })
         .await
-    }
-
-    /// Who signs the broker's certificate, as PEM.
-    async fn ca(&self) -> Result<Option<String>, BusError> {
-        let Some(file) = &self.config.ca else {
-            return Ok(None);
-        };
-        let text = tokio::fs::read_to_string(file).await;
-        let reading = |error| BusError(format!("rabbitmq.ca = {}: {error}", file.display()));
-        text.map(Some).map_err(reading)
     }
 
     fn exchange(&self) -> ShortString {
