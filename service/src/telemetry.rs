@@ -1,7 +1,7 @@
 //! The log: on standard error and in files, at a level that can be changed while it runs. Nobody waits
 //! for it: where lines are not taken for so long that too many wait, further ones are dropped and counted.
 
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -76,12 +76,13 @@ pub fn start(logging: &Logging) -> anyhow::Result<Writers> {
     Ok(Writers(ends))
 }
 
-/// A writer with a thread of its own: a full disk's or a stopped reader's time is not a request's.
+/// A writer with a thread of its own: a full disk's or a stopped reader's time is not a request's. It writes
+/// at once whatever waits for it.
 fn queued(writer: impl Write + Send + 'static) -> (NonBlocking, WorkerGuard) {
     NonBlockingBuilder::default()
         .buffered_lines_limit(WAITING_LINES)
         .thread_name("log")
-        .finish(writer)
+        .finish(BufWriter::new(writer))
 }
 
 /// Lines of the log that were dropped, since too many waited to be written.
