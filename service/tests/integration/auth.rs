@@ -111,12 +111,13 @@ fn without(mut value: Value, key: &str) -> Value {
     value
 }
 
-/// A provider of keys: what it publishes, or nothing where it is down.
+/// A provider of keys: what it publishes, or nothing where it is down; late, where it is held up.
 #[derive(Clone)]
 struct Provider {
     url: String,
     set: Arc<Mutex<Option<JwkSet>>>,
     asked: Arc<AtomicUsize>,
+    held_up: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Provider {
@@ -126,13 +127,15 @@ impl Provider {
             url: format!("http://{}/keys", listener.local_addr().unwrap()),
             set: Arc::default(),
             asked: Arc::default(),
+            held_up: Arc::default(),
         };
         provider.publish(keys);
         let answering = provider.clone();
-        let answer = move || {
+        let answer = async move || {
             answering.asked.fetch_add(1, Ordering::SeqCst);
+            let _turn = answering.held_up.lock().await;
             let set = answering.set.lock().unwrap().clone();
-            std::future::ready(set.map(axum::Json).ok_or(StatusCode::BAD_GATEWAY))
+            set.map(axum::Json).ok_or(StatusCode::BAD_GATEWAY)
         };
         let routes = Router::new().route("/keys", get(answer));
         tokio::spawn(async { axum::serve(listener, routes).await });
@@ -400,6 +403,33 @@ async fn callers_have_shares_of_their_own() {
         list(&app, &ada).await.0 == 200
     })
     .await;
+}
+
+/// Those whose tokens have yet to be verified have a quarter of the places: where their keys are late, the
+/// others are served.
+#[tokio::test]
+async fn strangers_who_wait_for_their_keys_leave_places_to_the_others() {
+    let signer = Signer::new("one", Algorithm::EdDSA);
+    let provider = Provider::start(&[&signer]).await;
+    let app = provider
+        .app_with(|config| config.server.max_in_flight = 4.try_into().unwrap())
+        .await;
+    let by = |subject: &str| signer.token(&with(claims(&json!(["clerk"])), "sub", json!(subject)));
+    let (ada, bob) = (by("ada"), by("bob"));
+    let held_up = provider.held_up.lock().await;
+    let refused = async {
+        eventually("her key is asked for", async || {
+            provider.asked.load(Ordering::SeqCst) == 1
+        })
+        .await;
+        let others = app.get("/openapi.json").await.0;
+        let refused = list(&app, &bob).await.0;
+        drop(held_up);
+        (others, refused)
+    };
+    let (first, (others, refused)) = tokio::join!(list(&app, &ada), refused);
+    assert_eq!((others, refused, first.0), (200, 503, 200));
+    assert_eq!(list(&app, &bob).await.0, 200);
 }
 
 /// When a token ends, so does what was begun with it.

@@ -6,10 +6,11 @@ use std::time::Duration;
 use service::adapters::lock::{self, Fence, Lock};
 use service::adapters::storage::{self, StorageError};
 use service::config::{LockKind, ServerUrl};
+use sqlx::{Connection, SqliteConnection};
 use test_servers::{Lease, Server};
 
 use crate::database::Database;
-use crate::test_app::{TestApp, eventually, order, shipped_config};
+use crate::test_app::{TestApp, audited, eventually, order, shipped_config};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -98,6 +99,37 @@ async fn whoever_does_not_come_back_is_replaced() {
         .await;
         assert!(second.unwrap().token > first.token, "{kind}");
     }
+}
+
+/// The holder of a duty looks what there is to do far more often than it asks for a longer lease: a
+/// database at rest is hardly written to.
+#[tokio::test]
+async fn a_duty_that_is_held_is_not_asked_for_at_each_look() {
+    let database = Database::sqlite();
+    let app = TestApp::start_on(database.clone(), |config| {
+        config.lock.kind = LockKind::Database;
+        config.events.lease.0 = 60 * MINUTE;
+    })
+    .await;
+    let mut connection = SqliteConnection::connect(database.url()).await.unwrap();
+    let mut leases = async || {
+        sqlx::query_as::<_, (String, i64)>("SELECT name, expires_at FROM leases ORDER BY name")
+            .fetch_all(&mut connection)
+            .await
+            .unwrap()
+    };
+    eventually("both duties are held", async || leases().await.len() == 2).await;
+    let held = leases().await;
+    // Both look after each.
+    for number in 1..=5 {
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+        audited(&database, number).await;
+        eventually("it is told", async || {
+            app.app.storage().untold(1).await.unwrap().is_empty()
+        })
+        .await;
+    }
+    assert_eq!(leases().await, held);
 }
 
 /// Takes orders, of which there is one, and does nothing about them.
