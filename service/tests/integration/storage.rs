@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use service::adapters::lock::Fence;
 use service::adapters::storage::{self, Backlog, Change, Once, Placed, Storage, StorageError};
@@ -135,6 +136,31 @@ async fn an_order_is_written_whole_or_not_at_all() {
         place(&*storage, &order).await.unwrap();
         let twice = place(&*storage, &order).await.unwrap_err();
         assert!(matches!(twice, StorageError::Failed(_)), "{kind}: {twice}");
+    }
+}
+
+/// Orders that come together may be written together; the one that cannot be is no other's concern.
+#[tokio::test]
+async fn of_many_orders_at_once_each_has_its_own_outcome() {
+    for (kind, _database, storage) in each().await {
+        let orders: Vec<Order> = (0..40)
+            .map(|number| {
+                let mut order = order(1 + number % 3);
+                if number % 10 == 7 {
+                    order.items[0].quantity = 0;
+                }
+                order
+            })
+            .collect();
+        let outcomes = join_all(orders.iter().map(|order| place(&*storage, order))).await;
+        for (order, outcome) in orders.iter().zip(outcomes) {
+            let is_good = order.items[0].quantity > 0;
+            assert_eq!(outcome.is_ok(), is_good, "{kind}: {outcome:?}");
+            let expected = is_good.then_some(order);
+            let found = storage.find(order.id).await.unwrap();
+            assert_eq!(found.as_ref(), expected, "{kind}");
+        }
+        assert_eq!(storage.untold(100).await.unwrap().len(), 36, "{kind}");
     }
 }
 

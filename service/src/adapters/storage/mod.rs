@@ -2,7 +2,9 @@
 
 mod abandoned;
 mod contacts;
+mod gathered;
 mod migrations;
+mod placing;
 mod pools;
 mod postgres;
 mod rows;
@@ -183,7 +185,7 @@ pub struct DeadLetter {
 }
 
 /// Why storage could not do it. The text is for logs and operators, never for clients.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum StorageError {
     #[error("the database refuses writes: it was opened read-only")]
     ReadOnly,

@@ -3,19 +3,20 @@
 use std::collections::HashSet;
 use std::future::{Ready, ready};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, Executor, PgConnection, PgExecutor, Transaction};
+use sqlx::{Connection, Executor, PgConnection, Transaction};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::gathered::Gathered;
 use super::migrations::POSTGRES as MIGRATIONS;
+use super::placing::{self, Again};
 use super::pools::{Both, Handed, Pools};
 use super::rows::{Placement, TotalOf};
 use super::servers::Servers;
@@ -60,6 +61,7 @@ async fn is_alive(connection: &mut PgConnection) -> sqlx::Result<()> {
 
 pub(super) struct Postgres {
     pools: Arc<Pools<sqlx::Postgres>>,
+    placements: Gathered<Placement>,
     keyring: Option<Keyring>,
     _follows: Option<AbortOnDropHandle<()>>,
 }
@@ -96,8 +98,10 @@ impl Postgres {
             let switch = move |to| pools.replace(connect(to));
             AbortOnDropHandle::new(tokio::spawn(servers.follow(primary, switch)))
         });
+        let placements = placing::gathered(&pools, config.max_connections);
         Ok(Self {
             pools,
+            placements,
             keyring: config.encryption_keys.clone(),
             _follows: follows,
         })
@@ -170,62 +174,14 @@ impl Postgres {
         self.pools.retried(|| pool.begin()).await
     }
 
-    /// All in one statement, and so in one round trip.
-    async fn insert(at: impl PgExecutor<'_>, placement: &Placement<'_>) -> sqlx::Result<()> {
-        let order = placement.order;
-        let items = &order.items;
-        let skus: Vec<&str> = items.iter().map(|item| item.sku.as_str()).collect();
-        let quantities: Vec<i64> = items.iter().map(|item| item.quantity.into()).collect();
-        let prices: Vec<i64> = items.iter().map(|item| item.unit_price_cents).collect();
-        sqlx::query(
-            "WITH placed AS (
-                 INSERT INTO orders
-                        (id, customer, currency, status, created_at, updated_at, contact)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id
-             ), lines AS (
-                 INSERT INTO order_items (order_id, line, sku, quantity, unit_price_cents)
-                 SELECT id, line - 1, sku, quantity, price
-                 FROM placed, unnest($8::text[], $9::bigint[], $10::bigint[])
-                      WITH ORDINALITY AS item (sku, quantity, price, line)
-             )
-             INSERT INTO outbox (event, created_at) SELECT $11, $5 FROM placed",
-        )
-        .bind(order.id.as_uuid())
-        .bind(&order.customer)
-        .bind(&order.currency)
-        .bind(order.status.as_str())
-        .bind(order.created_at.as_millisecond())
-        .bind(order.updated_at.as_millisecond())
-        .bind(&placement.contact)
-        .bind(skus)
-        .bind(quantities)
-        .bind(prices)
-        .bind(&placement.event)
-        .execute(at)
-        .await?;
-        Ok(())
+    async fn insert(at: &mut PgConnection, placement: &Placement) -> sqlx::Result<()> {
+        placing::insert(at, std::slice::from_ref(placement), Again::No).await
     }
 
-    /// No transaction around it: four round trips fewer. Who is cut off has usually placed the order, as
-    /// what the server has begun it ends.
-    async fn insert_alone(&self, placement: &Placement<'_>) -> Result<(), StorageError> {
-        let (pool, was_tried) = (self.pools.shared(), AtomicBool::new(false));
-        let insert = || {
-            let again = was_tried.swap(true, Relaxed);
-            let inserted = Self::insert(&pool, placement);
-            async move {
-                match inserted.await {
-                    // It was done before the connection died: nobody else makes the same id.
-                    Err(sqlx::Error::Database(taken))
-                        if again && taken.constraint() == Some("orders_pkey") =>
-                    {
-                        Ok(())
-                    }
-                    inserted => inserted,
-                }
-            }
-        };
-        self.pools.retried(insert).await
+    /// With whatever else is to be placed just then, and without a transaction around it. Who is cut off
+    /// has usually placed the order, as what the server has begun it ends.
+    async fn insert_alone(&self, placement: Placement) -> Result<(), StorageError> {
+        self.placements.write(placement).await
     }
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {

@@ -31,8 +31,8 @@ static BUDGET: LazyLock<TpsBudget> =
     LazyLock::new(|| TpsBudget::new(Duration::from_secs(10), 30, 0.2));
 
 /// What is written where an order is placed.
-pub(super) struct Placement<'order> {
-    pub order: &'order Order,
+pub(super) struct Placement {
+    pub order: Order,
     /// Encrypted.
     pub contact: Option<Vec<u8>>,
     /// What is told of it, as JSON.
@@ -336,4 +336,28 @@ pub(super) fn judge_schema(found: i64, migrations: Migrations) -> Result<(), Sto
         return Err(StorageError::Schema { found, needed });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// A database that ends each connection is not asked 32 times by everybody who wants something of it.
+    #[tokio::test(start_paused = true)]
+    async fn a_database_in_trouble_is_spared_most_retries() {
+        const CALLS: usize = 50;
+        let tries = Cell::new(0);
+        let broken = || {
+            tries.set(tries.get() + 1);
+            std::future::ready(Err::<(), _>(sqlx::Error::Io(ErrorKind::BrokenPipe.into())))
+        };
+        let calls = (0..CALLS).map(|_| retried(broken));
+        let answers = futures_util::future::join_all(calls).await;
+        assert!(answers.iter().all(Result::is_err));
+        // Those that are free, and a fifth of the tries.
+        let most = CALLS + 300 + CALLS / 5;
+        assert!((CALLS + 1..=most).contains(&tries.get()), "{tries:?}");
+    }
 }

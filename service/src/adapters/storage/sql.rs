@@ -52,13 +52,13 @@ macro_rules! storage_in_sql {
             ) -> Result<Placed, StorageError> {
                 let contact = contacts::encrypted(self.keyring.as_ref(), order)?;
                 let placement = Placement {
-                    order,
+                    order: order.clone(),
                     contact,
                     event: rows::to_text(event)?,
                 };
                 watched(async {
                     let Some(once) = once else {
-                        self.insert_alone(&placement).await?;
+                        self.insert_alone(placement).await?;
                         return Ok(Placed::New);
                     };
                     let mut tx = self.begin().await?;
@@ -78,7 +78,7 @@ macro_rules! storage_in_sql {
                         let lost = || StorageError::Failed("a key's order is gone".to_owned());
                         return before.map(Placed::Before).ok_or_else(lost);
                     }
-                    Self::insert(&mut *tx, &placement).await?;
+                    Self::insert(&mut tx, &placement).await?;
                     failpoint::reached("place-before-commit");
                     tx.commit().await?;
                     failpoint::reached("place-after-commit");

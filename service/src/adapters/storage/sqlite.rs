@@ -193,11 +193,8 @@ impl Sqlite {
         turn.or_else(|| self.pools.stuck_for())
     }
 
-    async fn insert(
-        tx: &mut SqliteConnection,
-        placement: &Placement<'_>,
-    ) -> Result<(), StorageError> {
-        let order = placement.order;
+    async fn insert(tx: &mut SqliteConnection, placement: &Placement) -> Result<(), StorageError> {
+        let order = &placement.order;
         sqlx::query(
             "INSERT INTO orders (id, customer, currency, status, created_at, updated_at, contact)
              VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -226,9 +223,9 @@ impl Sqlite {
         Ok(())
     }
 
-    async fn insert_alone(&self, placement: &Placement<'_>) -> Result<(), StorageError> {
+    async fn insert_alone(&self, placement: Placement) -> Result<(), StorageError> {
         let mut tx = self.begin().await?;
-        Self::insert(&mut tx, placement).await?;
+        Self::insert(&mut tx, &placement).await?;
         Ok(tx.commit().await?)
     }
 
