@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
 use xshell::{Cmd, Shell, cmd};
 
+use crate::image::Ahead;
 use crate::output::{Finished, Output};
 
 /// The cargo command under which jobs of Actions share one build of this program.
@@ -100,8 +101,9 @@ pub fn git(shell: &Shell, arguments: &[&str]) -> Option<String> {
         .ok()
 }
 
-/// Builds this program with `feature` and becomes it, with the same arguments.
-pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
+/// Builds this program with `feature` and becomes it, with the same arguments. `beside` goes on meanwhile and
+/// afterwards, and has the processors where it can use them: it is what takes longer.
+pub fn run_again_with(feature: &str, beside: Option<Ahead>, output: &Output) -> Result<Finished> {
     let given = arguments();
     let arguments: Vec<String> = given[1..]
         .iter()
@@ -115,9 +117,13 @@ pub fn run_again_with(feature: &str, output: &Output) -> Result<Finished> {
     ));
     let shell = shell()?;
     let words = &selection;
+    let (first, cargo): (_, &[_]) = match beside {
+        Some(_) => ("nice", &["-n", "19", "cargo"]),
+        None => ("cargo", &[]),
+    };
     let build = cmd!(
         shell,
-        "cargo build {words...} --message-format json-render-diagnostics"
+        "{first} {cargo...} build {words...} --message-format json-render-diagnostics"
     );
     let built = isolated(build)
         .quiet()

@@ -42,6 +42,8 @@ use anyhow::Result;
 use clap::Parser;
 
 use cli::{Cli, Command};
+use config::{Pipeline, PlatformKind};
+use image::Ahead;
 use output::{Finished, Output};
 
 fn main() -> ExitCode {
@@ -52,10 +54,23 @@ fn main() -> ExitCode {
     let output = Output::new(&cli);
     let on_kubernetes = || config::on_kubernetes(&cli);
     let finished = match cli.command.missing_feature(on_kubernetes) {
-        Some(feature) => cargo::run_again_with(feature, &output),
+        Some(feature) => run_again_with(feature, &cli, &output),
         None => run(&cli, &output),
     };
     output.finish(finished)
+}
+
+/// What the demo builds before anything else is built beside this program.
+fn run_again_with(feature: &str, cli: &Cli, output: &Output) -> Result<Finished> {
+    let beside = match &cli.command {
+        // On Kubernetes it builds a cluster first, and two builds are too much for a small machine.
+        Command::Demo(args) if args.platform == PlatformKind::Sandbox => {
+            let pipeline = Pipeline::load(&cli.pipeline)?;
+            Some(Ahead::begin(&pipeline.service, &args.profile, output)?)
+        }
+        _ => None,
+    };
+    cargo::run_again_with(feature, beside, output)
 }
 
 fn run(cli: &Cli, output: &Output) -> Result<Finished> {

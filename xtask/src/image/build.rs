@@ -1,10 +1,11 @@
 //! The service's executable: statically linked, and the same bytes from any directory.
 
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::MetadataCommand;
-use xshell::cmd;
+use xshell::{Cmd, Shell, cmd};
 
 use crate::cargo;
 use crate::config::Service;
@@ -65,14 +66,56 @@ pub fn binary(
     profile: &str,
     output: &Output,
 ) -> Result<PathBuf> {
+    let shell = cargo::shell()?;
     let triple = host_triple()?;
+    let build = command(&shell, service, source, profile, &triple)?;
+    output.command(&build);
+    let binary = &service.binary;
+    build.quiet().run().with_context(|| {
+        format!("building {binary}; a C compiler is needed (Debian: apt-get install gcc libc6-dev)")
+    })?;
+    let dir = source.target_dir.join(triple).join(folder(profile));
+    Ok(dir.join(binary))
+}
+
+/// A build of the service that goes on beside other work; unless it is left alone it ends with this.
+pub struct Ahead(Child);
+
+impl Ahead {
+    /// What [`binary`] will find done, or go on with.
+    pub fn begin(service: &Service, profile: &str, output: &Output) -> Result<Self> {
+        let source = Source::describe(&service.package)?;
+        let shell = cargo::shell()?;
+        let build = command(&shell, service, &source, profile, &host_triple()?)?;
+        output.command(&build);
+        let mut build = Command::from(build);
+        // What a program of ours prints is its own.
+        build.stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(Self(build.spawn().context("starting cargo")?))
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn command<'a>(
+    shell: &'a Shell,
+    service: &Service,
+    source: &Source,
+    profile: &str,
+    triple: &str,
+) -> Result<Cmd<'a>> {
     let (package, binary) = (&service.package, &service.binary);
     let target_dir = &source.target_dir;
-    let shell = cargo::shell()?;
     // An explicit target keeps these flags away from build scripts and macros.
     shell.set_var(
         "CARGO_ENCODED_RUSTFLAGS",
-        flags(&triple, target_dir)?.join("\x1f"),
+        flags(triple, target_dir)?.join("\x1f"),
     );
     shell.set_var("CARGO_INCREMENTAL", "0");
     // C compilers write it where a source asks for its __DATE__. Always the same one: cargo compiles C
@@ -87,11 +130,7 @@ pub fn binary(
         shell,
         "cargo build --locked --profile {profile} --package {package} --bin {binary} --target {triple}"
     );
-    output.command(&build);
-    cargo::isolated(build).quiet().run().with_context(|| {
-        format!("building {binary}; a C compiler is needed (Debian: apt-get install gcc libc6-dev)")
-    })?;
-    Ok(target_dir.join(triple).join(folder(profile)).join(binary))
+    Ok(cargo::isolated(build))
 }
 
 /// Where cargo puts what it builds by a profile.

@@ -20,6 +20,7 @@ use crate::cli::{Cli, ImageArgs};
 use crate::config::Pipeline;
 use crate::output::{Finished, Output, seconds};
 use crate::release::{Recorded, Release, Store};
+pub use build::Ahead;
 use layout::{ImageConfig, Layout};
 
 pub fn run(args: &ImageArgs, cli: &Cli, output: &Output) -> Result<Finished> {
