@@ -27,7 +27,7 @@ use crate::domain::orders::{self, OrderRequest, PageRequest};
 use crate::metrics::{Call, METRICS};
 use pb::orders_server::{Orders, OrdersServer};
 
-/// Made from the .proto file.
+/// Made from the .proto file: `tests/integration/generated.rs`.
 #[expect(
     unused_qualifications,
     clippy::all,
@@ -35,10 +35,10 @@ use pb::orders_server::{Orders, OrdersServer};
     reason = "it is generated"
 )]
 pub mod pb {
-    tonic::include_proto!("orders.v1");
+    include!("grpc/orders.v1.rs");
 }
 
-const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+const DESCRIPTORS: &[u8] = include_bytes!("grpc/descriptors.bin");
 const KEY: &str = "idempotency-key";
 /// How often a watched health is looked at.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);

@@ -16,6 +16,7 @@ mod disk;
 mod events;
 mod failover;
 mod faults;
+mod generated;
 mod interfaces;
 mod limits;
 mod lock;

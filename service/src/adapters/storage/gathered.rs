@@ -43,7 +43,9 @@ impl<T: Send + Sync + 'static> Gathered<T> {
                     if asked.lock().await.recv_many(&mut batch, MOST).await == 0 {
                         return;
                     }
-                    serve(batch, &write).await;
+                    let served = tokio::spawn(serve(batch, write.clone()));
+                    // A panic is the end of a batch, not of its writer.
+                    let _ = AbortOnDropHandle::new(served).await;
                 }
             }))
         };
@@ -57,15 +59,15 @@ impl<T: Send + Sync + 'static> Gathered<T> {
     pub(super) async fn write(&self, item: T) -> Outcome {
         let (answer, outcome) = oneshot::channel();
         let item = Arc::new(item);
-        let closed = || StorageError::Busy("it is being closed".to_owned());
+        let given_up = || StorageError::Busy("the write was given up".to_owned());
         let queued = self.queue.send(Asked { item, answer }).await;
-        queued.map_err(|_| closed())?;
-        outcome.await.map_err(|_| closed())?
+        queued.map_err(|_| given_up())?;
+        outcome.await.map_err(|_| given_up())?
     }
 }
 
 /// Goes on for as long as anybody waits for it.
-async fn serve<T, F>(mut batch: Vec<Asked<T>>, write: &impl Fn(Vec<Arc<T>>) -> F)
+async fn serve<T, F>(mut batch: Vec<Asked<T>>, write: impl Fn(Vec<Arc<T>>) -> F)
 where
     F: Future<Output = Outcome>,
 {
@@ -117,6 +119,7 @@ mod tests {
             async move {
                 by.may.acquire().await.unwrap().forget();
                 let items: Vec<_> = items.iter().map(|item| **item).collect();
+                assert!(!items.contains(&"panic"), "as a test wants it");
                 if items.contains(&"bad") {
                     return Err(StorageError::Failed("a bad one".to_owned()));
                 }
@@ -173,6 +176,20 @@ mod tests {
         assert_eq!(outcomes, [true, true, false, true]);
         let done = writes.done.lock().unwrap();
         assert_eq!(*done, [["one"], ["two"], ["three"]]);
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_a_batch_and_not_its_writer() {
+        let (writes, gathered) = gathered();
+        let panicked = ask(&gathered, "panic").await;
+        let next = ask(&gathered, "next").await;
+        writes.may.add_permits(2);
+        let given_up = panicked.await.unwrap();
+        assert!(
+            matches!(given_up, Err(StorageError::Busy(_))),
+            "{given_up:?}"
+        );
+        next.await.unwrap().unwrap();
     }
 
     /// A server that does not answer keeps the writer for as long as anybody waits.
