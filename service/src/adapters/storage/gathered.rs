@@ -31,7 +31,7 @@ impl<T: Send + Sync + 'static> Gathered<T> {
     pub(super) fn new<W, F>(writers: u32, write: W) -> Self
     where
         W: Fn(Vec<Arc<T>>) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = Outcome> + Send,
+        F: Future<Output = Outcome> + Send + 'static,
     {
         let (queue, asked) = mpsc::channel(QUEUE);
         let asked = Arc::new(Mutex::new(asked));
