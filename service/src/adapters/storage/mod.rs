@@ -221,10 +221,15 @@ impl From<sqlx::Error> for StorageError {
         };
         match (code.as_deref().map(meaning), &error) {
             (Some(Meaning::ReadOnly), _) => Self::ReadOnly,
+            // `Protocol` is what sqlx says where the server hangs up while TLS is being agreed on.
             (Some(Meaning::Busy), _)
-            | (_, sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_)) => {
-                Self::Busy(error.to_string())
-            }
+            | (
+                _,
+                sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::Io(_)
+                | sqlx::Error::Protocol(_),
+            ) => Self::Busy(error.to_string()),
             _ => Self::Failed(error.to_string()),
         }
     }

@@ -78,7 +78,10 @@ impl<DB: Database> Pools<DB> {
     {
         let before = self.handed.times();
         let is_there = |outcome: &sqlx::Result<T>| {
-            let got_none = matches!(outcome, Err(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_)));
+            let got_none = matches!(
+                outcome,
+                Err(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Protocol(_))
+            );
             !got_none || self.handed.times() != before
         };
         let work = rows::retried(attempt);
