@@ -103,6 +103,7 @@ impl Drop for Ahead {
     }
 }
 
+/// Cargo's call, with all that makes the same bytes of the same source.
 fn command<'a>(
     shell: &'a Shell,
     service: &Service,

@@ -221,18 +221,20 @@ impl From<sqlx::Error> for StorageError {
         };
         match (code.as_deref().map(meaning), &error) {
             (Some(Meaning::ReadOnly), _) => Self::ReadOnly,
-            // `Protocol` is what sqlx says where the server hangs up while TLS is being agreed on.
-            (Some(Meaning::Busy), _)
-            | (
-                _,
-                sqlx::Error::PoolTimedOut
-                | sqlx::Error::PoolClosed
-                | sqlx::Error::Io(_)
-                | sqlx::Error::Protocol(_),
-            ) => Self::Busy(error.to_string()),
+            (Some(Meaning::Busy), _) | (_, sqlx::Error::PoolClosed) => {
+                Self::Busy(error.to_string())
+            }
+            _ if has_no_connection(&error) => Self::Busy(error.to_string()),
             _ => Self::Failed(error.to_string()),
         }
     }
+}
+
+/// Whether none was to be had, or the one there was is no more. `Protocol` is what sqlx says where the server
+/// hangs up while TLS is being agreed on.
+fn has_no_connection(error: &sqlx::Error) -> bool {
+    use sqlx::Error::{Io, PoolTimedOut, Protocol};
+    matches!(error, PoolTimedOut | Io(_) | Protocol(_))
 }
 
 /// What a database's code says of the next try.

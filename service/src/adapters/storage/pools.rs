@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Database, Pool};
 
-use super::{Connections, StorageError, rows};
+use super::{Connections, StorageError, has_no_connection, rows};
 use crate::breaker::Breaker;
 use crate::config::CircuitBreaker;
 
@@ -78,10 +78,7 @@ impl<DB: Database> Pools<DB> {
     {
         let before = self.handed.times();
         let is_there = |outcome: &sqlx::Result<T>| {
-            let got_none = matches!(
-                outcome,
-                Err(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Protocol(_))
-            );
+            let got_none = outcome.as_ref().is_err_and(has_no_connection);
             !got_none || self.handed.times() != before
         };
         let work = rows::retried(attempt);
