@@ -133,11 +133,8 @@ fn start_traefik(node: &mut Node, program: &Path) -> Result<()> {
             "--providers.kubernetesgateway.statusaddress.ip={}",
             places::ADDRESS
         ));
-    for number in 1..=4 {
-        traefik.arg(format!(
-            "--entrypoints.test-{number}.address=:{}",
-            18190 + number
-        ));
+    for port in 18191..=18195 {
+        traefik.arg(format!("--entrypoints.test-{port}.address=:{port}"));
     }
     node.parts.start("traefik", &mut traefik)
 }

@@ -237,7 +237,7 @@ impl Namespace {
     pub fn add_grpc(&self, listener: Grpc) {
         self.add_component("grpc");
         let parent = json!([{ "op": "replace", "path": "/spec/parentRefs/0", "value": {
-            "name": "gateway", "namespace": "xtask-gateway", "sectionName": listener.name(),
+            "name": listener.gateway, "namespace": "xtask-gateway", "sectionName": listener.name(),
         } }]);
         self.change_overlay(|kustomization| {
             let patches = kustomization["patches"].as_array_mut().unwrap();
@@ -477,15 +477,22 @@ impl Drop for Namespace {
 
 /// A listener for calls by gRPC.
 #[derive(Clone, Copy)]
-pub struct Grpc(pub u16);
+pub struct Grpc {
+    pub gateway: &'static str,
+    pub number: u16,
+}
 
 impl Grpc {
     fn name(self) -> String {
-        format!("test-grpc-{}", self.0)
+        format!("test-grpc-{}", self.number)
     }
 
     fn address(self) -> String {
-        format!("http://172.31.77.2:{}", 18094 + self.0)
+        let before = match self.gateway {
+            "traefik" => 18194,
+            _ => 18094,
+        };
+        format!("http://172.31.77.2:{}", before + self.number)
     }
 
     /// Lists of orders are asked for until they are stopped.

@@ -136,7 +136,10 @@ fn compared(namespace: &Namespace, proxy: &Proxy) -> (Vec<Right>, Vec<Right>) {
 /// Releases come and go, one crashes, and old ones are removed, all by a user with these rights.
 #[test]
 fn the_deployer_has_exactly_the_rights_it_needs() {
-    let grpc = Grpc(2);
+    let grpc = Grpc {
+        gateway: "gateway",
+        number: 2,
+    };
     let namespace = Namespace::with("rights", "gateway", &[grpc.setting()]);
     namespace.add_component("autoscaling");
     let proxy = deployer(&namespace, "k8s/deployer");

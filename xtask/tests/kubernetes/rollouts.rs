@@ -62,7 +62,10 @@ fn good_bad_and_back(namespace: &Namespace, first: &str) -> [String; 2] {
 
 #[test]
 fn behind_a_gateway() {
-    let grpc = Grpc(1);
+    let grpc = Grpc {
+        gateway: "gateway",
+        number: 1,
+    };
     let namespace = Namespace::with("gateway", "gateway", &[grpc.setting()]);
     namespace.add_grpc(grpc);
     let first = namespace.in_service("1.0.0");
@@ -89,15 +92,21 @@ fn behind_a_gateway() {
 /// so, and cannot name the release that answered.
 #[test]
 fn behind_another_gateway() {
-    let namespace = Namespace::with("traefik", "traefik", &[]);
+    let grpc = Grpc {
+        gateway: "traefik",
+        number: 1,
+    };
+    let namespace = Namespace::with("traefik", "traefik", &[grpc.setting()]);
+    namespace.add_grpc(grpc);
     let first = namespace.in_service("1.0.0");
-    let load = namespace.load();
+    let (load, calls) = (namespace.load(), grpc.load());
     let second = namespace.release("1.1.0");
     namespace.run(&start(&second)).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
     namespace.run(&["rollback"]).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
+    calls.stop_without_failures();
 
     let load = namespace.load();
     let bad = namespace.release_with("1.2.0", &["read_only = true"]);
