@@ -21,6 +21,7 @@ mod findings;
 #[cfg(feature = "rollout")]
 mod http;
 mod image;
+mod interrupt;
 mod output;
 #[path = "../servers/src/owner.rs"]
 mod owner;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         Some(feature) => run_again_with(feature, &cli, &output),
         None => run(&cli, &output),
     };
+    interrupt::check();
     output.finish(finished)
 }
 

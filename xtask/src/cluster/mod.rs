@@ -33,6 +33,7 @@ use crate::config::Pipeline;
 use crate::files;
 use crate::image::layer;
 use crate::image::layout::{ImageConfig, Layout};
+use crate::interrupt;
 use crate::output::{Exit, Finished, Output};
 use crate::setup::system;
 use crate::setup::tools::Tools;
@@ -96,6 +97,12 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
     let pipeline = Pipeline::load(&cli.pipeline)?;
     let cluster = Cluster::open()?;
     let ours = given.is_none() && !cluster.is_running();
+    if ours {
+        let program = std::env::current_exe().context("finding this program")?;
+        let mut down = Command::new(program);
+        down.args(["cluster", "down"]);
+        interrupt::end_by(|| interrupt::put_away(down))?;
+    }
     if given.is_none() && args.api_only {
         // Whoever looks at manifests wants it, and beside Kubernetes it takes no time.
         build::ensure_kubeconform(output)?;

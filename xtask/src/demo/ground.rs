@@ -83,7 +83,7 @@ pub enum Ground {
 }
 
 impl Ground {
-    pub fn prepare(stage: &Stage, output: &Output) -> Result<Self> {
+    pub fn find(stage: &Stage) -> Result<Self> {
         if stage.platform == PlatformKind::Sandbox {
             return Ok(Self::Sandbox);
         }
@@ -97,16 +97,13 @@ impl Ground {
                 given.display()
             );
         }
-        output.step("starting a cluster");
-        let is_ours = !cluster.is_running();
-        cluster.up(output)?;
         let mut namespaces = Vec::new();
         for name in stage.pipeline.environments.keys() {
             namespaces.push(stage.pipeline.kubernetes(name)?.namespace);
         }
         Ok(Self::Cluster {
+            is_ours: !cluster.is_running(),
             cluster,
-            is_ours,
             namespaces,
         })
     }
@@ -119,8 +116,8 @@ impl Ground {
         }
     }
 
-    /// Removes what an earlier demo left.
-    pub fn clear(&self, steps: &Steps<'_>, stage: &Stage) -> Result<()> {
+    /// Puts up what there has to be, and removes what an earlier demo left.
+    pub fn prepare(&self, steps: &Steps<'_>, stage: &Stage, output: &Output) -> Result<()> {
         let state = stage.dir.join("state");
         match self {
             Self::Sandbox if state.exists() => steps.quiet(&["sandbox", "stop"])?,
@@ -130,6 +127,8 @@ impl Ground {
                 namespaces,
                 ..
             } => {
+                output.step("starting a cluster");
+                cluster.up(output)?;
                 cluster.remove_namespaces(namespaces)?;
                 cluster.make_namespaces(&stage.pipeline)?;
             }
@@ -141,13 +140,10 @@ impl Ground {
         Ok(())
     }
 
-    /// On Ctrl-C what is no child of the terminal's is stopped as well.
-    pub fn stop_on_interrupt(&self, steps: &Steps<'_>) -> Result<()> {
-        let stops = match self {
-            Self::Cluster { is_ours: false, .. } => Vec::new(),
-            _ => vec![steps.command(self.stop_words())],
-        };
-        steps.stop_on_interrupt(stops)
+    /// Whoever is interrupted leaves nothing behind either.
+    pub fn leave_on_interrupt(&self, steps: &Steps<'_>) -> Result<()> {
+        let is_theirs = matches!(self, Self::Cluster { is_ours: false, .. });
+        steps.end_on_interrupt((!is_theirs).then(|| steps.command(self.stop_words())))
     }
 
     /// The command that ends all of it.
@@ -172,7 +168,7 @@ impl Ground {
 
     /// The same commands as on another machine, which knows of no release and no rollout: the
     /// cluster has all of it. In the sandbox the machine is the platform.
-    pub fn elsewhere<'a>(&self, stage: &Stage, output: &'a Output) -> Result<Option<Steps<'a>>> {
+    pub fn elsewhere<'a>(&self, stage: &Stage, steps: &Steps<'a>) -> Result<Option<Steps<'a>>> {
         if matches!(self, Self::Sandbox) {
             return Ok(None);
         }
@@ -185,6 +181,6 @@ impl Ground {
         let changes = [(vec!["state_dir"], super::text(&state))];
         let content = Pipeline::rewrite(&stage.settings, &changes)?;
         files::write_atomically(&settings, content.as_bytes())?;
-        Steps::new(settings, self.image_arguments(), output).map(Some)
+        Ok(Some(steps.by(settings)))
     }
 }

@@ -57,12 +57,12 @@ pub fn run(args: &DemoArgs, cli: &Cli, output: &Output) -> Result<Finished> {
         );
     }
     let stage = Stage::set(&pipeline, cli, &demo, args.platform)?;
-    let ground = Ground::prepare(&stage, output)?;
+    let ground = Ground::find(&stage)?;
     let mut image = ground.image_arguments();
     image.extend(["--profile".to_owned(), args.profile.clone()]);
     let steps = Steps::new(stage.settings.clone(), image, output)?;
-    ground.clear(&steps, &stage)?;
-    ground.stop_on_interrupt(&steps)?;
+    ground.leave_on_interrupt(&steps)?;
+    ground.prepare(&steps, &stage, output)?;
 
     // The build takes as long as it takes; the show begins after it.
     output.step("building the service into an image");
@@ -229,7 +229,7 @@ fn show(
     let killed = steps.release("1.3.0", &stage.changed)?;
     steps.kill_in_the_middle(&["canary", "start", "--release", &killed])?;
     output.warn("the command was killed with SIGKILL; traffic is served all the same");
-    let elsewhere = ground.elsewhere(stage, output)?;
+    let elsewhere = ground.elsewhere(stage, steps)?;
     let resuming = elsewhere.as_ref().unwrap_or(steps);
     roll(resuming.run(&["canary", "resume"])?, Expected::Healthy)?;
 

@@ -3,14 +3,13 @@
 use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::interrupt;
 use crate::output::Output;
-
-/// What a shell reports of a program that Ctrl-C ended.
-const INTERRUPTED: i32 = 130;
 
 pub const PRODUCTION: &str = "production";
 
@@ -19,6 +18,8 @@ pub struct Steps<'a> {
     settings: PathBuf,
     /// What `image` is told besides.
     image: Vec<String>,
+    /// The process of the step that goes on.
+    current: Arc<Mutex<Option<Child>>>,
     output: &'a Output,
 }
 
@@ -41,26 +42,34 @@ impl<'a> Steps<'a> {
             program,
             settings,
             image,
+            current: Arc::default(),
             output,
         })
     }
 
-    /// On Ctrl-C what would go on by itself is stopped as well, by these commands.
-    pub fn stop_on_interrupt(&self, mut stops: Vec<Command>) -> Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        let runtime = runtime.context("starting a runtime")?;
-        std::thread::spawn(move || {
-            if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-                for stop in &mut stops {
-                    // The exit code says what happened either way.
-                    let _ = stop.stdout(Stdio::null()).stderr(Stdio::null()).status();
-                }
-                std::process::exit(INTERRUPTED);
+    /// The same steps by other settings.
+    pub fn by(&self, settings: PathBuf) -> Self {
+        Self {
+            program: self.program.clone(),
+            settings,
+            image: self.image.clone(),
+            current: Arc::clone(&self.current),
+            output: self.output,
+        }
+    }
+
+    /// Whoever is interrupted ends the step that goes on, and then what goes on by itself, by that command.
+    pub fn end_on_interrupt(&self, stop: Option<Command>) -> Result<()> {
+        let current = Arc::clone(&self.current);
+        interrupt::end_by(move || {
+            if let Some(child) = &mut *current.lock().unwrap_or_else(PoisonError::into_inner) {
+                // One that has ended needs no more.
+                let _ = child.kill();
             }
-        });
-        Ok(())
+            if let Some(stop) = stop {
+                interrupt::put_away(stop);
+            }
+        })
     }
 
     /// Makes a release and returns its id.
@@ -93,12 +102,11 @@ impl<'a> Steps<'a> {
     pub fn run(&self, arguments: &[&str]) -> Result<Ended> {
         self.output
             .command(format_args!("cargo xtask {}", arguments.join(" ")));
-        let (mut child, lines) = self.start(arguments)?;
         let mut last = Value::Null;
-        for line in lines {
+        for line in self.start(arguments)? {
             last = self.relay(&line.context("reading the command's output")?)?;
         }
-        let status = child.wait().context("waiting for the command")?;
+        let status = self.current()?.wait().context("waiting for the command")?;
         if last["event"] != "finished" {
             bail!("`cargo xtask {}` broke off ({status})", arguments.join(" "));
         }
@@ -125,12 +133,12 @@ impl<'a> Steps<'a> {
     pub fn kill_in_the_middle(&self, arguments: &[&str]) -> Result<()> {
         self.output
             .command(format_args!("cargo xtask {}", arguments.join(" ")));
-        let (mut child, lines) = self.start(arguments)?;
         let mut second_stage = false;
-        for line in lines {
+        for line in self.start(arguments)? {
             let event = self.relay(&line.context("reading the command's output")?)?;
             second_stage |= event["event"] == "state" && event["stage"].as_u64() >= Some(1);
             if second_stage && event["event"] == "action" {
+                let mut child = self.current()?;
                 child.kill().context("killing the command")?;
                 child.wait().context("waiting for the command")?;
                 return Ok(());
@@ -139,14 +147,22 @@ impl<'a> Steps<'a> {
         bail!("the rollout ended before its command could be killed")
     }
 
-    fn start(&self, arguments: &[&str]) -> Result<(Child, Lines<BufReader<ChildStdout>>)> {
+    /// Starts a step, and reads what it says.
+    fn start(&self, arguments: &[&str]) -> Result<Lines<BufReader<ChildStdout>>> {
         let mut child = self
             .command(arguments)
             .stdout(Stdio::piped())
             .spawn()
             .with_context(|| format!("starting {}", self.program.display()))?;
         let stdout = child.stdout.take().context("the command has no output")?;
-        Ok((child, BufReader::new(stdout).lines()))
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        Ok(BufReader::new(stdout).lines())
+    }
+
+    /// The step that was started, to be ended.
+    fn current(&self) -> Result<Child> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        current.take().context("no step goes on")
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {

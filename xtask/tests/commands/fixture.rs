@@ -309,6 +309,12 @@ impl Running {
         }
     }
 
+    /// Asks it to end, and nothing that it has started.
+    pub fn ask_to_end(&self) {
+        use rustix::process::{Pid, Signal, kill_process};
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+    }
+
     /// Kills it; whether that is what ended it, and not its own end a moment before.
     pub fn kill(mut self) -> bool {
         self.child.kill().unwrap();

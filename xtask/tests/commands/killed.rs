@@ -62,6 +62,42 @@ fn nth_action(point: usize) -> impl FnMut(&Value) -> bool {
     }
 }
 
+#[test]
+fn a_canary_that_is_asked_to_end_says_how_to_go_on() {
+    let fixture = Fixture::new();
+    fixture.in_production("1.0.0");
+    let load = Load::start(fixture.address());
+    let release = fixture.release("1.1.0");
+    let running = fixture.start_until(&["canary", "start", "--release", &release], nth_action(2));
+    running.ask_to_end();
+    let ended = running.wait().expect(2, "interrupted");
+    assert!(ended.said.contains("canary resume"), "{}", ended.said);
+    fixture.run(&["canary", "resume"]).expect(0, "healthy");
+    assert_eq!(fixture.production(), [(release, 100, 2, 2)]);
+    load.stop_without_failures();
+}
+
+/// Neither the command that runs just then nor the sandbox goes on.
+#[test]
+fn a_demo_that_is_asked_to_end_leaves_nothing() {
+    let fixture = Fixture::new();
+    let demo = ["demo", "--profile", "release"];
+    let demo = fixture.start_until(&demo, |event| event["event"] == "judgement");
+    let dir = fixture.state().display().to_string();
+    let left = || {
+        let processes = std::fs::read_dir("/proc").unwrap();
+        let lines = processes.filter_map(|process| {
+            let line = std::fs::read(process.unwrap().path().join("cmdline")).ok()?;
+            Some(String::from_utf8_lossy(&line).replace('\0', " "))
+        });
+        lines.filter(|line| line.contains(&dir)).collect::<Vec<_>>()
+    };
+    assert!(left().len() > 1, "{:?}", left());
+    demo.ask_to_end();
+    assert_eq!(demo.wait().code, 130);
+    eventually("all is gone", || left().is_empty());
+}
+
 /// The same for an abort and for a rollback.
 #[test]
 fn killed_aborts_and_rollbacks_resume_too() {

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::cli::Cli;
 use crate::config::{Environment, Pipeline};
+use crate::interrupt;
 use crate::output::{Exit, Finished, Output};
 use crate::platform::{self, Platform};
 use crate::release::{Recorded, ReleaseId, Store};
@@ -274,7 +275,10 @@ impl<'a> Session<'a> {
         };
         let end = tokio::select! {
             end = driver.run(journal) => end?,
-            _ = tokio::signal::ctrl_c() => return Ok(self.interrupted()),
+            asked = interrupt::asked() => {
+                asked?;
+                return Ok(self.interrupted());
+            }
         };
         let finished = self.conclude(&end, journal);
         if matches!(end, End::Outcome(Outcome::Failed | Outcome::RolledBack)) {
@@ -290,7 +294,7 @@ impl<'a> Session<'a> {
         Ok(finished)
     }
 
-    /// Ctrl-C leaves everything as it is: the journal knows how to go on.
+    /// Ctrl-C, or a machine that is shut down, leaves everything as it is: the journal knows how to go on.
     fn interrupted(&self) -> Finished {
         self.output.warn(format_args!(
             "stopped following; traffic stays as it is and nothing drives the rollout. `cargo \
