@@ -104,6 +104,9 @@ pub trait Platform: Send + Sync {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Status {
     pub releases: Vec<ReleaseStatus>,
+    /// Whether the weights are what the router was given, and nobody has seen it follow.
+    #[serde(default)]
+    pub unseen: bool,
     /// The release in service.
     pub stable: Option<ReleaseId>,
     /// How rollouts ended, oldest first.

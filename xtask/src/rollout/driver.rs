@@ -483,6 +483,7 @@ pub fn view(plan: &Plan, status: &Status) -> View {
     View {
         stable,
         candidate,
+        unseen: status.unseen,
         recorded: status
             .history
             .iter()

@@ -181,6 +181,8 @@ pub struct Observation {
 pub struct View {
     pub stable: Arm,
     pub candidate: Arm,
+    /// Whether the weights are what the router was given, and nobody has seen it follow.
+    pub unseen: bool,
     /// What the platform has on record of this rollout.
     pub recorded: Option<Mark>,
     /// The plan's other releases that still run something.
@@ -495,7 +497,7 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
         return None;
     }
     next.unready_since = None;
-    if view.candidate.weight != weight {
+    if view.candidate.weight != weight || view.unseen {
         next.exposed = true;
         return Some(Action::Route {
             weights: plan.weights(weight),
@@ -668,7 +670,7 @@ fn back(
 ) -> Option<Action> {
     match &plan.stable {
         Some(stable) => {
-            if view.stable.weight != 100 {
+            if view.stable.weight != 100 || view.unseen {
                 if view.stable.ready > 0 {
                     return Some(Action::Route {
                         weights: vec![(stable.clone(), 100)],
@@ -683,7 +685,7 @@ fn back(
                 return Plan::scale(stable, plan.replicas);
             }
         }
-        None if view.candidate.weight > 0 => {
+        None if view.candidate.weight > 0 || view.unseen => {
             return Some(Action::Route {
                 weights: Vec::new(),
             });

@@ -365,6 +365,7 @@ mod tests {
         };
         Status {
             releases: Vec::new(),
+            unseen: false,
             stable: Some(stable.into()),
             history: history.iter().map(entry).collect(),
         }

@@ -258,6 +258,7 @@ impl Platform for Memory {
             .collect();
         Ok(Status {
             releases,
+            unseen: false,
             stable: world.stable.clone(),
             history,
         })

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
@@ -44,7 +44,11 @@ pub struct Namespace {
     pub manifests: PathBuf,
     workload: String,
     slot: Slot,
+    _contours: Option<MutexGuard<'static, ()>>,
 }
+
+/// Contour's own routes are told apart by host, and all have the same.
+static CONTOURS: Mutex<()> = Mutex::new(());
 
 const SERVICE: &str = "service";
 
@@ -67,8 +71,9 @@ impl Namespace {
 
     fn of(workload: &str, name: String, traffic: &str, changes: &[(&str, toml::Value)]) -> Self {
         let slot = Slot::take();
+        let contours = (traffic == "httpproxy")
+            .then(|| CONTOURS.lock().unwrap_or_else(PoisonError::into_inner));
         let address = match traffic {
-            // Contour's own routes are told apart by host and share one port.
             "httpproxy" => "http://172.31.77.2:8080".to_owned(),
             "replicas" => format!("http://{}", cluster_ip(slot.0)),
             "traefik" => format!("http://172.31.77.2:{}", 18190 + slot.0),
@@ -118,6 +123,7 @@ impl Namespace {
             manifests,
             workload: workload.to_owned(),
             slot,
+            _contours: contours,
         };
         namespace.write_overlay(traffic);
         namespace.apply(&json!({
@@ -248,6 +254,34 @@ impl Namespace {
         });
     }
 
+    /// Releases that are made from now on get only what they are asked for, by rules of their own.
+    pub fn match_paths(&self) {
+        let to = json!([{ "name": "service", "port": 80 }]);
+        let is = |kind: &str, path: &str| json!([{ "path": { "type": kind, "value": path } }]);
+        let below = |prefix: &str| json!({ "conditions": [{ "prefix": prefix }], "services": to });
+        let http = json!([
+            { "matches": is("PathPrefix", "/v1"), "backendRefs": to },
+            { "matches": is("Exact", "/health/ready"), "backendRefs": to },
+        ]);
+        // Contour wants both.
+        let grpc = json!([{ "method": { "service": "orders.v1.Orders", "method": "ListOrders" } }]);
+        let replace =
+            |path: &str, value: Value| json!([{ "op": "add", "path": path, "value": value }]);
+        self.change_overlay(|kustomization| {
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            for (kind, patch) in [
+                ("HTTPRoute", replace("/spec/rules", http)),
+                ("GRPCRoute", replace("/spec/rules/0/matches", grpc)),
+                (
+                    "HTTPProxy",
+                    replace("/spec/routes", json!([below("/v1"), below("/health")])),
+                ),
+            ] {
+                patches.push(json!({ "target": { "kind": kind }, "patch": patch.to_string() }));
+            }
+        });
+    }
+
     /// Releases that are made from now on have this component of `k8s/components` too.
     pub fn add_component(&self, name: &str) {
         self.change_overlay(|kustomization| {
@@ -308,6 +342,14 @@ impl Namespace {
                 json!({ "target": { "kind": "Service", "name": "service" }, "patch": add("/spec/selector/tier") }),
             ]);
         });
+    }
+
+    /// Commands that are run from now on have this other value in their settings.
+    pub fn change_settings(&self, old: &str, new: &str) {
+        let settings = self.fixture.settings();
+        let text = std::fs::read_to_string(&settings).unwrap();
+        assert!(text.contains(old), "{text}");
+        std::fs::write(settings, text.replace(old, new)).unwrap();
     }
 
     fn change_overlay(&self, change: impl FnOnce(&mut Value)) {
@@ -470,6 +512,9 @@ impl Drop for Namespace {
         if self.address.contains(&cluster_ip(self.slot.0)) {
             let _ = self.kubectl(&["delete", "service", &self.workload]);
         }
+        // And so is its place at the gateway, where another's rule might match better.
+        let routes = "httproutes,grpcroutes,httpproxies";
+        let _ = self.kubectl(&["delete", routes, "--all"]);
         // The cluster finishes it by itself.
         let _ = self.kubectl(&["delete", "namespace", &self.name, "--wait=false"]);
     }
@@ -487,7 +532,7 @@ impl Grpc {
         format!("test-grpc-{}", self.number)
     }
 
-    fn address(self) -> String {
+    pub fn address(self) -> String {
         let before = match self.gateway {
             "traefik" => 18194,
             _ => 18094,

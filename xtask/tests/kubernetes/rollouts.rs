@@ -68,6 +68,7 @@ fn behind_a_gateway() {
     };
     let namespace = Namespace::with("gateway", "gateway", &[grpc.setting()]);
     namespace.add_grpc(grpc);
+    namespace.match_paths();
     let first = namespace.in_service("1.0.0");
     // Calls by gRPC have a route of their own, and the same weights.
     let calls = grpc.load();
@@ -98,12 +99,20 @@ fn behind_another_gateway() {
     };
     let namespace = Namespace::with("traefik", "traefik", &[grpc.setting()]);
     namespace.add_grpc(grpc);
+    namespace.match_paths();
     let first = namespace.in_service("1.0.0");
     let (load, calls) = (namespace.load(), grpc.load());
     let second = namespace.release("1.1.0");
     namespace.run(&start(&second)).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+    // That nobody can be asked by gRPC keeps nobody from going back, and is told.
+    let nowhere = "http://172.31.77.2:9";
+    namespace.change_settings(&grpc.address(), nowhere);
     namespace.run(&["rollback"]).expect(0, "healthy");
+    namespace.change_settings(nowhere, &grpc.address());
+    let events = namespace.ask(&["get", "events"]);
+    let why = format!("{nowhere}/xtask.Probe/Rule0 is still answered by nobody");
+    assert!(events.contains(&why), "{events}");
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
     calls.stop_without_failures();
@@ -232,6 +241,7 @@ fn a_release_may_change_only_its_secret() {
 #[test]
 fn behind_contours_own_route() {
     let namespace = Namespace::with("httpproxy", "httpproxy", &[]);
+    namespace.match_paths();
     let first = namespace.in_service("1.0.0");
     good_bad_and_back(&namespace, &first);
 }

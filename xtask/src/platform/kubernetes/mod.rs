@@ -32,7 +32,7 @@ use crate::rollout::metrics;
 use api::{Api, Kind};
 use fence::Fence;
 use render::{Bundle, RELEASE, RELEASE_ID, VERSION, WORKLOAD, name_of};
-use traffic::{Known, Traffic, Weights};
+use traffic::{Bundles, Known, Split, Traffic, Weights};
 
 /// Looking costs the API server four calls.
 const TICK: Duration = Duration::from_millis(400);
@@ -48,7 +48,7 @@ pub struct Kubernetes {
     environment: String,
     api: Api,
     traffic: Box<dyn Traffic>,
-    bundles: BTreeMap<ReleaseId, Bundle>,
+    bundles: Bundles,
     /// What was found out about a release that does not get ready, while its pods were there.
     troubles: Mutex<BTreeMap<ReleaseId, Trouble>>,
 }
@@ -89,11 +89,11 @@ impl Kubernetes {
         let api = Api::open(&settings).await?;
         Ok(Self {
             pipeline: Arc::clone(pipeline),
-            traffic: traffic::open(&settings, &pipeline.service),
+            traffic: traffic::open(&settings),
             environment: environment.to_owned(),
             settings,
             api,
-            bundles: BTreeMap::new(),
+            bundles: Bundles::new(),
             troubles: Mutex::default(),
         })
     }
@@ -302,7 +302,10 @@ impl Kubernetes {
             Some(release) => &self.bundle(release)?.front,
             None => &bundle.front,
         };
-        let routed = self.traffic.route(fence, bundle, front, weights).await?;
+        let routed = self
+            .traffic
+            .route(fence, bundle, front, weights, &self.bundles)
+            .await?;
         if let Some(taken_over) = routed
             && let Some((release, _)) = weights.last()
         {
@@ -428,7 +431,7 @@ impl Platform for Kubernetes {
             .filter_map(release_of)
             .map(|id| (id.short().to_owned(), id))
             .collect();
-        let weights = self.traffic.weights(&api, &known).await?;
+        let Split { weights, unseen } = self.traffic.split(&api, &known).await?;
         let mut releases = Vec::new();
         for deployment in &deployments {
             releases.extend(self.release(deployment, &pods, &weights).await);
@@ -483,6 +486,7 @@ impl Platform for Kubernetes {
         }
         for kind in [deployments(), autoscalers()] {
             for object in self.api.list(&kind, &self.labels()).await? {
+            unseen,
                 fence.claim(&kind, api::name(&object)).await?;
             }
         }

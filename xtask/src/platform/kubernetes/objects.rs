@@ -230,7 +230,7 @@ impl Kubernetes {
         if let Some(autoscaler) = &bundle.autoscaler {
             fence.take_over(autoscaler).await?;
         }
-        let settled = self.traffic.settle(fence, bundle).await;
+        let settled = self.traffic.settle(fence, bundle, &self.bundles).await;
         self.forgive_others(stable, settled).await
     }
 

@@ -452,6 +452,7 @@ impl World {
             problem: environment.and_then(|environment| environment.front.as_ref().err().cloned()),
             status: Status {
                 releases,
+                unseen: false,
                 stable: saved.stable.clone(),
                 history: saved.history.clone(),
             },

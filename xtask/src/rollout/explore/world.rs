@@ -39,6 +39,8 @@ pub struct World {
     /// The environment.
     pub stable: Arm,
     pub candidate: Arm,
+    /// Whether the weights were only written down.
+    unseen: bool,
     recorded: Option<Mark>,
     /// What an earlier rollout has left running.
     others: Vec<ReleaseId>,
@@ -92,7 +94,8 @@ pub enum Fate {
     NotDone,
     /// Done, and then killed, or the reply was lost: done again at the next turn if need be.
     DoneUnheard,
-    /// Killed in the middle: what the candidate needs was begun to be made, and nothing runs.
+    /// Killed in the middle: what the candidate needs was begun to be made, and nothing runs; or the weights
+    /// were written, and the router does not follow.
     Half,
     /// What is run before the candidate's first process, such as a migration, fails for good.
     JobFails,
@@ -162,6 +165,7 @@ impl Rollout {
             platform: platform.then(|| View {
                 stable: world.stable.clone(),
                 candidate: world.candidate.clone(),
+                unseen: world.unseen,
                 recorded: world.recorded,
                 others: world.others.clone(),
             }),
@@ -185,6 +189,9 @@ impl Rollout {
             }
             if world.candidate.weight != weight {
                 world.violated = Some("10: a stage was passed at another weight than its own");
+            }
+            if world.unseen {
+                world.violated = Some("10: a stage was passed before its weight was in effect");
             }
             if world.candidate.ready < self.plan.capacity(weight, self.plan.replicas) {
                 world.violated = Some("10: a stage was passed with too few processes");
@@ -242,7 +249,7 @@ impl Rollout {
                 } else {
                     &mut world.stable
                 };
-                if *replicas < arm.desired && arm.weight > 0 && *replicas == 0 {
+                if *replicas < arm.desired && (arm.weight > 0 || world.unseen) && *replicas == 0 {
                     world.violated = Some("1: a release with traffic was scaled to nothing");
                 }
                 arm.desired = *replicas;
@@ -280,6 +287,7 @@ impl Rollout {
                     world.violated = Some("1: traffic to a stable release that is not there");
                 }
                 (world.candidate.weight, world.stable.weight) = (new, stable);
+                world.unseen = false;
             }
             Action::Record { mark } => {
                 if *mark == Mark::Healthy && world.state.phase != Phase::Finish {
@@ -312,6 +320,10 @@ impl Rollout {
                     world.candidate.broken = Some("the migration failed".to_owned());
                     world.excused = true;
                 }
+            }
+            (Some(action @ Action::Route { .. }), Fate::Half) => {
+                self.apply(world, &action);
+                world.unseen = true;
             }
             _ => {}
         }
@@ -414,6 +426,7 @@ impl Model for Rollout {
                 Arm::default()
             },
             candidate: Arm::default(),
+            unseen: false,
             recorded: None,
             others: self.plan.others.clone(),
             state: State::start(0),

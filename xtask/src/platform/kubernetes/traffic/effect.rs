@@ -1,5 +1,7 @@
 //! Whether a route is in effect: the environment itself is asked, until its answers say so.
 
+use std::error::Error;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -17,11 +19,20 @@ const IN_A_ROW: u32 = 20;
 /// The header by which a rule of the rollout's own is asked, and in which its answers say so.
 pub const PROBE_HEADER: &str = "x-xtask-probe";
 
+/// What comes after a prefix that a rule matches, to ask it without asking for anything.
+const NOTHING: &str = "xtask-probe";
+
+/// A place that nothing is at, below a path.
+pub fn below(path: &str) -> String {
+    format!("{}/{NOTHING}", path.trim_end_matches('/'))
+}
+
 /// What to do about answers that do not name their release.
 const NAMELESS: &str = "(a gateway that does not heed filters of backends, such as Traefik, can only \
      do without kubernetes.release_header)";
 
 /// By what answers are recognised.
+#[derive(Clone, Copy)]
 pub enum Sign<'a> {
     /// One of these releases names itself in this header.
     Releases {
@@ -30,63 +41,98 @@ pub enum Sign<'a> {
     },
     /// The probe with this secret answers.
     Probe(&'a str),
+    /// A backend answers the probe with this secret by gRPC, and cannot be told from others.
+    Anybody(&'a str),
 }
 
-/// How an environment is asked.
-pub struct Asking {
+/// By what a route's requests come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    Http,
+    Grpc,
+}
+
+impl Protocol {
+    /// Where only the probe of a route's n-th rule answers.
+    pub fn place_of_probe(self, number: usize) -> String {
+        match self {
+            Self::Http => format!("/{NOTHING}/{number}"),
+            Self::Grpc => format!("/xtask.Probe/Rule{number}"),
+        }
+    }
+}
+
+/// From here nobody could be asked at all, which says nothing about the route.
+#[derive(Debug)]
+pub struct Unreachable;
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("it cannot be asked from here")
+    }
+}
+
+impl Error for Unreachable {}
+
+/// Who asks an environment.
+pub struct Asking<'a> {
     client: reqwest::Client,
-    url: String,
-    is_grpc: bool,
+    protocol: Protocol,
+    address: &'a str,
 }
 
-impl Asking {
-    pub fn by_http(url: &str) -> Result<Self> {
+impl<'a> Asking<'a> {
+    pub fn by(protocol: Protocol, address: &'a str) -> Result<Self> {
+        let client = match protocol {
+            Protocol::Http => http::client()?,
+            Protocol::Grpc => http::grpc_client()?,
+        };
         Ok(Self {
-            client: http::client()?,
-            url: url.to_owned(),
-            is_grpc: false,
+            client,
+            protocol,
+            address,
         })
     }
 
-    /// By the standard health service. One that has none says so, and so is there.
-    /// <https://github.com/grpc/grpc/blob/master/doc/health-checking.md>
-    pub fn by_grpc(address: &str) -> Result<Self> {
-        Ok(Self {
-            client: http::grpc_client()?,
-            url: format!("{address}/grpc.health.v1.Health/Check"),
-            is_grpc: true,
-        })
-    }
-
-    /// Asks until answers carry the sign.
-    pub async fn until(&self, sign: Sign<'_>) -> Result<()> {
+    /// Asks at a place until answers carry the sign.
+    pub async fn until(&self, place: &str, sign: Sign<'_>) -> Result<()> {
+        let url = format!("{}{place}", self.address);
         let (header, values) = match sign {
             Sign::Releases { header, releases } => (header, releases),
             Sign::Probe(ref secret) => (PROBE_HEADER, std::slice::from_ref(secret)),
+            Sign::Anybody(_) => ("content-type", ["application/grpc"].as_slice()),
+        };
+        let is_it = |from: &str| match sign {
+            Sign::Anybody(_) => values.iter().any(|value| from.starts_with(value)),
+            _ => values.contains(&from),
         };
         let deadline = Instant::now() + PATIENCE;
         let mut in_a_row = 0;
-        let mut last = "nobody".to_owned();
+        let (mut last, mut is_reached) = ("nobody".to_owned(), false);
         while in_a_row < IN_A_ROW {
             if Instant::now() > deadline {
-                bail!(
-                    "the router has taken the route, but {} is still answered by {last}, not by {}",
-                    self.url,
+                let why = format!(
+                    "the router has taken the route, but {url} is still answered by {last}, not by {}",
                     values.join(" or ")
                 );
+                match is_reached {
+                    true => bail!(why),
+                    false => return Err(anyhow::Error::new(Unreachable).context(why)),
+                }
             }
-            let mut request = self.request();
-            if let Sign::Probe(secret) = sign {
+            let mut request = self.request(&url);
+            if let Sign::Probe(secret) | Sign::Anybody(secret) = sign {
                 request = request.header(PROBE_HEADER, secret);
             }
             let answer = request.send().await;
+            is_reached |= answer.is_ok();
             let from = answer.as_ref().ok().filter(|answer| is_backends(answer));
             let from = from.and_then(|answer| {
                 let name = answer.headers().get(header)?;
                 name.to_str().ok().map(str::to_owned)
             });
             match from {
-                Some(from) if values.contains(&from.as_str()) => in_a_row += 1,
+                Some(from) if is_it(&from) => in_a_row += 1,
                 from => {
                     in_a_row = 0;
                     let wants_name = matches!(sign, Sign::Releases { .. });
@@ -104,17 +150,17 @@ impl Asking {
         Ok(())
     }
 
-    fn request(&self) -> RequestBuilder {
+    fn request(&self, url: &str) -> RequestBuilder {
         /// An empty message: not compressed, and no bytes long.
         const EMPTY: &[u8] = &[0; 5];
-        let request = match self.is_grpc {
-            true => self
+        let request = match self.protocol {
+            Protocol::Grpc => self
                 .client
-                .post(&self.url)
+                .post(url)
                 .header("content-type", "application/grpc")
                 .header("te", "trailers")
                 .body(EMPTY),
-            false => self.client.get(&self.url),
+            Protocol::Http => self.client.get(url),
         };
         request.timeout(ANSWER)
     }

@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 
+use super::effect::{Protocol, below};
 use super::weighted::{Shape, Taken};
 use crate::platform::kubernetes::api::{self, Kind};
 
@@ -47,21 +48,29 @@ impl Shape for Gateway {
         part["filters"] = filters.into();
     }
 
-    fn restrict(&self, rule: &mut Value, header: &str, value: &str) {
-        let header = json!({ "name": header, "value": value });
-        let matches = rule["matches"].as_array().cloned().unwrap_or_default();
-        let mut matches = if matches.is_empty() {
-            vec![json!({})]
-        } else {
-            matches
-        };
-        for one in &mut matches {
-            match one["headers"].as_array_mut() {
-                Some(headers) => headers.push(header.clone()),
-                None => one["headers"] = json!([header]),
+    fn restrict(&self, rule: &mut Value, way: Protocol, place: &str, header: &str, value: &str) {
+        let mut only = json!({ "headers": [{ "name": header, "value": value }] });
+        match (way, place.trim_start_matches('/').split_once('/')) {
+            (Protocol::Grpc, Some((service, method))) => {
+                only["method"] = json!({ "service": service, "method": method });
             }
+            _ => only["path"] = json!({ "type": "Exact", "value": place }),
         }
-        rule["matches"] = matches.into();
+        rule["matches"] = json!([only]);
+    }
+
+    fn place(&self, rule: &Value, way: Protocol) -> Option<String> {
+        let mut matches = api::items(&rule["matches"]).peekable();
+        if matches.peek().is_none() {
+            return match way {
+                Protocol::Http => Some(below("/")),
+                Protocol::Grpc => Some(HEALTH.to_owned()),
+            };
+        }
+        matches.find_map(|one| match way {
+            Protocol::Http => http_place(one),
+            Protocol::Grpc => grpc_place(one),
+        })
     }
 
     /// Every parent must have taken this generation; a condition of an older one says nothing.
@@ -98,6 +107,41 @@ impl Shape for Gateway {
             Some(why) => Taken::Refused(why),
             None => Taken::NotYet,
         }
+    }
+}
+
+/// The standard health service, which every server has or says that it has not.
+/// <https://github.com/grpc/grpc/blob/master/doc/health-checking.md>
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+
+fn asks_more_than_where(one: &Value) -> bool {
+    ["headers", "queryParams"]
+        .iter()
+        .any(|field| api::items(&one[field]).next().is_some())
+}
+
+fn http_place(one: &Value) -> Option<String> {
+    if asks_more_than_where(one) || !(one["method"].is_null() || one["method"] == "GET") {
+        return None;
+    }
+    let path = one["path"]["value"].as_str().unwrap_or("/");
+    match one["path"]["type"].as_str().unwrap_or("PathPrefix") {
+        "PathPrefix" => Some(below(path)),
+        "Exact" => Some(path.to_owned()),
+        _ => None,
+    }
+}
+
+/// Of methods nobody knows what they do, so only one that there is not is called.
+fn grpc_place(one: &Value) -> Option<String> {
+    let method = &one["method"];
+    let is_exact = method["type"].as_str().unwrap_or("Exact") == "Exact";
+    if asks_more_than_where(one) || !is_exact || !method["method"].is_null() {
+        return None;
+    }
+    match method["service"].as_str() {
+        Some(service) => Some(below(&format!("/{service}"))),
+        None => Some(HEALTH.to_owned()),
     }
 }
 
@@ -169,18 +213,59 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_is_restricted_keeps_what_it_matched() {
-        let mut rule =
-            json!({ "matches": [{ "path": { "value": "/v1" } }, { "path": { "value": "/v2" } }] });
-        Gateway.restrict(&mut rule, "h", "v");
-        let header = json!([{ "name": "h", "value": "v" }]);
+    fn a_rule_that_is_restricted_is_met_by_nothing_else() {
+        let headers = json!([{ "name": "h", "value": "v" }]);
+        for (way, only) in [
+            (
+                Protocol::Http,
+                json!([{ "path": { "type": "Exact", "value": "/a/b" }, "headers": headers }]),
+            ),
+            (
+                Protocol::Grpc,
+                json!([{ "method": { "service": "a", "method": "b" }, "headers": headers }]),
+            ),
+        ] {
+            let mut rule = json!({ "matches": [{ "path": { "value": "/v1" } }] });
+            Gateway.restrict(&mut rule, way, "/a/b", "h", "v");
+            assert_eq!(rule["matches"], only);
+        }
+    }
+
+    #[test]
+    fn a_rule_is_asked_where_it_answers_and_nothing_is_done() {
+        let http = |matches: Value| Gateway.place(&json!({ "matches": matches }), Protocol::Http);
+        let path = |kind: &str| json!({ "path": { "type": kind, "value": "/v1/" } });
+        assert_eq!(http(json!([])).as_deref(), Some("/xtask-probe"));
         assert_eq!(
-            rule["matches"][0],
-            json!({ "path": { "value": "/v1" }, "headers": header })
+            http(json!([path("PathPrefix")])).as_deref(),
+            Some("/v1/xtask-probe")
         );
-        assert_eq!(rule["matches"][1]["headers"], header);
-        let mut bare = json!({});
-        Gateway.restrict(&mut bare, "h", "v");
-        assert_eq!(bare["matches"], json!([{ "headers": header }]));
+        assert_eq!(http(json!([path("Exact")])).as_deref(), Some("/v1/"));
+        assert_eq!(http(json!([path("RegularExpression")])), None);
+        let post = json!({ "method": "POST" });
+        assert_eq!(http(json!([post])), None);
+        assert_eq!(
+            http(json!([post, { "method": "GET" }])).as_deref(),
+            Some("/xtask-probe")
+        );
+        assert_eq!(http(json!([{ "headers": [{}] }])), None);
+
+        let grpc = |method: Value| {
+            let rule = json!({ "matches": [{ "method": method }] });
+            Gateway.place(&rule, Protocol::Grpc)
+        };
+        assert_eq!(
+            Gateway.place(&json!({}), Protocol::Grpc).as_deref(),
+            Some(HEALTH)
+        );
+        assert_eq!(
+            grpc(json!({ "service": "s" })).as_deref(),
+            Some("/s/xtask-probe")
+        );
+        assert_eq!(grpc(json!({ "service": "s", "method": "Delete" })), None);
+        assert_eq!(
+            grpc(json!({ "service": "s", "type": "RegularExpression" })),
+            None
+        );
     }
 }

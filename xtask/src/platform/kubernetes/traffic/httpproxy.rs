@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 
+use super::effect::{Protocol, below};
 use super::weighted::{Shape, Taken};
 use crate::platform::kubernetes::api::{self, Kind};
 
@@ -25,12 +26,22 @@ impl Shape for HttpProxy {
         }
     }
 
-    fn restrict(&self, rule: &mut Value, header: &str, value: &str) {
-        let condition = json!({ "header": { "name": header, "exact": value } });
-        match rule["conditions"].as_array_mut() {
-            Some(conditions) => conditions.push(condition),
-            None => rule["conditions"] = json!([condition]),
-        }
+    fn restrict(&self, rule: &mut Value, _way: Protocol, place: &str, header: &str, value: &str) {
+        let header = json!({ "name": header, "exact": value });
+        rule["conditions"] = json!([{ "prefix": place }, { "header": header }]);
+    }
+
+    fn place(&self, rule: &Value, _way: Protocol) -> Option<String> {
+        let mut conditions = api::items(&rule["conditions"]);
+        let Some(first) = conditions.next() else {
+            return Some(below("/"));
+        };
+        let place = match (first["prefix"].as_str(), first["exact"].as_str()) {
+            (Some(prefix), None) => below(prefix),
+            (None, Some(exact)) => exact.to_owned(),
+            _ => return None,
+        };
+        conditions.next().is_none().then_some(place)
     }
 
     fn taken(&self, route: &Value, generation: u64) -> Taken {
@@ -46,5 +57,23 @@ impl Shape for HttpProxy {
             }
             None => Taken::NotYet,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_is_asked_where_it_answers() {
+        let place = |conditions: Value| {
+            HttpProxy.place(&json!({ "conditions": conditions }), Protocol::Http)
+        };
+        assert_eq!(place(json!([])).as_deref(), Some("/xtask-probe"));
+        let v1 = json!({ "prefix": "/v1" });
+        assert_eq!(place(json!([v1])).as_deref(), Some("/v1/xtask-probe"));
+        assert_eq!(place(json!([{ "exact": "/v1" }])).as_deref(), Some("/v1"));
+        assert_eq!(place(json!([v1, { "header": {} }])), None);
+        assert_eq!(place(json!([{ "regex": "/v." }])), None);
     }
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::api::{self, Api};
 use super::fence::Fence;
 use super::render::{Bundle, RELEASE};
-use crate::config::{Kubernetes as Settings, Service, Stage, TrafficKind};
+use crate::config::{Kubernetes as Settings, Stage, TrafficKind};
 use crate::release::ReleaseId;
 use gateway::Gateway;
 use httpproxy::HttpProxy;
@@ -28,11 +28,21 @@ use weighted::Weighted;
 pub type Known = BTreeMap<String, ReleaseId>;
 /// Percents, which sum to 100 or are none at all.
 pub type Weights = Vec<(ReleaseId, u8)>;
+/// What was rendered of each release that a rollout is about.
+pub type Bundles = BTreeMap<ReleaseId, Bundle>;
+
+/// The split that a router was given.
+#[derive(Default)]
+pub struct Split {
+    pub weights: Weights,
+    /// Nobody has seen the router follow.
+    pub unseen: bool,
+}
 
 #[async_trait]
 pub trait Traffic: Send + Sync {
     /// The split that the router was given.
-    async fn weights(&self, api: &Api, known: &Known) -> Result<Weights>;
+    async fn split(&self, api: &Api, known: &Known) -> Result<Split>;
 
     /// Gives the router this split and waits until it is in effect. `bundle` has the route, and
     /// `front` is the Service inside the cluster as the release in service has it. What was taken
@@ -43,11 +53,12 @@ pub trait Traffic: Send + Sync {
         bundle: &Bundle,
         front: &Value,
         weights: &Weights,
+        bundles: &Bundles,
     ) -> Result<Option<String>>;
 
     /// Takes out of the route what a release that never got traffic has left there; the split stays
     /// as it is.
-    async fn settle(&self, _fence: &Fence<'_>, _stable: &Bundle) -> Result<()> {
+    async fn settle(&self, _fence: &Fence<'_>, _stable: &Bundle, _bundles: &Bundles) -> Result<()> {
         Ok(())
     }
 
@@ -70,19 +81,17 @@ pub trait Traffic: Send + Sync {
     }
 }
 
-pub fn open(settings: &Settings, service: &Service) -> Box<dyn Traffic> {
-    let (settings, service) = (settings.clone(), service.clone());
+pub fn open(settings: &Settings) -> Box<dyn Traffic> {
+    let settings = settings.clone();
     match settings.traffic {
         TrafficKind::Replicas => Box::new(Replicas { settings }),
         TrafficKind::Gateway => Box::new(Weighted {
             shape: Gateway,
             settings,
-            service,
         }),
         TrafficKind::HttpProxy => Box::new(Weighted {
             shape: HttpProxy,
             settings,
-            service,
         }),
     }
 }

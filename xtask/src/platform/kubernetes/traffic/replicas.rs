@@ -4,7 +4,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{Known, Traffic, Weights, apply};
+use super::{Bundles, Known, Split, Traffic, Weights, apply};
 use crate::config::{Kubernetes as Settings, Stage};
 use crate::platform::kubernetes::api::{self, Api, Kind};
 use crate::platform::kubernetes::fence::Fence;
@@ -23,9 +23,9 @@ fn kind() -> Kind {
 
 #[async_trait]
 impl Traffic for Replicas {
-    async fn weights(&self, api: &Api, known: &Known) -> Result<Weights> {
+    async fn split(&self, api: &Api, known: &Known) -> Result<Split> {
         let Some(front) = api.get(&kind(), &self.settings.name).await? else {
-            return Ok(Vec::new());
+            return Ok(Split::default());
         };
         let asked: Vec<(String, u8)> = api::annotation(&front, WEIGHTS)
             .and_then(|text| serde_json::from_str(text).ok())
@@ -42,10 +42,14 @@ impl Traffic for Replicas {
             (false, Some(only)) => vec![(only.to_owned(), 100)],
             (false, None) => Vec::new(),
         };
-        Ok(asked
+        let weights = asked
             .into_iter()
             .filter_map(|(short, weight)| Some((known.get(&short)?.clone(), weight)))
-            .collect())
+            .collect();
+        Ok(Split {
+            weights,
+            unseen: false,
+        })
     }
 
     async fn route(
@@ -54,6 +58,7 @@ impl Traffic for Replicas {
         _bundle: &Bundle,
         front: &Value,
         weights: &Weights,
+        _bundles: &Bundles,
     ) -> Result<Option<String>> {
         let mut front = front.clone();
         let split: Vec<(&str, u8)> = weights

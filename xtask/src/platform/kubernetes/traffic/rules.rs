@@ -3,9 +3,10 @@
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::effect::PROBE_HEADER;
+use super::Bundles;
+use super::effect::{PROBE_HEADER, Protocol};
 use super::weighted::{Shape, Weighted};
-use crate::platform::kubernetes::api;
+use crate::platform::kubernetes::api::{self, Kind};
 
 /// A backend of ours in a route: the short id of its release, and its weight.
 pub type Backend = (String, u64);
@@ -37,7 +38,7 @@ impl<S: Shape> Weighted<S> {
     }
 
     /// The rules of a route that lead to the service.
-    fn ours<'a>(&self, route: &'a Value) -> impl Iterator<Item = &'a Value> {
+    pub fn ours<'a>(&self, route: &'a Value) -> impl Iterator<Item = &'a Value> {
         let (rules, backends) = self.shape.fields();
         let name = self.settings.name.clone();
         api::items(&route["spec"][rules])
@@ -51,10 +52,18 @@ impl<S: Shape> Weighted<S> {
     }
 
     /// The route of the manifests with these backends, and rules to probe it by where there is room.
-    pub fn wanted(&self, route: &Value, split: &[Backend], probe: Option<&Probe<'_>>) -> Value {
+    pub fn wanted(
+        &self,
+        route: &Value,
+        split: &[Backend],
+        probe: Option<&Probe<'_>>,
+        bundles: &Bundles,
+    ) -> Value {
         let (rules, backends) = self.shape.fields();
         let name = self.settings.name.as_str();
         let probe = probe.filter(|_| self.has_room(route));
+        let by = Kind::of(route).ok().and_then(|kind| self.protocol(&kind));
+        let by = by.unwrap_or(Protocol::Http);
         let mut wanted = route.clone();
         let mut probes = Vec::new();
         for rule in wanted["spec"][rules].as_array_mut().into_iter().flatten() {
@@ -67,27 +76,54 @@ impl<S: Shape> Weighted<S> {
                 let mut backend = like.clone();
                 backend["name"] = json!(format!("{name}-{short}"));
                 backend["weight"] = json!(weight);
+                backend["port"] = self.port(short, &like["port"], by, bundles)?;
                 if let Some(header) = &self.settings.release_header {
                     self.shape.mark(&mut backend, header, short);
                 }
-                backend
+                Some(backend)
             };
-            if let Some(Probe { short, secret }) = probe {
-                let mut own = rule.clone();
-                own[backends] = json!([backend(short, 100)]);
-                self.shape.restrict(&mut own, PROBE_HEADER, secret);
-                self.shape.mark(&mut own, PROBE_HEADER, secret);
+            if let Some(Probe { short, secret }) = probe
+                && let Some(backend) = backend(short, 100)
+            {
+                // Nothing else of the rule: what rewrites a path, say, needs the path that it matches.
+                let mut own = json!({ backends: [backend] });
+                let place = by.place_of_probe(probes.len());
+                self.shape
+                    .restrict(&mut own, by, &place, PROBE_HEADER, secret);
+                if self.can_mark(by) {
+                    self.shape.mark(&mut own, PROBE_HEADER, secret);
+                }
                 probes.push(own);
             }
             rule[backends] = split
                 .iter()
-                .map(|(short, weight)| backend(short, *weight))
+                .filter_map(|(short, weight)| backend(short, *weight))
                 .collect();
         }
         if let Some(rules) = wanted["spec"][rules].as_array_mut() {
             rules.extend(probes);
         }
         wanted
+    }
+
+    /// By which port a release gets what a route sends to `wanted`. One whose Service has no such port gets it
+    /// as its own manifests say; and nothing where they know of none, as what is new is only in the other.
+    fn port(&self, short: &str, wanted: &Value, by: Protocol, bundles: &Bundles) -> Option<Value> {
+        let bundle = bundles.iter().find(|(id, _)| id.short() == short);
+        let Some((_, bundle)) = bundle else {
+            return Some(wanted.clone());
+        };
+        if api::items(&bundle.service["spec"]["ports"]).any(|port| port["port"] == *wanted) {
+            return Some(wanted.clone());
+        }
+        let route = match by {
+            Protocol::Http => bundle.route.as_ref(),
+            Protocol::Grpc => bundle.grpc_route.as_ref(),
+        };
+        let backends = self.shape.fields().1;
+        let mut own = api::items(&self.ours(route?).next()?[backends]);
+        own.find(|backend| backend["name"] == self.settings.name)
+            .map(|backend| backend["port"].clone())
     }
 
     /// Refuses rules that a rollout could not split.
@@ -128,27 +164,16 @@ mod tests {
     use super::super::gateway::Gateway;
     use super::*;
     use crate::config::Kubernetes as Settings;
+    use crate::platform::kubernetes::render::Bundle;
     use crate::platform::kubernetes::render::tests::{named, settings, sorted};
 
     fn weighted(grpc_address: Option<&str>) -> Weighted<Gateway> {
-        let service = toml::from_str(
-            r#"
-            package = "service"
-            binary = "service"
-            config_dir = ""
-            migrations_dir = ""
-            ready_path = "/ready"
-            metrics_path = "/metrics"
-            drain_timeout = "1s"
-            "#,
-        );
         Weighted {
             shape: Gateway,
             settings: Settings {
                 grpc_address: grpc_address.map(str::to_owned),
                 ..settings()
             },
-            service: service.unwrap(),
         }
     }
 
@@ -227,13 +252,17 @@ mod tests {
             secret: "s",
         };
         let manifest = route("HTTPRoute", 1, &["service"]);
-        let wanted = weighted.wanted(&manifest, &split, Some(&probe));
+        let wanted = weighted.wanted(&manifest, &split, Some(&probe), &Bundles::new());
         let rules = &wanted["spec"]["rules"];
         assert_eq!(weighted.backends(&wanted), split);
         assert_eq!(rules[0]["matches"], Value::Null);
         assert_eq!(rules[1]["backendRefs"][0]["name"], "service-two");
         let header = json!([{ "name": PROBE_HEADER, "value": "s" }]);
-        assert_eq!(rules[1]["matches"], json!([{ "headers": header }]));
+        let path = json!({ "type": "Exact", "value": "/xtask-probe/0" });
+        assert_eq!(
+            rules[1]["matches"],
+            json!([{ "headers": header, "path": path }])
+        );
         assert_eq!(
             rules[1]["filters"][0]["responseHeaderModifier"]["set"],
             header
@@ -241,9 +270,49 @@ mod tests {
         assert_eq!(rules[2], Value::Null);
         // One that was kept from before this was refused goes back without.
         let full = route("HTTPRoute", 9, &["service", "other"]);
-        let wanted = weighted.wanted(&full, &split, Some(&probe));
+        let wanted = weighted.wanted(&full, &split, Some(&probe), &Bundles::new());
         let rules: Vec<&Value> = api::items(&wanted["spec"]["rules"]).collect();
         assert_eq!(rules.len(), 9);
         assert_eq!(rules[8]["backendRefs"][1]["name"], "service-two");
+    }
+    /// Calls by gRPC come by a port of their own that the release before did not have.
+    #[test]
+    fn what_only_one_release_has_leads_to_it_alone() {
+        let manifest = |port: u16, has_grpc: bool| {
+            let mut grpc = route("GRPCRoute", 1, &["service"]);
+            grpc["spec"]["rules"][0]["backendRefs"][0]["port"] = json!(port);
+            let mut bundle =
+                sorted([has_grpc.then_some(grpc)].into_iter().flatten().collect()).unwrap();
+            bundle.service["spec"]["ports"] = json!([{ "port": 80 }, { "port": port }]);
+            bundle
+        };
+        let split = [
+            ("aaaaaaaaaaaa".to_owned(), 90),
+            ("bbbbbbbbbbbb".to_owned(), 10),
+        ];
+        let between = |stable: Bundle, candidate: Bundle| {
+            let wanted = candidate.grpc_route.clone().unwrap();
+            let bundles = Bundles::from([
+                (split[0].0.as_str().into(), stable),
+                (split[1].0.as_str().into(), candidate),
+            ]);
+            let wanted = weighted(Some("http://grpc")).wanted(&wanted, &split, None, &bundles);
+            let backends = api::items(&wanted["spec"]["rules"][0]["backendRefs"]);
+            backends
+                .map(|backend| (backend["weight"].as_u64(), backend["port"].as_u64()))
+                .collect::<Vec<_>>()
+        };
+        let both = [(Some(90), Some(50051)), (Some(10), Some(50051))];
+        assert_eq!(between(manifest(50051, true), manifest(50051, true)), both);
+        let each_its_own = [(Some(90), Some(80)), (Some(10), Some(50051))];
+        assert_eq!(
+            between(manifest(80, true), manifest(50051, true)),
+            each_its_own
+        );
+        let only_new = [(Some(10), Some(50051))];
+        assert_eq!(
+            between(manifest(80, false), manifest(50051, true)),
+            only_new
+        );
     }
 }

@@ -11,10 +11,10 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::effect::{Asking, Sign};
+use super::effect::{Asking, Protocol, Sign, Unreachable};
 use super::rules::{Backend, Probe, kind_of};
-use super::{Known, Traffic, Weights, point};
-use crate::config::{Kubernetes as Settings, Service};
+use super::{Bundles, Known, Split, Traffic, Weights, point};
+use crate::config::Kubernetes as Settings;
 use crate::platform::StaleWriter;
 use crate::platform::kubernetes::api::{self, Api, Kind};
 use crate::platform::kubernetes::fence::Fence;
@@ -24,6 +24,9 @@ use crate::platform::kubernetes::render::{Bundle, grpc_route_name};
 /// How long a router may take to say that it has taken a route.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
+
+/// On a route whose split nobody has seen in effect yet.
+const UNSEEN: &str = "xtask.dev/unseen";
 
 /// What is particular to a kind of route.
 pub trait Shape: Send + Sync {
@@ -45,8 +48,12 @@ pub trait Shape: Send + Sync {
     /// Lets the answers of a rule, or of one of its backends, carry a header.
     fn mark(&self, part: &mut Value, header: &str, value: &str);
 
-    /// Lets a rule only match requests with this header.
-    fn restrict(&self, rule: &mut Value, header: &str, value: &str);
+    /// Lets a rule match nothing but requests at this place with this header.
+    fn restrict(&self, rule: &mut Value, by: Protocol, place: &str, header: &str, value: &str);
+
+    /// Where a rule of the manifests can be asked without anything being done; `None` where it asks more of
+    /// requests than to be somewhere.
+    fn place(&self, rule: &Value, by: Protocol) -> Option<String>;
 
     /// Whether the router has taken this generation of the route, or why it does not.
     fn taken(&self, route: &Value, generation: u64) -> Taken;
@@ -62,7 +69,6 @@ pub enum Taken {
 pub struct Weighted<S> {
     pub shape: S,
     pub settings: Settings,
-    pub service: Service,
 }
 
 /// A route that is to be changed.
@@ -71,7 +77,7 @@ struct Way {
     manifest: Value,
     /// The backends that it has now.
     present: Vec<Backend>,
-    is_grpc: bool,
+    protocol: Protocol,
 }
 
 impl Way {
@@ -85,14 +91,14 @@ impl Way {
         backends.any(|(other, weight)| other == short && *weight > 0)
     }
 
-    /// What is told of a router that does not follow, where that keeps nobody from going back: calls by gRPC
-    /// must not hold up all others.
+    /// What is told of a router that does not follow, where that keeps nobody from going back: that it cannot
+    /// be asked from here, and calls by gRPC, which must not hold up all others.
     fn excused(&self, seen: Result<()>, is_back: bool) -> Result<Option<String>> {
-        match seen {
-            Err(error) if is_back && self.is_grpc && !error.is::<StaleWriter>() => {
-                Ok(Some(format!("{}: {error:#}", kind_of(&self.manifest))))
-            }
-            seen => seen.map(|()| None),
+        let Err(error) = seen else { return Ok(None) };
+        let is_excused = self.protocol == Protocol::Grpc || error.is::<Unreachable>();
+        match is_back && is_excused && !error.is::<StaleWriter>() {
+            true => Ok(Some(format!("{}: {error:#}", kind_of(&self.manifest)))),
+            false => Err(error),
         }
     }
 }
@@ -103,22 +109,37 @@ impl<S: Shape> Weighted<S> {
         let mut ways = Vec::new();
         for manifest in [&bundle.route, &bundle.grpc_route].into_iter().flatten() {
             let kind = Kind::of(manifest)?;
-            let is_grpc = Some(&kind) == self.shape.grpc_kind().as_ref();
-            if !is_grpc && kind != self.shape.kind() {
+            let Some(protocol) = self.protocol(&kind) else {
                 continue;
-            }
+            };
             let current = api.get(&kind, api::name(manifest)).await?;
             ways.push(Way {
                 // Where a release comes to nothing, what only it has brought along goes with it.
-                manifest: match is_grpc {
-                    true => objects::noted(manifest, current.as_ref(), &bundle.id),
-                    false => manifest.clone(),
+                manifest: match protocol {
+                    Protocol::Grpc => objects::noted(manifest, current.as_ref(), &bundle.id),
+                    Protocol::Http => manifest.clone(),
                 },
                 present: current.map_or_else(Vec::new, |route| self.backends(&route)),
-                is_grpc,
+                protocol,
             });
         }
         Ok(ways)
+    }
+
+    /// By what requests come to a kind of route, where it is one that is split.
+    pub fn protocol(&self, kind: &Kind) -> Option<Protocol> {
+        match kind {
+            kind if *kind == self.shape.kind() => Some(Protocol::Http),
+            kind if Some(kind) == self.shape.grpc_kind().as_ref() => Some(Protocol::Grpc),
+            _ => None,
+        }
+    }
+
+    /// Whether the answers of a probe can be told from others: a router that cannot name releases cannot mark
+    /// answers by gRPC at all (Traefik refuses filters for a GRPCRoute's answers). Such a route is written
+    /// before the other, and is seen with it.
+    pub fn can_mark(&self, by: Protocol) -> bool {
+        by == Protocol::Http || self.settings.release_header.is_some()
     }
 
     fn lacks_route(&self) -> String {
@@ -137,6 +158,17 @@ impl<S: Shape> Weighted<S> {
         };
         let name = grpc_route_name(&self.settings);
         fence.remove_of(&self.settings.name, &kind, &name).await
+    }
+
+    /// Whoever looks at the weights may go on from them.
+    async fn note_seen(&self, fence: &Fence<'_>) -> Result<()> {
+        let seen = |route: &Value| {
+            api::annotation(route, UNSEEN)?;
+            Some(json!({ "metadata": { "annotations": { UNSEEN: null } } }))
+        };
+        fence
+            .change(&self.shape.kind(), &self.settings.name, seen)
+            .await
     }
 
     /// Writes the route; its generation, and what was taken over.
@@ -178,19 +210,36 @@ impl<S: Shape> Weighted<S> {
     /// Waits until a way is in effect: a router that says it has taken a route may yet act on the one
     /// before.
     async fn see(&self, way: &Way, sign: Sign<'_>) -> Result<()> {
-        if matches!(sign, Sign::Probe(_)) && !self.has_room(&way.manifest) {
-            return Ok(());
-        }
-        let settings = &self.settings;
-        let asking = match (way.is_grpc, &settings.grpc_address) {
-            (true, Some(address)) => Asking::by_grpc(address),
-            (true, None) => bail!("kubernetes.grpc_address is missing, so it cannot be asked"),
-            (false, _) => {
-                let address = settings.address.as_deref().unwrap_or_default();
-                Asking::by_http(&format!("{address}{}", self.service.ready_path))
+        let (by, settings) = (way.protocol, &self.settings);
+        let address = match (by, &settings.grpc_address) {
+            (Protocol::Http, _) => settings.address.as_deref().unwrap_or_default(),
+            (Protocol::Grpc, Some(address)) => address,
+            (Protocol::Grpc, None) => {
+                bail!("kubernetes.grpc_address is missing, so it cannot be asked")
             }
         };
-        asking?.until(sign).await
+        let asking = Asking::by(by, address)?;
+        let sign = match sign {
+            Sign::Probe(secret) if !self.can_mark(by) => Sign::Anybody(secret),
+            sign => sign,
+        };
+        let places: Vec<String> = match sign {
+            Sign::Probe(_) | Sign::Anybody(_) if !self.has_room(&way.manifest) => Vec::new(),
+            Sign::Probe(_) | Sign::Anybody(_) => {
+                let rules = self.ours(&way.manifest).enumerate();
+                rules.map(|(n, _)| by.place_of_probe(n)).collect()
+            }
+            Sign::Releases { .. } => {
+                let rules = self.ours(&way.manifest);
+                rules
+                    .filter_map(|rule| self.shape.place(rule, by))
+                    .collect()
+            }
+        };
+        for place in places {
+            asking.until(&place, sign).await?;
+        }
+        Ok(())
     }
 
     /// Waits until a split between these releases is in effect.
@@ -219,14 +268,14 @@ struct Written {
 
 #[async_trait]
 impl<S: Shape> Traffic for Weighted<S> {
-    async fn weights(&self, api: &Api, known: &Known) -> Result<Weights> {
+    async fn split(&self, api: &Api, known: &Known) -> Result<Split> {
         let route = api.get(&self.shape.kind(), &self.settings.name).await?;
         let Some(route) = route else {
-            return Ok(Vec::new());
+            return Ok(Split::default());
         };
         let backends = self.backends(&route);
         let sum: u64 = backends.iter().map(|(_, weight)| weight).sum();
-        Ok(backends
+        let weights = backends
             .into_iter()
             .filter(|(_, weight)| *weight > 0)
             .filter_map(|(short, weight)| {
@@ -234,7 +283,11 @@ impl<S: Shape> Traffic for Weighted<S> {
                 let release = known.get(&short)?.clone();
                 Some((release, u8::try_from(percent).unwrap_or(100)))
             })
-            .collect())
+            .collect();
+        Ok(Split {
+            weights,
+            unseen: api::annotation(&route, UNSEEN).is_some(),
+        })
     }
 
     async fn route(
@@ -243,9 +296,10 @@ impl<S: Shape> Traffic for Weighted<S> {
         bundle: &Bundle,
         front: &Value,
         weights: &Weights,
+        bundles: &Bundles,
     ) -> Result<Option<String>> {
         let ways = self.ways(fence.api, bundle).await?;
-        if ways.iter().all(|way| way.is_grpc) {
+        if ways.iter().all(|way| way.protocol == Protocol::Grpc) {
             bail!("{}", self.lacks_route());
         }
         // One release for everything: nobody's edit of the route may keep a way back closed.
@@ -268,7 +322,7 @@ impl<S: Shape> Traffic for Weighted<S> {
                     short,
                     secret: &secret,
                 };
-                let wanted = self.wanted(&way.manifest, &introduced, Some(&probe));
+                let wanted = self.wanted(&way.manifest, &introduced, Some(&probe), bundles);
                 let (generation, _) = self.write(fence, &wanted, weights).await?;
                 let seen = match self.taken(fence.api, way, generation).await {
                     Ok(()) => self.see(way, Sign::Probe(&secret)).await,
@@ -301,7 +355,10 @@ impl<S: Shape> Traffic for Weighted<S> {
                 short,
                 secret: &secret,
             });
-            let wanted = self.wanted(&way.manifest, &split, probe.as_ref());
+            let mut wanted = self.wanted(&way.manifest, &split, probe.as_ref(), bundles);
+            if way.protocol == Protocol::Http {
+                wanted["metadata"]["annotations"][UNSEEN] = json!("true");
+            }
             let (generation, taken_over) = self.write(fence, &wanted, weights).await?;
             told.extend(taken_over);
             let written = Written { generation, secret };
@@ -316,13 +373,14 @@ impl<S: Shape> Traffic for Weighted<S> {
             let seen = self.follows(fence.api, way, written, &releases).await;
             told.extend(way.excused(seen, is_back)?);
         }
+        self.note_seen(fence).await?;
         Ok((!told.is_empty()).then(|| told.join("; ")))
     }
 
-    async fn settle(&self, fence: &Fence<'_>, stable: &Bundle) -> Result<()> {
+    async fn settle(&self, fence: &Fence<'_>, stable: &Bundle, bundles: &Bundles) -> Result<()> {
         for way in self.ways(fence.api, stable).await? {
             if !way.present.is_empty() {
-                let wanted = self.wanted(&way.manifest, &way.present, None);
+                let wanted = self.wanted(&way.manifest, &way.present, None, bundles);
                 let (generation, _) = self.write(fence, &wanted, &Vec::new()).await?;
                 let taken = self.taken(fence.api, &way, generation).await;
                 way.excused(taken, true)?;
