@@ -16,12 +16,19 @@ fn says(said: &str, parts: &[&str]) {
 #[test]
 fn an_image_that_cannot_be_pulled_is_no_long_wait() {
     let namespace = Namespace::new("no-image");
-    // Made, but never loaded: the node would have to pull it from a registry that does not exist.
-    let release = namespace.fixture.release_with("9.9.1", &["# only here"]);
+    let release = namespace.release("9.9.1");
+    // The node would have to pull it from a registry that does not exist.
+    let (right, wrong) = ("xtask.local/service", "xtask.local/elsewhere");
+    namespace.change_settings(right, wrong);
     let failed = namespace.deploy(&release).expect(2, "failed");
     ends_with("image", &failed);
     says(&failed.said, &["event of service-"]);
     assert!(namespace.running().is_empty());
+
+    // Whoever puts the settings right has put the release right, too.
+    namespace.change_settings(wrong, right);
+    namespace.deploy(&release).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
 }
 
 #[test]

@@ -210,6 +210,20 @@ impl Kubernetes {
         self.troubles().insert(id.clone(), trouble);
     }
 
+    /// Whether a release stays what was rendered of it: it has earned its place, or there is something of
+    /// it.
+    async fn is_fixed(&self, id: &ReleaseId) -> Result<bool> {
+        let (record, _) = record::read(&self.api, &self.settings, &self.environment).await?;
+        if record.earned().contains(id) {
+            return Ok(true);
+        }
+        let name = name_of(&self.settings, id);
+        let there = self.api.get(&deployments(), &name).await?;
+        Ok(there.is_some_and(|there| {
+            there["spec"]["replicas"] != 0 || api::annotation(&there, UNFINISHED).is_some()
+        }))
+    }
+
     async fn scale(&self, fence: &Fence<'_>, release: &ReleaseId, replicas: u32) -> Result<()> {
         if replicas == 0 {
             return self.empty(fence, release, false).await;
@@ -450,8 +464,12 @@ impl Platform for Kubernetes {
     }
 
     async fn prepare(&mut self, release: &Recorded) -> Result<()> {
-        if let Some((_, bundle)) = record::recall(&self.api, &self.settings, &release.id).await? {
-            self.bundles.insert(release.id.clone(), bundle);
+        let kept = record::recall(&self.api, &self.settings, &release.id).await?;
+        let kept = kept.map(|(_, bundle)| bundle);
+        if let Some(bundle) = &kept
+            && self.is_fixed(&release.id).await?
+        {
+            self.bundles.insert(release.id.clone(), bundle.clone());
             return Ok(());
         }
         let bundle = Bundle::render(release, &self.settings, &render::kubectl()?)?;
@@ -483,6 +501,7 @@ impl Platform for Kubernetes {
             .await?;
         for (kind, name) in self.traffic.objects() {
             fence.claim(&kind, &name).await?;
+        // One that came to nothing is what the settings make of it by now.
         }
         for kind in [deployments(), autoscalers()] {
             for object in self.api.list(&kind, &self.labels()).await? {
@@ -504,6 +523,9 @@ impl Platform for Kubernetes {
                     self.raise_floor(&fence, &name, plan.replicas).await?;
                 }
                 if is_candidate && *replicas == 0 {
+        if kept.is_some_and(|kept| kept != bundle) {
+            record::forget(&self.api, &self.settings, &release.id).await?;
+        }
                     // Its pods go, and that there is something left to do stays on record meanwhile.
                     self.empty(&fence, release, true).await?;
                     if let Some(stable) = &plan.stable {

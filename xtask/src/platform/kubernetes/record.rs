@@ -197,6 +197,17 @@ pub async fn keep(
     }
 }
 
+/// Lets a release that came to nothing be kept as something else.
+pub async fn forget(api: &Api, settings: &Settings, id: &ReleaseId) -> Result<()> {
+    match api
+        .get(&kind(), &release_name(settings, id.short()))
+        .await?
+    {
+        Some(kept) => api.delete(&kept).await,
+        None => Ok(()),
+    }
+}
+
 /// A release that was kept here, by its id.
 pub async fn recall(
     api: &Api,
