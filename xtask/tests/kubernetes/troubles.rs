@@ -304,11 +304,16 @@ fn two_operators_do_not_fight() {
 /// undersized when the old release goes.
 #[test]
 fn the_candidate_follows_an_autoscaler() {
-    let namespace = Namespace::with(
-        "autoscaler",
-        "gateway",
-        &[("rollout.min_stage", "5s".into())],
-    );
+    let last: toml::Table = r#"weight = 100
+        gate = "sign-off""#
+        .parse()
+        .unwrap();
+    let stages: Vec<toml::Value> = vec![25.into(), last.into()];
+    let changes = [
+        ("rollout.min_stage", "5s".into()),
+        ("rollout.stages", stages.into()),
+    ];
+    let namespace = Namespace::with("autoscaler", "gateway", &changes);
     namespace.add_component("autoscaling");
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
@@ -328,6 +333,12 @@ fn the_candidate_follows_an_autoscaler() {
         let autoscalers = autoscalers["items"].as_array().unwrap().clone();
         let targets = autoscalers
             .iter()
+    // While it carries everything and waits for a person, it can already grow.
+    let status = || namespace.run(&["canary", "status"]).said;
+    eventually("the gate", || status().contains("sign-off"));
+    let its = namespace.json(&["get", "hpa", &format!("service-{}", short(&next))]);
+    assert_eq!(its["spec"]["minReplicas"], 4, "{its:#}");
+    namespace.run(&["canary", "promote"]).expect(0, "passed");
             .map(|hpa| &hpa["spec"]["scaleTargetRef"]["name"]);
         let wanted = format!("service-{}", short(release));
         assert_eq!(targets.collect::<Vec<_>>(), [&wanted], "{autoscalers:?}");

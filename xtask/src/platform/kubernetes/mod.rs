@@ -326,12 +326,36 @@ impl Kubernetes {
             self.event(release, "Warning", "TakenOver", &taken_over)
                 .await;
         }
+        if let [(release, _)] = weights.as_slice() {
+            let scaled = self.let_scale(fence, release).await;
+            self.told(release, "NotScaled", scaled).await?;
+        }
         for (release, weight) in weights {
             let said = format!("{weight} % of the traffic");
             self.event(release, "Normal", "Routed", &said).await;
             self.condition(release, &said).await;
         }
         Ok(())
+    }
+
+    /// Lets the autoscaler of a release that carries everything make more of it; fewer pods only once its place
+    /// is on record.
+    async fn let_scale(&self, fence: &Fence<'_>, release: &ReleaseId) -> Result<()> {
+        let bundle = self.bundle(release)?;
+        let Some(mut autoscaler) = bundle.autoscaler.clone() else {
+            return Ok(());
+        };
+        let name = bundle.name(&self.settings);
+        if self.api.get(&autoscalers(), &name).await?.is_some() {
+            return Ok(());
+        }
+        let deployment = self.api.get(&deployments(), &name).await?;
+        let there = deployment.context("its Deployment is gone")?["spec"]["replicas"].as_u64();
+        if let Some((least, most)) = limits_from(&autoscaler, there.unwrap_or(1)) {
+            autoscaler["spec"]["minReplicas"] = least.into();
+            autoscaler["spec"]["maxReplicas"] = most.into();
+        }
+        fence.apply(&autoscaler).await.map(|_| ())
     }
 
     /// Keeps an autoscaler, where the release has one, from going below so many pods.
@@ -341,12 +365,8 @@ impl Kubernetes {
         }
         fence
             .change(&autoscalers(), name, |current| {
-                let least = current["spec"]["minReplicas"].as_u64().unwrap_or(1);
-                let most = current["spec"]["maxReplicas"].as_u64().unwrap_or(1);
-                let floor = u64::from(replicas);
-                (least < floor).then(
-                    || json!({ "spec": { "minReplicas": floor, "maxReplicas": most.max(floor) } }),
-                )
+                let (least, most) = limits_from(current, u64::from(replicas))?;
+                Some(json!({ "spec": { "minReplicas": least, "maxReplicas": most } }))
             })
             .await
     }
@@ -387,6 +407,14 @@ fn with_pods(bundle: &Bundle, replicas: u32, is_unfinished: bool) -> Value {
         deployment["metadata"]["annotations"][UNFINISHED] = json!("true");
     }
     deployment
+}
+
+/// The least and the most pods by which an autoscaler does not go below so many; `None` where it does not
+/// anyway.
+fn limits_from(autoscaler: &Value, floor: u64) -> Option<(u64, u64)> {
+    let least = autoscaler["spec"]["minReplicas"].as_u64().unwrap_or(1);
+    let most = autoscaler["spec"]["maxReplicas"].as_u64().unwrap_or(1);
+    (least < floor).then_some((floor, most.max(floor)))
 }
 
 /// Who besides us has changed what runs a release: then it is that release no more.
