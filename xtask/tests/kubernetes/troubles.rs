@@ -105,7 +105,7 @@ fn an_abort_is_heard_while_a_job_is_waited_for() {
 }
 
 #[test]
-fn a_quota_is_named() {
+fn a_quota_and_who_owns_a_field_are_named() {
     let namespace = Namespace::new("quota");
     namespace.in_service("1.0.0");
     namespace.apply(&json!({
@@ -116,10 +116,17 @@ fn a_quota_is_named() {
     }));
     let load = namespace.load();
     let next = namespace.release("1.1.0");
-    let failed = namespace
-        .run(&["canary", "start", "--release", &next])
-        .expect(2, "failed");
+    let start = ["canary", "start", "--release", &next];
+    let failed = namespace.run(&start).expect(2, "failed");
     ends_with("quota", &failed);
+
+    // What somebody else has made their own is not fought over, and nothing is begun.
+    let patch = |types: &str| {
+        let patch = format!(r#"{{"spec":{{"policyTypes":{types}}}}}"#);
+        namespace.ask(&["patch", "networkpolicy", "service", "--patch", &patch]);
+    };
+    patch(r#"["Ingress"]"#);
+    ends_with("owned", &namespace.run(&start).expect(2, "failed"));
     load.stop_without_failures();
 }
 
@@ -326,6 +333,12 @@ fn the_candidate_follows_an_autoscaler() {
         "--patch",
         r#"{"spec":{"minReplicas":4}}"#,
     ]);
+    // While it carries everything and waits for a person, it can already grow.
+    let status = || namespace.run(&["canary", "status"]).said;
+    eventually("the gate", || status().contains("sign-off"));
+    let its = namespace.json(&["get", "hpa", &format!("service-{}", short(&next))]);
+    assert_eq!(its["spec"]["minReplicas"], 4, "{its:#}");
+    namespace.run(&["canary", "promote"]).expect(0, "passed");
     running.wait().expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&next), 4, 4)]);
     let scales_only = |release: &str| {
@@ -333,12 +346,6 @@ fn the_candidate_follows_an_autoscaler() {
         let autoscalers = autoscalers["items"].as_array().unwrap().clone();
         let targets = autoscalers
             .iter()
-    // While it carries everything and waits for a person, it can already grow.
-    let status = || namespace.run(&["canary", "status"]).said;
-    eventually("the gate", || status().contains("sign-off"));
-    let its = namespace.json(&["get", "hpa", &format!("service-{}", short(&next))]);
-    assert_eq!(its["spec"]["minReplicas"], 4, "{its:#}");
-    namespace.run(&["canary", "promote"]).expect(0, "passed");
             .map(|hpa| &hpa["spec"]["scaleTargetRef"]["name"]);
         let wanted = format!("service-{}", short(release));
         assert_eq!(targets.collect::<Vec<_>>(), [&wanted], "{autoscalers:?}");

@@ -486,6 +486,7 @@ impl Platform for Kubernetes {
         };
         Ok(Status {
             releases,
+            unseen,
             stable: record.stable.or(served),
             history: record.history,
         })
@@ -500,21 +501,30 @@ impl Platform for Kubernetes {
             self.bundles.insert(release.id.clone(), bundle.clone());
             return Ok(());
         }
+        // One that came to nothing is what the settings make of it by now.
         let bundle = Bundle::render(release, &self.settings, &render::kubectl()?)?;
         self.traffic.check(&bundle)?;
         record::ensure(&self.api, &self.settings, &self.environment).await?;
-        // The server itself says what it would refuse, before anything is changed.
+        // The server itself says what it would refuse, before anything is changed; and whose fields would be
+        // taken away, but for numbers of pods, which are taken over.
         for object in bundle.all() {
             let mut object = object.clone();
+            let is_numbers = ["Deployment", "HorizontalPodAutoscaler"]
+                .iter()
+                .any(|kind| object["kind"] == *kind);
             if object["kind"] == "Deployment" {
                 object["spec"]["replicas"] = json!(0);
             }
-            self.api.apply(&object, true, true).await.with_context(|| {
+            let tried = self.api.apply(&object, is_numbers, true).await;
+            tried.with_context(|| {
                 format!(
                     "the API server would refuse what {} renders",
                     self.settings.overlay
                 )
             })?;
+        }
+        if kept.is_some_and(|kept| kept != bundle) {
+            record::forget(&self.api, &self.settings, &release.id).await?;
         }
         record::keep(&self.api, &self.settings, release, &bundle).await?;
         self.bundles.insert(release.id.clone(), bundle);
@@ -529,11 +539,9 @@ impl Platform for Kubernetes {
             .await?;
         for (kind, name) in self.traffic.objects() {
             fence.claim(&kind, &name).await?;
-        // One that came to nothing is what the settings make of it by now.
         }
         for kind in [deployments(), autoscalers()] {
             for object in self.api.list(&kind, &self.labels()).await? {
-            unseen,
                 fence.claim(&kind, api::name(&object)).await?;
             }
         }
@@ -551,9 +559,6 @@ impl Platform for Kubernetes {
                     self.raise_floor(&fence, &name, plan.replicas).await?;
                 }
                 if is_candidate && *replicas == 0 {
-        if kept.is_some_and(|kept| kept != bundle) {
-            record::forget(&self.api, &self.settings, &release.id).await?;
-        }
                     // Its pods go, and that there is something left to do stays on record meanwhile.
                     self.empty(&fence, release, true).await?;
                     if let Some(stable) = &plan.stable {
