@@ -21,6 +21,9 @@ const HOPELESS: [&str; 8] = [
 /// A scheduler that has found no place for so long, in seconds, waits for somebody.
 const UNSCHEDULABLE: i64 = 10;
 
+/// A Secret may come from somewhere else: what brings it has so long after the pod, in seconds.
+const BRINGING: i64 = 10;
+
 /// A job without a pod for so long, in seconds, is not being started at this moment.
 const REFUSED: i64 = 5;
 
@@ -90,10 +93,7 @@ pub fn broken(
     }
     for pod in pods {
         let scheduled = condition(pod, "PodScheduled").filter(|c| c["reason"] == "Unschedulable");
-        let since = scheduled
-            .and_then(|c| c["lastTransitionTime"].as_str())
-            .and_then(|since| since.parse::<jiff::Timestamp>().ok());
-        let waited = since.map(|since| jiff::Timestamp::now().as_second() - since.as_second());
+        let waited = scheduled.and_then(|c| seconds_since(&c["lastTransitionTime"]));
         if let (Some(scheduled), Some(UNSCHEDULABLE..)) = (scheduled, waited) {
             let why = format!(
                 "no node takes the pod {}: {}",
@@ -138,15 +138,28 @@ fn pod_broken(pod: &Value) -> Option<String> {
             return None;
         }
         let message = waiting["message"].as_str().unwrap_or_default();
+        let lacks_secret = reason == "CreateContainerConfigError"
+            && message.starts_with("secret ")
+            && message.ends_with(" not found");
+        let age = seconds_since(&pod["metadata"]["creationTimestamp"]);
+        let may_come = lacks_secret && age.is_some_and(|age| age < BRINGING);
+        // The kubelet has not heard from the API server what there is.
+        if may_come || message.starts_with("failed to sync ") {
+            return None;
+        }
         Some(format!("pod {name}: {reason}: {message}"))
     })
 }
 
+/// Seconds since a moment as the API server writes it.
+fn seconds_since(moment: &Value) -> Option<i64> {
+    let moment: jiff::Timestamp = moment.as_str()?.parse().ok()?;
+    Some(jiff::Timestamp::now().as_second() - moment.as_second())
+}
+
 /// Why a job's pods cannot be created, where that was tried for a while.
 pub async fn refused(api: &Api, job: &Value) -> Result<Option<String>> {
-    let since = job["metadata"]["creationTimestamp"].as_str();
-    let since = since.and_then(|since| since.parse::<jiff::Timestamp>().ok());
-    let waited = since.map(|since| jiff::Timestamp::now().as_second() - since.as_second());
+    let waited = seconds_since(&job["metadata"]["creationTimestamp"]);
     if waited.is_none_or(|waited| waited < REFUSED) {
         return Ok(None);
     }
@@ -225,6 +238,25 @@ mod tests {
                 .contains("pod p: CrashLoopBackOff")
         );
         assert!(why(&waiting("ImagePullBackOff", 0)).is_some());
+    }
+
+    #[test]
+    fn a_secret_may_come_from_elsewhere() {
+        let mut pod = waiting("CreateContainerConfigError", 0);
+        let message = "/status/containerStatuses/0/state/waiting/message";
+        *pod.pointer_mut(message).unwrap() = json!("secret \"token-v1\" not found");
+        let age = |seconds: i64| {
+            let mut pod = pod.clone();
+            let created = jiff::Timestamp::now() - jiff::SignedDuration::from_secs(seconds);
+            pod["metadata"]["creationTimestamp"] = json!(created);
+            broken(&Value::Null, &[&pod], false)
+        };
+        assert_eq!(age(2), None);
+        assert!(age(60).unwrap().0.contains("token-v1"));
+        *pod.pointer_mut(message).unwrap() = json!("failed to sync secret cache: timed out");
+        assert_eq!(broken(&Value::Null, &[&pod], false), None);
+        *pod.pointer_mut(message).unwrap() = json!("couldn't find key token in Secret s");
+        assert!(broken(&Value::Null, &[&pod], false).is_some());
     }
 
     #[test]
