@@ -92,7 +92,7 @@ impl Ground {
         if let Some(given) = given.filter(|given| **given != *cluster.kubeconfig()) {
             bail!(
                 "{} = {} names another cluster, and the demo runs on its own, whose gateway it knows: unset \
-                 it",
+                 it, or give that cluster's context to kubernetes.context and type the demo's commands",
                 cluster::KUBECONFIG,
                 given.display()
             );

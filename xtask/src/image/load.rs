@@ -8,7 +8,7 @@ use xshell::{Shell, cmd};
 
 use super::layout::Layout;
 use crate::cargo;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, KUBECONFIG};
 use crate::config::Pipeline;
 use crate::output::Output;
 
@@ -32,12 +32,24 @@ impl Target {
         let node = match &settings.context {
             None => {
                 let cluster = Cluster::open()?;
+                if let Some(given) = std::env::var_os(KUBECONFIG)
+                    && *given != *cluster.kubeconfig()
+                {
+                    bail!(
+                        "{KUBECONFIG} = {} names a cluster that is not ours, which takes no images from \
+                         this machine; push them to a registry with `cargo xtask image --push`",
+                        given.display()
+                    );
+                }
                 cluster.check_node()?;
                 Node::Own(cluster)
             }
             Some(context) => match context.strip_prefix("kind-") {
                 Some(name) => Node::Kind(name.to_owned()),
-                None if context.contains("k3s") || Path::new("/etc/rancher/k3s").is_dir() => {
+                // k3s itself calls its context "default".
+                None if context.contains("k3s")
+                    || (context == "default" && Path::new("/etc/rancher/k3s").is_dir()) =>
+                {
                     Node::K3s
                 }
                 None => bail!(

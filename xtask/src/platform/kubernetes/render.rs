@@ -31,6 +31,9 @@ pub const JOB_OF: &str = "xtask.dev/job-of";
 
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
+/// In `kubernetes.images`: the image that the cluster of `cargo xtask cluster` has by that name.
+const CLUSTER: &str = "cluster";
+
 /// Kinds that no release can bring along, because they are the whole cluster's.
 const OF_THE_CLUSTER: [&str; 16] = [
     "APIService",
@@ -81,8 +84,23 @@ impl Bundle {
     /// Renders the release's manifests.
     pub fn render(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result<Self> {
         let text = kustomize(recorded, settings, kubectl)?;
-        let objects: Vec<Value> =
+        let mut objects: Vec<Value> =
             serde_saphyr::from_multiple(&text).context("reading what kustomize has rendered")?;
+        let of_cluster = settings
+            .images
+            .iter()
+            .filter(|(_, image)| *image == CLUSTER);
+        for (name, _) in of_cluster {
+            let mut places = Vec::new();
+            for object in &mut objects {
+                images_named(name, object, &mut places);
+            }
+            // Of a cluster that is not ours nobody asks for it.
+            if !places.is_empty() {
+                let image = Cluster::open()?.image(name)?;
+                places.into_iter().for_each(|place| *place = json!(image));
+            }
+        }
         Self::sort(recorded, settings, objects)
     }
 
@@ -265,6 +283,25 @@ fn self_label(object: &mut Value, id: &ReleaseId, version: &str) {
     object["metadata"]["annotations"][VERSION] = json!(version);
 }
 
+/// Where an object's containers have the image that the manifests call so.
+fn images_named<'a>(name: &str, object: &'a mut Value, found: &mut Vec<&'a mut Value>) {
+    match object {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                let is_it = |image: &str| image.split([':', '@']).next() == Some(name);
+                match key.as_str() {
+                    "image" if value.as_str().is_some_and(is_it) => found.push(value),
+                    _ => images_named(name, value, found),
+                }
+            }
+        }
+        Value::Array(all) => all
+            .iter_mut()
+            .for_each(|one| images_named(name, one, found)),
+        _ => {}
+    }
+}
+
 /// What kustomize makes of the release's own copy of the manifests, with its image's digest and
 /// its configuration put in.
 fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result<String> {
@@ -291,11 +328,11 @@ fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result
         "newName": settings.repository,
         "digest": release.image,
     })];
-    for (name, image) in &settings.images {
-        let image = match image.as_str() {
-            "cluster" => Cluster::open()?.image(name)?,
-            image => image.to_owned(),
-        };
+    for (name, image) in settings
+        .images
+        .iter()
+        .filter(|(_, image)| *image != CLUSTER)
+    {
         let Some((repository, digest)) = image.split_once('@') else {
             bail!("kubernetes.images.{name} = {image:?}: expected REPOSITORY@sha256:…");
         };
@@ -382,6 +419,19 @@ pub mod tests {
         };
         let objects = [deployment, service].into_iter().chain(more).collect();
         Bundle::sort(&recorded, &settings(), objects)
+    }
+
+    #[test]
+    fn images_of_the_cluster_are_found_where_containers_are() {
+        let mut object = json!({ "spec": { "template": { "spec": {
+            "initContainers": [{ "image": "postgres:17" }],
+            "containers": [{ "image": "postgres" }, { "image": "service" }],
+        } } } });
+        let mut found = Vec::new();
+        images_named("postgres", &mut object, &mut found);
+        let mut found: Vec<_> = found.iter().filter_map(|image| image.as_str()).collect();
+        found.sort_unstable();
+        assert_eq!(found, ["postgres", "postgres:17"]);
     }
 
     #[test]
