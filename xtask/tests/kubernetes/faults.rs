@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::namespace::{Namespace, ends_with, short};
 use crate::proxy::{Fault, Proxy};
@@ -20,8 +20,8 @@ const FAULTS: [Fault; 8] = [
     Fault::HalfAnswer,
 ];
 
-/// Every fifth call fails, each time in another way, in five rollouts with both shifted, so that each
-/// position has failed: a conflict is one of writes only, and some are of reads only.
+/// Every fifth call fails, each time in another way, in five rollouts and five rollbacks with both shifted, so
+/// that each call of each has failed: a conflict is one of writes only, and some are of reads only.
 #[test]
 fn every_fault_at_every_call() {
     let namespace = Namespace::new("faults");
@@ -46,28 +46,48 @@ fn every_fault_at_every_call() {
     fn start(release: &str) -> [&str; 4] {
         ["canary", "start", "--release", release]
     }
-    let running = |release: &str| assert_eq!(namespace.running(), [(short(release), 2, 2)]);
-
     let first = namespace.in_service("1.0.0");
-    let load = namespace.load();
+    let undisturbed = standing(&namespace);
     let second = namespace.release("1.1.0");
-    through(0, &start(&second), 0, "healthy");
-    running(&second);
+    for shift in 0..5 {
+        let load = namespace.load();
+        through(shift, &start(&second), 0, "healthy");
+        assert_eq!(namespace.running(), [(short(&second), 2, 2)]);
+        through(shift, &["rollback"], 0, "healthy");
+        assert_eq!(standing(&namespace), undisturbed, "{shift}");
+        load.stop_without_failures();
+    }
+    let load = namespace.load();
     let bad = namespace.release_with("1.2.0", &["read_only = true"]);
-    through(1, &start(&bad), 1, "rolled-back");
-    running(&second);
-    through(2, &["rollback"], 0, "healthy");
-    running(&first);
+    through(0, &start(&bad), 1, "rolled-back");
+    assert_eq!(standing(&namespace), undisturbed);
     let failed = load.stop();
     assert_eq!(failed.keys().collect::<Vec<_>>(), [&short(&bad)]);
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+}
 
-    let load = namespace.load();
-    let third = namespace.release("1.3.0");
-    through(3, &start(&third), 0, "healthy");
-    running(&third);
-    through(4, &["rollback"], 0, "healthy");
-    running(&first);
-    load.stop_without_failures();
+/// What serves and what leads to it, without what is kept of other releases.
+fn standing(namespace: &Namespace) -> Value {
+    let mut route = namespace.json(&["get", "httproute", "service"]);
+    for rule in route["spec"]["rules"].as_array_mut().unwrap() {
+        let backends = rule["backendRefs"].as_array_mut().unwrap();
+        backends.retain(|backend| backend["weight"] != 0);
+    }
+    let deployments = namespace.json(&["get", "deployments"]);
+    let unfinished = deployments["items"].as_array().unwrap().iter();
+    let unfinished: Vec<&Value> = unfinished
+        .map(|deployment| &deployment["metadata"]["annotations"]["xtask.dev/unfinished"])
+        .filter(|annotation| !annotation.is_null())
+        .collect();
+    json!({
+        "running": namespace.running(),
+        "unfinished": unfinished,
+        "rules": route["spec"]["rules"],
+        "unseen": route["metadata"]["annotations"]["xtask.dev/unseen"],
+        "service": namespace.json(&["get", "service", "service"])["spec"]["selector"],
+        "accounts": namespace.ask(&["get", "serviceaccounts", "--output", "name"]),
+        "policies": namespace.ask(&["get", "networkpolicies", "--output", "name"]),
+    })
 }
 
 /// Answers take their time: some longer than a call is waited for, after they took effect.
@@ -146,7 +166,7 @@ fn who_was_cut_off_and_replaced_changes_nothing() {
     ]);
 
     let resume = ["canary", "resume"];
-    let is_action = |event: &serde_json::Value| event["event"] == "action";
+    let is_action = |event: &Value| event["event"] == "action";
     let other = namespace.fixture.start_until(&resume, is_action);
     proxy.fail(|_, _| Fault::None);
     ends_with("fenced", &replaced.wait().expect(2, "failed"));
