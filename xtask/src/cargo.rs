@@ -140,8 +140,8 @@ pub fn run_again_with(feature: &str, beside: Option<Ahead>, output: &Output) -> 
 /// xtask from that build compiles nothing.
 fn selection(feature: &str) -> Vec<&str> {
     match std::env::var_os(WHOLE_BUILD) {
-        // All targets: tests bring features of their own into what is built.
-        Some(_) => vec!["--workspace", "--all-features", "--all-targets"],
+        // With tests, which bring features of their own into what is built.
+        Some(_) => vec!["--workspace", "--all-features", "--bins", "--tests"],
         None => vec!["--package", "xtask", "--features", feature],
     }
 }
