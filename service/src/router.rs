@@ -22,8 +22,17 @@ pub fn public(app: &Arc<App>) -> anyhow::Result<Router> {
     let routes = rest
         .merge(description::routes(description, &app.config.auth))
         .merge(grpc::routes(app)?)
-        .route("/v1/events", get(websocket::events))
-        .route("/graphql", get(graphql::subscribe).post(graphql::execute))
+        // A WebSocket begins with GET, and over HTTP/2 with CONNECT: RFC 8441.
+        .route(
+            "/v1/events",
+            get(websocket::events).connect(websocket::events),
+        )
+        .route(
+            "/graphql",
+            get(graphql::subscribe)
+                .connect(graphql::subscribe)
+                .post(graphql::execute),
+        )
         .route("/graphql/schema", get(graphql::definition))
         .layer(Extension(graphql::schema(app)))
         .route("/health/live", get(operations::live))

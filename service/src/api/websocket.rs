@@ -8,8 +8,9 @@ use axum::Extension;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{FromRequestParts, Query, State};
+use axum::http::header;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::uri::Authority;
 use axum::response::Response;
 use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
@@ -169,7 +170,7 @@ impl FromRequestParts<Arc<App>> for Upgrade {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
-        if !may_connect(&parts.headers, &app.config.server.allowed_origins) {
+        if !may_connect(parts, &app.config.server.allowed_origins) {
             return Err(
                 Problem::new(Fault::Forbidden).detail("pages of that origin may not connect")
             );
@@ -186,14 +187,16 @@ impl FromRequestParts<Arc<App>> for Upgrade {
 }
 
 /// Programs send no `Origin`; pages may be this host's own, or of those that are allowed.
-fn may_connect(headers: &HeaderMap, allowed: &[Origin]) -> bool {
-    let Some(origin) = headers.get(header::ORIGIN) else {
+fn may_connect(parts: &Parts, allowed: &[Origin]) -> bool {
+    let Some(origin) = parts.headers.get(header::ORIGIN) else {
         return true;
     };
     let origin = origin.to_str().unwrap_or_default();
-    let host = headers
-        .get(header::HOST)
-        .and_then(|host| host.to_str().ok());
+    // HTTP/2 has it in `:authority`.
+    let host = match parts.headers.get(header::HOST) {
+        Some(host) => host.to_str().ok(),
+        None => parts.uri.authority().map(Authority::as_str),
+    };
     let is_own = host.is_some_and(|host| {
         let own = origin.split_once("://").map(|(_, own)| own);
         own == Some(host)

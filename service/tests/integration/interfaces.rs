@@ -5,15 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use axum::body::Body;
 use futures_util::{SinkExt, StreamExt};
+use hyper::client::conn::http2;
+use hyper::ext::Protocol;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use service::api::fault::{Fault, Names};
 use service::api::grpc::pb;
 use service::api::grpc::pb::orders_client::OrdersClient;
 use service::config::{AuthMode, Timeout};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::Role;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 use tonic::transport::Channel;
 use tonic::{Code, Request};
@@ -61,17 +67,23 @@ async fn socket(app: &TestApp, path: &str, protocol: Option<&str>) -> Socket {
 }
 
 /// The next message that is not a ping.
-async fn next(socket: &mut Socket) -> Option<Message> {
+async fn next<S>(socket: &mut WebSocketStream<S>) -> Option<Message>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     loop {
-        match tokio::time::timeout(Duration::from_secs(10), socket.next()).await {
+        match tokio::time::timeout(Duration::from_secs(20), socket.next()).await {
             Ok(Some(Ok(Message::Ping(_)))) => {}
             Ok(message) => return message.transpose().unwrap(),
-            Err(_) => panic!("nothing was said for 10 s"),
+            Err(_) => panic!("nothing was said for 20 s"),
         }
     }
 }
 
-async fn next_json(socket: &mut Socket) -> Value {
+async fn next_json<S>(socket: &mut WebSocketStream<S>) -> Value
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     match next(socket).await {
         Some(Message::Text(text)) => serde_json::from_str(&text).unwrap(),
         other => panic!("{other:?}"),
@@ -275,6 +287,84 @@ async fn a_database_that_takes_nothing_is_the_same_over_every_interface() {
     // Somebody has removed what is needed.
     app.execute("ALTER TABLE outbox RENAME TO gone").await;
     is_everywhere(&app, Fault::Internal).await;
+    // Whoever counts failures counts those of each interface.
+    let metrics = app.admin_text("/metrics").await;
+    for route in ["/v1/orders", "/graphql", "/orders.v1.Orders/{method}"] {
+        let line =
+            format!("http_requests_total{{method=\"POST\",route=\"{route}\",status=\"500\"}}");
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
+}
+
+/// What the library cannot read is not the service's failure, though it calls it one.
+#[tokio::test]
+async fn a_call_that_cannot_be_read_fails_nothing() {
+    let app = TestApp::start().await;
+    let client = reqwest::Client::builder().http2_prior_knowledge();
+    let url = format!("http://{}/orders.v1.Orders/PlaceOrder", app.public);
+    let garbage = client
+        .build()
+        .unwrap()
+        .post(url)
+        .body(&b"\0\0\0\0\x01\xff"[..]);
+    let garbage = garbage.header("content-type", "application/grpc");
+    let answer = garbage.send().await.unwrap();
+    let mut counted = axum::http::Response::new(Body::empty());
+    counted.headers_mut().clone_from(answer.headers());
+    assert_eq!(answer.headers()["grpc-status"], "13", "{answer:?}");
+    assert_eq!(service::api::grpc::status(&counted), 400);
+    let details = "grpc-status-details-bin";
+    counted.headers_mut().insert(details, "AA".parse().unwrap());
+    assert_eq!(service::api::grpc::status(&counted), 500);
+}
+
+/// RFC 8441: a browser that has a connection by HTTP/2 opens its sockets on that.
+#[tokio::test]
+async fn a_socket_may_be_a_stream_of_http2() {
+    let app = TestApp::start().await;
+    let stream = TokioIo::new(TcpStream::connect(app.public).await.unwrap());
+    let (mut http2, connection) = http2::handshake(TokioExecutor::new(), stream)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let to = |path: &str| format!("http://{}{path}", app.public);
+    // That it takes sockets it says with its first answer.
+    let first = axum::http::Request::get(to("/health/live")).body(Body::empty());
+    assert_eq!(
+        http2.send_request(first.unwrap()).await.unwrap().status(),
+        200
+    );
+
+    let mut connect = async |origin: &str| {
+        let request = axum::http::Request::connect(to("/v1/events"))
+            .extension(Protocol::from_static("websocket"))
+            .header("sec-websocket-version", "13")
+            .header("origin", origin)
+            .body(Body::empty());
+        http2.send_request(request.unwrap()).await.unwrap()
+    };
+    assert_eq!(connect("http://elsewhere.example").await.status(), 403);
+    let answer = connect(&to("")).await;
+    assert_eq!(answer.status(), 200);
+    let stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, None).await;
+    let (_, placed) = app.post("/v1/orders", order()).await;
+    let told = next_json(&mut socket).await;
+    assert_eq!(told["subject"], placed["id"], "{told}");
+}
+
+/// Who has a socket and does not even say hello does not keep it.
+#[tokio::test]
+async fn a_graphql_socket_is_for_who_says_hello() {
+    let app = TestApp::start().await;
+    let mut silent = socket(&app, "/graphql", Some("graphql-transport-ws")).await;
+    let mut polite = socket(&app, "/graphql", Some("graphql-transport-ws")).await;
+    let hello = json!({ "type": "connection_init" }).to_string();
+    polite.send(Message::text(hello)).await.unwrap();
+    assert_eq!(next_json(&mut polite).await["type"], "connection_ack");
+    assert_eq!(close_code(&mut silent).await, 4408);
+    let listening = tokio::time::timeout(Duration::from_millis(100), next(&mut polite)).await;
+    assert!(listening.is_err(), "{listening:?}");
 }
 
 #[tokio::test]
