@@ -372,8 +372,15 @@ async fn a_key_belongs_to_one_request() {
             Placed::New,
             "{kind}: another client's key"
         );
-        // Forgotten, it is a new one.
+        // Forgotten, it is a new one; and so is what was done, however much that was.
+        let done: Vec<_> = (0..2500)
+            .map(|_| (uuid::Uuid::now_v7(), Change::Nothing))
+            .collect();
+        let consumed = async || storage.consume("other", &done).await.unwrap();
+        assert_eq!(consumed().await, [true; 2500], "{kind}");
+        assert_eq!(consumed().await, [false; 2500], "{kind}");
         storage.forget(-1).await.unwrap();
+        assert_eq!(consumed().await, [true; 2500], "{kind}");
         let third = order(1);
         let event = Event::new(Kind::Placed, &third);
         let placed = storage.place(&third, &event, Some(&once(3, "ada"))).await;
@@ -497,7 +504,7 @@ async fn many_events_are_acted_on_together_or_none() {
             twice,
             cancelled(&orders[1], "ada"),
             placed(&orders[3], "ada"),
-            // Nobody was told of it.
+            // Nobody was told of it so far.
             cancelled(&orders[4], "bob"),
         ];
         let new = consume(&batch).await.unwrap();
@@ -508,6 +515,14 @@ async fn many_events_are_acted_on_together_or_none() {
         };
         assert_eq!(total("ada").await, (2, 10), "{kind}");
         assert_eq!(total("bob").await, (1, 5), "{kind}");
+        let several = ["bob", "nobody", "ada"].map(str::to_owned);
+        let mut together = storage.totals_of(&several).await.unwrap();
+        together.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let together: Vec<_> = together
+            .iter()
+            .map(|(customer, total)| (customer.as_str(), total.orders, total.total_cents))
+            .collect();
+        assert_eq!(together, [("ada", 2, 10), ("bob", 1, 5)], "{kind}");
         assert_eq!(consume(&batch).await.unwrap(), [false; 7], "{kind}");
 
         // There is no fourth order of bob's to take away three times.
@@ -519,7 +534,14 @@ async fn many_events_are_acted_on_together_or_none() {
         let error = consume(&refused).await.unwrap_err();
         assert!(matches!(error, StorageError::Failed(_)), "{kind}: {error}");
         assert_eq!(total("ada").await, (2, 10), "{kind}");
+        // That it was cancelled was heard first: put aside and tried again, it counts for nothing.
         assert_eq!(consume(&refused[..1]).await.unwrap(), [true], "{kind}");
+        assert_eq!(total("ada").await, (2, 10), "{kind}");
+        assert_eq!(
+            consume(&[placed(&order(1), "ada")]).await.unwrap(),
+            [true],
+            "{kind}"
+        );
         assert_eq!(total("ada").await, (3, 15), "{kind}");
     }
 }

@@ -31,6 +31,7 @@ files![
     "0003_audit",
     "0004_fences",
     "0005_contacts",
+    "0006_forgetting",
 ];
 
 impl Migrations {
@@ -74,6 +75,33 @@ impl MigrationSource<'static> for Migrations {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The release before must live with what a migration leaves: it runs beside the next one, and again
+    /// after a rollback.
+    #[test]
+    fn migrations_only_add() {
+        for (version, name, sql) in POSTGRES.iter().chain(SQLITE.iter()) {
+            let lines = sql
+                .lines()
+                .map(|line| line.split("--").next().unwrap_or(""));
+            let sql = lines.collect::<Vec<_>>().join(" ").to_uppercase();
+            for statement in sql.split(';') {
+                let words: Vec<&str> = statement.split_whitespace().collect();
+                let begins = |with: &[&str]| words.starts_with(with);
+                let has = |phrase: &[&str]| words.windows(phrase.len()).any(|w| w == phrase);
+                let takes_away = begins(&["DROP"])
+                    || begins(&["DELETE"])
+                    || (begins(&["ALTER", "TABLE"])
+                        && (has(&["DROP"])
+                            || has(&["RENAME"])
+                            || has(&["TYPE"])
+                            || has(&["SET", "NOT"])));
+                let demands =
+                    has(&["ADD", "COLUMN"]) && has(&["NOT", "NULL"]) && !has(&["DEFAULT"]);
+                assert!(!takes_away && !demands, "{version} {name}: {statement}");
+            }
+        }
+    }
 
     #[test]
     fn every_file_is_compiled_in_under_its_number() {

@@ -213,7 +213,11 @@ impl Postgres {
 
     async fn count(tx: &mut PgConnection, orders: &[Uuid]) -> Result<HashSet<Uuid>, StorageError> {
         let new = sqlx::query_scalar(
-            "INSERT INTO counted_orders (order_id) SELECT unnest($1)
+            "WITH cancelled AS (
+                 DELETE FROM cancelled_uncounted WHERE order_id = ANY($1) RETURNING order_id
+             )
+             INSERT INTO counted_orders (order_id)
+             SELECT id FROM unnest($1) AS placed (id) WHERE id NOT IN (SELECT order_id FROM cancelled)
              ON CONFLICT DO NOTHING RETURNING order_id",
         );
         let new = new.bind(orders).fetch_all(&mut *tx).await?;
@@ -225,7 +229,15 @@ impl Postgres {
         orders: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
         let gone = sqlx::query_scalar(
-            "DELETE FROM counted_orders WHERE order_id = ANY($1) RETURNING order_id",
+            "WITH counted AS (
+                 DELETE FROM counted_orders WHERE order_id = ANY($1) RETURNING order_id
+             ), uncounted AS (
+                 INSERT INTO cancelled_uncounted (order_id)
+                 SELECT id FROM unnest($1) AS cancelled (id)
+                 WHERE id NOT IN (SELECT order_id FROM counted)
+                 ON CONFLICT DO NOTHING
+             )
+             SELECT order_id FROM counted",
         );
         let gone = gone.bind(orders).fetch_all(&mut *tx).await?;
         Ok(gone.into_iter().collect())

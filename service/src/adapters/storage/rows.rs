@@ -245,10 +245,15 @@ pub(super) const BURY: &str =
 pub(super) const BURIED: &str = "SELECT consumer, event_id AS id, event, error FROM dead_letters ORDER BY failed_at, event_id LIMIT $1";
 pub(super) const UNBURY: &str = "DELETE FROM dead_letters WHERE consumer = $1 AND event_id = $2";
 
-/// What is older than `$1` and was kept only for clients and brokers that repeat themselves.
+/// So many rows are forgotten at a time: others want to write meanwhile.
+pub(super) const FORGOTTEN_AT_ONCE: i64 = 1000;
+/// Some of what is older than `$1`, at most `$2` rows, and was kept only for clients and brokers that repeat
+/// themselves.
 pub(super) const FORGET: [&str; 2] = [
-    "DELETE FROM idempotency_keys WHERE created_at < $1",
-    "DELETE FROM inbox WHERE done_at < $1",
+    "DELETE FROM idempotency_keys WHERE (client, key) IN
+         (SELECT client, key FROM idempotency_keys WHERE created_at < $1 LIMIT $2)",
+    "DELETE FROM inbox WHERE (consumer, event_id) IN
+         (SELECT consumer, event_id FROM inbox WHERE done_at < $1 LIMIT $2)",
 ];
 
 /// Takes a lease, or keeps it, where `now` is the database's clock in milliseconds; its token. One

@@ -20,11 +20,11 @@ macro_rules! storage_in_sql {
                     $database,
                     <$database as sqlx::Database>::Arguments<'a>,
                 >,
-            ) -> Result<(), StorageError> {
+            ) -> Result<u64, StorageError> {
                 watched(async {
                     let _turn = self.turn().await?;
-                    statement.execute(&self.pools.shared()).await?;
-                    Ok(())
+                    let written = statement.execute(&self.pools.shared()).await?;
+                    Ok(written.rows_affected())
                 })
                 .await
             }
@@ -208,7 +208,12 @@ macro_rules! storage_in_sql {
 
             async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError> {
                 let give_up = sqlx::query(rows::GIVE_UP).bind(name).bind(owner);
-                self.write(give_up).await
+                self.write(give_up).await.map(drop)
+            }
+
+            async fn newest_token(&self, name: &str) -> Result<i64, StorageError> {
+                let newest = sqlx::query_scalar(rows::NEWEST_TOKEN).bind(name);
+                Ok(watched(newest.fetch_one(&self.pools.shared())).await?)
             }
 
             async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError> {
@@ -222,9 +227,15 @@ macro_rules! storage_in_sql {
             }
 
             async fn forget(&self, days: i64) -> Result<(), StorageError> {
-                for old in rows::FORGET {
-                    let old = sqlx::query(old).bind(rows::days_ago(days));
-                    self.write(old).await?;
+                let before = rows::days_ago(days);
+                for forget in rows::FORGET {
+                    loop {
+                        let some = sqlx::query(forget).bind(before);
+                        let some = some.bind(rows::FORGOTTEN_AT_ONCE);
+                        if self.write(some).await? < rows::FORGOTTEN_AT_ONCE as u64 {
+                            break;
+                        }
+                    }
                 }
                 Ok(())
             }
@@ -320,7 +331,7 @@ macro_rules! storage_in_sql {
                 let bury = sqlx::query(rows::BURY).bind(consumer).bind(id);
                 let bury = bury.bind(event).bind(error);
                 let bury = bury.bind(Timestamp::now().as_millisecond());
-                self.write(bury).await
+                self.write(bury).await.map(drop)
             }
 
             async fn is_buried(&self, consumer: &str, event: Uuid) -> Result<bool, StorageError> {
@@ -336,7 +347,7 @@ macro_rules! storage_in_sql {
 
             async fn unbury(&self, consumer: &str, event: Uuid) -> Result<(), StorageError> {
                 let unbury = sqlx::query(rows::UNBURY).bind(consumer).bind(event);
-                self.write(unbury).await
+                self.write(unbury).await.map(drop)
             }
 
             async fn told(&self, events: &[i64], fence: Fence) -> Result<(), StorageError> {

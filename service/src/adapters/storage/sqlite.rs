@@ -263,11 +263,18 @@ impl Sqlite {
         tx: &mut SqliteConnection,
         orders: &[Uuid],
     ) -> Result<HashSet<Uuid>, StorageError> {
+        let orders = as_hex(orders)?;
         let new = sqlx::query_scalar(
-            "INSERT INTO counted_orders (order_id) SELECT unhex(value) FROM json_each($1) WHERE true
+            "INSERT INTO counted_orders (order_id) SELECT unhex(value) FROM json_each($1)
+             WHERE unhex(value) NOT IN (SELECT order_id FROM cancelled_uncounted)
              ON CONFLICT DO NOTHING RETURNING order_id",
         );
-        let new = new.bind(as_hex(orders)?).fetch_all(&mut *tx).await?;
+        let new = new.bind(&orders).fetch_all(&mut *tx).await?;
+        let both = sqlx::query(
+            "DELETE FROM cancelled_uncounted
+             WHERE order_id IN (SELECT unhex(value) FROM json_each($1))",
+        );
+        both.bind(&orders).execute(&mut *tx).await?;
         Ok(new.into_iter().collect())
     }
 
@@ -280,7 +287,15 @@ impl Sqlite {
              WHERE order_id IN (SELECT unhex(value) FROM json_each($1)) RETURNING order_id",
         );
         let gone = gone.bind(as_hex(orders)?).fetch_all(&mut *tx).await?;
-        Ok(gone.into_iter().collect())
+        let gone: HashSet<Uuid> = gone.into_iter().collect();
+        let uncounted = orders.iter().filter(|order| !gone.contains(order));
+        let uncounted: Vec<Uuid> = uncounted.copied().collect();
+        let note = sqlx::query(
+            "INSERT INTO cancelled_uncounted (order_id) SELECT unhex(value) FROM json_each($1) WHERE true
+             ON CONFLICT DO NOTHING",
+        );
+        note.bind(as_hex(&uncounted)?).execute(&mut *tx).await?;
+        Ok(gone)
     }
 
     /// How many were not there yet.
