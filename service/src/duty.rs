@@ -85,6 +85,10 @@ where
                 held = None;
                 // Its token is too old, and would stay so: whoever is next gets a newer one.
                 if let Failure::Storage(StorageError::Fenced(_)) = error {
+                    let outdone = tokio::time::timeout(GIVE_UP_TIMEOUT, outdo(&app, name)).await;
+                    if let Ok(Err(error)) = outdone {
+                        tracing::warn!(%error, duty = name, "the next token may be too old, too");
+                    }
                     give_up(&app, name).await;
                 }
                 tracing::warn!(%error, duty = name, "it is tried again");
@@ -93,6 +97,12 @@ where
             }
         }
     }
+}
+
+/// The lock may be another than the one whose token storage has seen, and its clock behind that one's.
+async fn outdo(app: &App, name: &'static str) -> Result<(), Failure> {
+    let newest = app.storage().newest_token(name).await?;
+    Ok(app.lock().outdo(name, newest).await?)
 }
 
 /// Lets another process do it from now on.

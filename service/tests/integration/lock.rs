@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use service::adapters::lock::{self, Fence, Lock};
-use service::adapters::storage::{self, StorageError};
+use service::adapters::storage::{self, Storage, StorageError};
 use service::config::{LockKind, ServerUrl};
 use sqlx::{Connection, SqliteConnection};
 use test_servers::{Lease, Server};
@@ -17,6 +17,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A lock of each kind, each as two processes have it.
 struct Case {
     kind: String,
+    storage: Arc<dyn Storage>,
     here: Arc<dyn Lock>,
     there: Arc<dyn Lock>,
     _homes: (Database, Lease),
@@ -47,6 +48,7 @@ async fn each() -> Vec<Case> {
         };
         cases.push(Case {
             kind: format!("{kind:?} beside {}", database.kind),
+            storage,
             here,
             there,
             _homes: (database, server),
@@ -83,6 +85,28 @@ async fn a_lock_has_one_holder_at_a_time() {
         let second = hold(there, "b", MINUTE).await.unwrap();
         assert!(second.token > first.token, "{kind}: {second:?} {first:?}");
         assert_eq!(hold(here, "a", MINUTE).await, None, "{kind}");
+    }
+}
+
+/// Somebody has put the clock back, or chosen another kind of lock: what storage has seen is outdone.
+#[tokio::test]
+async fn tokens_outdo_those_of_a_clock_that_was_ahead() {
+    for case in each().await {
+        let (kind, lock, storage) = (&case.kind, &case.here, &case.storage);
+        let first = hold(lock, "a", MINUTE).await.unwrap();
+        let ahead = Fence {
+            token: first.token + 3_600_000,
+            ..first
+        };
+        storage.told(&[], ahead).await.unwrap();
+        let refused = storage.told(&[], first).await.unwrap_err();
+        assert!(matches!(refused, StorageError::Fenced("relay")), "{kind}");
+        let newest = storage.newest_token("relay").await.unwrap();
+        assert_eq!(newest, ahead.token, "{kind}");
+        lock.outdo("relay", newest).await.unwrap();
+        lock.give_up("relay", "a").await.unwrap();
+        let second = hold(lock, "a", MINUTE).await.unwrap();
+        storage.told(&[], second).await.unwrap();
     }
 }
 

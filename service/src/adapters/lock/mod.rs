@@ -31,6 +31,10 @@ pub trait Lock: Send + Sync {
 
     /// Lets somebody else become the holder at once, unless somebody else is.
     async fn give_up(&self, name: &'static str, owner: &str) -> Result<(), LockError>;
+
+    /// From the next holder on, tokens are larger than this one: another lock may have given it, whose clock
+    /// was ahead.
+    async fn outdo(&self, name: &'static str, token: i64) -> Result<(), LockError>;
 }
 
 /// What a holder of a lock shows with its writes.

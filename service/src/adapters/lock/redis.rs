@@ -36,6 +36,12 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then
 end
 ";
 
+/// KEYS last token; ARGV another.
+const OUTDO: &str = r"
+local last = tonumber(redis.call('GET', KEYS[1]) or '0')
+redis.call('SET', KEYS[1], string.format('%.0f', math.max(last, tonumber(ARGV[1]))))
+";
+
 pub struct Redis {
     connection: Connection,
     prefix: String,
@@ -78,6 +84,13 @@ impl Lock for Redis {
         let script = Script::new(GIVE_UP);
         let mut call = script.key(self.key(name, "holder"));
         let call = call.arg(owner);
+        let call = async |mut connection| call.invoke_async(&mut connection).await;
+        Ok(self.connection.call(call).await?)
+    }
+    async fn outdo(&self, name: &'static str, token: i64) -> Result<(), LockError> {
+        let script = Script::new(OUTDO);
+        let mut call = script.key(self.key(name, "token"));
+        let call = call.arg(token);
         let call = async |mut connection| call.invoke_async(&mut connection).await;
         Ok(self.connection.call(call).await?)
     }

@@ -72,6 +72,8 @@ pub trait Storage: Send + Sync {
     ) -> Result<Option<i64>, StorageError>;
     /// Lets somebody else do it at once.
     async fn give_up(&self, name: &str, owner: &str) -> Result<(), StorageError>;
+    /// The newest token that was seen of what `name` says.
+    async fn newest_token(&self, name: &str) -> Result<i64, StorageError>;
     /// The oldest events that are still to be told, at most `limit`.
     async fn untold(&self, limit: u32) -> Result<Vec<Untold>, StorageError>;
     /// These events have been told.

@@ -280,6 +280,7 @@ pub(super) fn lease(now: &str) -> String {
 pub(super) const FENCE: &str = "INSERT INTO fences (name, token) VALUES ($1, $2)
      ON CONFLICT (name) DO UPDATE SET token = excluded.token WHERE fences.token <= excluded.token";
 
+pub(super) const NEWEST_TOKEN: &str = "SELECT coalesce(max(token), 0) FROM fences WHERE name = $1";
 pub(super) const GIVE_UP: &str =
     "UPDATE leases SET owner = '', expires_at = 0 WHERE name = $1 AND owner = $2";
 

@@ -12,7 +12,7 @@
 macro_rules! storage_in_sql {
     ($adapter:ty, $database:ty) => {
         impl $adapter {
-            /// One statement, and nothing else.
+            /// One statement, and nothing else; how many rows it was about.
             async fn write<'a>(
                 &self,
                 statement: sqlx::query::Query<
