@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::api::description;
 use crate::api::fault::Fault;
 use crate::api::problem::Problem;
-use crate::api::{grpc, rest};
+use crate::api::{graphql, grpc, rest};
 use crate::app::App;
 use crate::auth::{Caller, Distrust, Shown};
 use crate::config::{Config, Origin};
@@ -120,11 +120,13 @@ fn surround(app: &Arc<App>, inside: &mut impl Inside, request: Request) -> Answe
     let app = Arc::clone(app);
     Box::pin(async move {
         let mut response = answer.await?.into_response();
-        let mut status = response.status();
         if is_grpc {
             response = grpc::translated(response);
-            status = grpc::status(&response);
         }
+        let status = match is_grpc {
+            true => grpc::status(&response),
+            false => graphql::status(&response),
+        };
         protect(&mut response, is_page, &app.config);
         if is_going {
             drain::turn_away(&mut response);

@@ -65,14 +65,31 @@ pub async fn execute(
     Shared(schema): Shared<Orders>,
     Shared(caller): Shared<Caller>,
     Body(request): Body<async_graphql::Request>,
-) -> GraphQLResponse {
+) -> Response {
     let response = schema.execute(request.data(caller)).await;
     let outcome = if response.is_ok() { "ok" } else { "error" };
     METRICS
         .graphql_requests
         .get_or_create(&[("outcome", outcome)])
         .inc();
-    response.into()
+    let faults = response.errors.iter().filter_map(ServerError::source);
+    let worst = faults.map(|fault: &Fault| fault.names().http).max();
+    let mut answer = GraphQLResponse::from(response).into_response();
+    if let Some(failed) = worst.filter(StatusCode::is_server_error) {
+        answer.extensions_mut().insert(Failed(failed));
+    }
+    answer
+}
+
+/// That the service could not do what a request asked for.
+#[derive(Clone, Copy)]
+struct Failed(StatusCode);
+
+/// An answer's status in the words of HTTP, by which all interfaces are counted: GraphQL's own says 200 of what
+/// failed, too.
+pub fn status(answer: &Response) -> StatusCode {
+    let failed = answer.extensions().get();
+    failed.map_or(answer.status(), |Failed(failed)| *failed)
 }
 
 /// `GET /graphql/schema`: in the schema definition language, for whom queries tell it, too.
@@ -361,7 +378,11 @@ fn refused(error: Error) -> async_graphql::Error {
 
 impl From<Problem> for async_graphql::Error {
     fn from(problem: Problem) -> Self {
-        Self::new(problem.message()).extend_with(|_, extensions| {
+        let error = Self {
+            source: Some(Arc::new(problem.fault)),
+            ..Self::new(problem.message())
+        };
+        error.extend_with(|_, extensions| {
             extensions.set("code", problem.code());
             if let Ok(errors) = async_graphql::to_value(&problem.errors)
                 && !problem.errors.is_empty()

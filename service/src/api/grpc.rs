@@ -40,6 +40,7 @@ pub mod pb {
 
 const DESCRIPTORS: &[u8] = include_bytes!("grpc/descriptors.bin");
 const KEY: &str = "idempotency-key";
+const DETAILS: &str = "grpc-status-details-bin";
 /// How often a watched health is looked at.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -120,6 +121,8 @@ pub fn status(answer: &HttpResponse) -> StatusCode {
         tonic::Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
         tonic::Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         tonic::Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        // What fails here has details; without, the library could not read what was sent.
+        tonic::Code::Internal if !answer.headers().contains_key(DETAILS) => StatusCode::BAD_REQUEST,
         tonic::Code::Unknown | tonic::Code::Internal | tonic::Code::DataLoss => {
             StatusCode::INTERNAL_SERVER_ERROR
         }
