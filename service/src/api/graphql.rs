@@ -2,7 +2,9 @@
 //! <https://spec.graphql.org/>, <https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md>
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::extensions::{
@@ -19,10 +21,11 @@ use axum::extract::ws::{Message, close_code};
 use axum::extract::{Extension as Shared, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSender;
 
@@ -41,6 +44,9 @@ type Answer<T> = async_graphql::Result<T>;
 
 /// Messages of a WebSocket that may wait, either way.
 const WAITING: usize = 64;
+/// How long a client may take to say that it has come, and the code that says so.
+const GREETING: Duration = Duration::from_secs(10);
+const NOT_GREETED: u16 = 4408;
 
 pub fn schema(app: &Arc<App>) -> Orders {
     let limits = &app.config.graphql;
@@ -125,6 +131,7 @@ pub async fn subscribe(
         .on_upgrade(async move |socket| {
             let (to_say, say) = mpsc::channel(WAITING);
             let (hear, heard) = mpsc::channel(WAITING);
+            let (greet, greeted) = oneshot::channel();
             let talk = Talk {
                 session,
                 heartbeat: app.config.server.heartbeat.0,
@@ -134,6 +141,8 @@ pub async fn subscribe(
             let served =
                 GraphQLWebSocket::new_with_pair(PollSender::new(to_say), heard, schema, protocol)
                     .on_connection_init(async move |greeting| {
+                        // Nobody waits for it where that took too long.
+                        let _ = greet.send(());
                         recognised(&app, caller, &greeting).await
                     })
                     .serve();
@@ -145,6 +154,13 @@ pub async fn subscribe(
                 Message::Close(Some(close)) => Err((close.code, "the protocol was not kept to")),
                 message => Ok(message),
             });
+            // Who has a place without saying anything takes it from others.
+            let late = stream::once(timeout(GREETING, greeted)).filter_map(async |greeted| {
+                let late = (NOT_GREETED, "connection initialisation timeout");
+                greeted.is_err().then_some(Err(late))
+            });
+            let late = pin!(late);
+            let say = stream::select(say, late);
             tokio::select! {
                 () = talk.go_on(socket, say, hear) => {}
                 // The talk ends when all was said.
