@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::net::sockopt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -19,6 +20,10 @@ use crate::{audit, duty, feed, relay, router};
 const UPKEEP: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(3600);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A connection that is silent for so long is asked after, this often and so many times.
+const SILENT: Duration = Duration::from_secs(60);
+const PROBED_EVERY: Duration = Duration::from_secs(15);
+const PROBES: u32 = 4;
 /// Files besides the public port's connections: databases, brokers, logs.
 const OTHER_FILES: u64 = 1024;
 /// Connections to the operators' port: probes, scrapes and a few people.
@@ -46,10 +51,15 @@ impl Sockets {
             None => TcpListener::bind(address)
                 .with_context(|| format!("listening on server.{key} = {address}; is it in use?")),
         };
+        let mut prepared = |index, address, key| {
+            let socket = socket(index, address, key)?;
+            prepare(&socket)?;
+            anyhow::Ok(socket)
+        };
         Ok(Self {
             certificates,
-            public: socket(0, config.listen, "listen")?,
-            admin: socket(1, config.admin_listen, "admin_listen")?,
+            public: prepared(0, config.listen, "listen")?,
+            admin: prepared(1, config.admin_listen, "admin_listen")?,
         })
     }
 
@@ -165,10 +175,19 @@ pub async fn serve(
     Ok(())
 }
 
+/// What connections inherit from then on: what is written is sent, though a part before it is still on its way,
+/// and one whose other end is gone without a word does not keep its place for ever.
+fn prepare(socket: &TcpListener) -> std::io::Result<()> {
+    sockopt::set_tcp_nodelay(socket, true)?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, SILENT)?;
+    sockopt::set_tcp_keepintvl(socket, PROBED_EVERY)?;
+    sockopt::set_tcp_keepcnt(socket, PROBES)?;
+    Ok(())
+}
+
 fn listener(socket: TcpListener) -> anyhow::Result<tokio::net::TcpListener> {
     socket.set_nonblocking(true)?;
-    // Its connections inherit that: what is written is sent, though a part before it is still on its way.
-    rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
     Ok(tokio::net::TcpListener::from_std(socket)?)
 }
 

@@ -112,3 +112,29 @@ async fn connections_beyond_the_most_wait() {
     drop(first);
     read(&mut second).await.unwrap();
 }
+
+/// Whoever is gone without a word is noticed: the system asks after them.
+#[tokio::test]
+async fn a_silent_connection_is_asked_after() {
+    let app = TestApp::start().await;
+    let mut socket = connect(&app).await;
+    ask(&mut socket).await.unwrap();
+    let ends = [app.public, socket.local_addr().unwrap()].map(|end| format!("{:04X}", end.port()));
+    // proc_pid_net(5): both ends, a state, two queues, and which timer runs; 2 is keepalive's.
+    let is_asked = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let port = |field: usize| fields[field].rsplit(':').next().unwrap();
+        fields[0] != "sl"
+            && [port(1), port(2)] == [&ends[0], &ends[1]]
+            && fields[5].starts_with("02:")
+    };
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !std::fs::read_to_string("/proc/net/tcp")
+        .unwrap()
+        .lines()
+        .any(is_asked)
+    {
+        assert!(tokio::time::Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
