@@ -53,9 +53,14 @@ impl Feed {
 /// Passes on what the bus tells, until it is cancelled.
 pub async fn run(app: Arc<App>) {
     let mut pause = Pause::new(PAUSE);
+    let mut has_missed = false;
     loop {
         let listen = async {
             let mut subscription = app.bus().listen().await?;
+            if has_missed {
+                // And for whoever has come since.
+                let _ = app.feed.0.send(None);
+            }
             loop {
                 let delivery = subscription.next().await?;
                 pause.reset();
@@ -75,6 +80,7 @@ pub async fn run(app: Arc<App>) {
         let Err::<std::convert::Infallible, crate::adapters::bus::BusError>(error) = listen.await;
         tracing::warn!(%error, "listening to events failed");
         let _ = app.feed.0.send(None);
+        has_missed = true;
         pause.wait().await;
     }
 }
