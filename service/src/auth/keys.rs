@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use jsonwebtoken::jwk::{Jwk, JwkSet, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 use tokio::sync::Mutex;
@@ -54,8 +54,10 @@ struct Last {
 
 impl Keys {
     pub fn fixed(set: JwkSet) -> anyhow::Result<Self> {
+        let known = usable(set);
+        ensure!(!known.is_empty(), "there is no key that can be used");
         Ok(Self(Arc::new(Inner {
-            known: RwLock::new(Arc::new(usable(set)?)),
+            known: RwLock::new(Arc::new(known)),
             source: None,
         })))
     }
@@ -186,11 +188,12 @@ async fn fetch(source: &Source) -> anyhow::Result<Known> {
         }
     };
     let set = provider::ask(http, &url).await?;
-    usable(set).with_context(|| format!("in the key set of {url}"))
+    // A provider that has withdrawn its only key has none.
+    Ok(usable(set))
 }
 
 /// The keys that sign, by name. Those that nothing here can use are somebody else's.
-fn usable(set: JwkSet) -> anyhow::Result<Known> {
+fn usable(set: JwkSet) -> Known {
     let mut known = Known::new();
     for jwk in set.keys {
         let signs = !matches!(jwk.common.public_key_use, Some(PublicKeyUse::Encryption));
@@ -207,8 +210,7 @@ fn usable(set: JwkSet) -> anyhow::Result<Known> {
             known.entry(kid).or_default().push((jwk, key));
         }
     }
-    ensure!(!known.is_empty(), "there is no key that can be used");
-    Ok(known)
+    known
 }
 
 fn as_key_algorithm(algorithm: Algorithm) -> KeyAlgorithm {

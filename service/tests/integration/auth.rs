@@ -744,8 +744,17 @@ async fn keys_change_and_the_provider_may_be_away() {
     })
     .await;
     // What was signed with the first and is not remembered is not believed any more.
-    let late = with(good, "sub", json!("eve"));
+    let late = with(good.clone(), "sub", json!("eve"));
     assert_eq!(list(&app, &first.token(&late)).await.0, 401);
+
+    // Nor with the second, once there is none at all.
+    provider.publish(&[]);
+    eventually("no key", async || {
+        list(&app, &first.token(&late)).await;
+        let new = with(good.clone(), "sub", json!(uuid::Uuid::now_v7()));
+        list(&app, &second.token(&new)).await.0 == 401
+    })
+    .await;
 }
 
 /// `service token` signs what `service serve` believes; in production neither works.
