@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 
@@ -11,7 +12,7 @@ use crate::audit::Verdict;
 use crate::auth::{development, login};
 use crate::cli::{Audit, Cli, Command};
 use crate::config::{self, AuthMode, Config};
-use crate::tls::Certificates;
+use crate::tls::{self, Certificates};
 use crate::{server, telemetry, traces};
 
 /// Exit code for a configuration that cannot be used (`EX_CONFIG` of sysexits.h).
@@ -142,6 +143,19 @@ fn carry_out(command: Command, config: Config, runtime: &Runtime) -> anyhow::Res
         }
         Command::CheckConfig => {
             config.tls.as_ref().map(Certificates::open).transpose()?;
+            for (key, ca) in [
+                ("redis.ca", &config.redis.ca),
+                ("rabbitmq.ca", &config.rabbitmq.ca),
+                ("kafka.ca", &config.kafka.ca),
+            ] {
+                let Some(ca) = ca else { continue };
+                let read = std::fs::read(ca).map_err(Into::into);
+                let read = read.and_then(|pem| tls::roots(&pem));
+                read.with_context(|| format!("{key} = {}", ca.display()))?;
+            }
+            if config.auth.mode == AuthMode::Development {
+                development::check(config::environment().as_deref())?;
+            }
             telemetry::tell(&format!("the configuration is good: {}", config.hash()));
             Ok(())
         }

@@ -8,11 +8,14 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Env, Format, Toml};
 use ipnet::IpNet;
+use lapin::uri::AMQPUri;
+use redis::IntoConnectionInfo;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -411,7 +414,8 @@ impl Config {
         let config: Self = figment.extract().map_err(|error| {
             ConfigError(error.into_iter().map(|e| explain(figment, &e)).collect())
         })?;
-        match config.contradiction() {
+        let problem = config.contradiction().or_else(|| exposed(figment));
+        match problem {
             Some((key, why)) => {
                 let place = source(figment, key);
                 Err(ConfigError(vec![format!("{place}: {key} {why}")]))
@@ -447,6 +451,12 @@ impl Config {
         if self.redis.ca.is_some() && !self.redis.url.0.starts_with("rediss:") {
             let why = "is for addresses that begin with rediss://, and redis.url does not";
             return Some(("redis.ca", why.to_owned()));
+        }
+        if let Err(why) = self.redis.url.0.as_str().into_connection_info() {
+            return Some(("redis.url", format!("cannot be used: {why}")));
+        }
+        if let Err(why) = AMQPUri::from_str(&self.rabbitmq.url.0) {
+            return Some(("rabbitmq.url", format!("cannot be used: {why}")));
         }
         let kafka = &self.kafka;
         if kafka.user.is_some() != kafka.password.is_some() {
@@ -516,6 +526,27 @@ fn describe(metadata: &figment::Metadata, key: &str) -> String {
         Some(figment::Source::File(path)) => path.display().to_string(),
         _ => format!("variable {}", variable(key)),
     }
+}
+
+/// A secret in a file of the configuration, which is kept with the sources and shown to whoever may see a
+/// ConfigMap.
+fn exposed(figment: &Figment) -> Option<(&'static str, String)> {
+    let is_exposed = |key: &&str| {
+        let metadata = figment.find_metadata(key);
+        let is_file = metadata
+            .is_some_and(|metadata| matches!(metadata.source, Some(figment::Source::File(_))));
+        let text = figment.find_value(key).ok();
+        let text = text.as_ref().and_then(figment::value::Value::as_str);
+        is_file && text.is_some_and(|text| SECRETS.contains(key) || without_password(text) != text)
+    };
+    let key = FROM_FILES.into_iter().find(is_exposed)?;
+    let why = format!(
+        "has a secret, which no file of the configuration is for: put it into {}, or into a file that {} \
+         names",
+        variable(key),
+        file_variable(key)
+    );
+    Some((key, why))
 }
 
 /// The content of the file that a key's variable names, without the line's end.

@@ -320,6 +320,28 @@ async fn a_configuration_can_be_checked_beforehand() {
         (78, true),
         "{said}"
     );
+    // What `serve` would find out is found out before.
+    for (wrong, code, why) in [
+        (
+            ("SERVICE__RABBITMQ__URL", "amqp://here:port"),
+            78,
+            "rabbitmq.url",
+        ),
+        (("SERVICE__REDIS__URL", "redis:here"), 78, "redis.url"),
+        (
+            ("SERVICE__KAFKA__CA", "/nowhere.pem"),
+            1,
+            "kafka.ca = /nowhere.pem",
+        ),
+        (
+            ("SERVICE__AUTH__MODE", "development"),
+            1,
+            "not for production",
+        ),
+    ] {
+        let (got, said) = run("check-config", &[environment, issuer, wrong]).await;
+        assert_eq!((got, said.contains(why)), (code, true), "{said}");
+    }
     // As it ships, nobody has said whose tokens production believes.
     let (code, said) = run("check-config", &[environment]).await;
     assert_eq!(

@@ -24,7 +24,7 @@ fn every_environment_that_ships_can_be_used() {
 fn problems_name_file_key_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("wrong.toml");
-    let cases: [(&str, &[&str]); 16] = [
+    let cases: [(&str, &[&str]); 18] = [
         (
             "[server]\nrequest_timeout = \"0s\"",
             &["server.request_timeout", "\"0s\"", "more than 0"],
@@ -73,6 +73,15 @@ fn problems_name_file_key_and_value() {
         (
             "[kafka]\nuser = \"ada\"\npassword = \"x\"\nmechanism = \"plain\"",
             &["kafka.mechanism", "for everybody to read", "kafka.tls"],
+        ),
+        // Files of the configuration are for everybody to read.
+        (
+            "[auth]\nclient_secret = \"x8675309\"",
+            &["auth.client_secret", "SERVICE__AUTH__CLIENT_SECRET_FILE"],
+        ),
+        (
+            "[redis]\nurl = \"redis://ada:x8675309@127.0.0.1\"",
+            &["redis.url", "SERVICE__REDIS__URL_FILE"],
         ),
         // A key that is not known may have been meant for a secret.
         (
