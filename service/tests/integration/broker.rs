@@ -43,10 +43,18 @@ impl Broker {
     pub async fn kafka() -> Self {
         let server = test_servers::lease(Server::Kafka).await.unwrap();
         Self {
+            server: Some(Arc::new(server.clone())),
+            ..Self::kafka_at(&server.address)
+        }
+    }
+
+    /// One that the test itself has started.
+    pub fn kafka_at(address: &str) -> Self {
+        Self {
             kind: "kafka",
-            url: server.address.clone(),
+            url: address.to_owned(),
             exchange: format!("orders-{}", uuid::Uuid::now_v7().simple()),
-            server: Some(Arc::new(server)),
+            server: None,
         }
     }
 

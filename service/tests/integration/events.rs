@@ -10,6 +10,7 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 use service::config::Timeout;
+use test_servers::Server;
 
 use crate::broker::Broker;
 use crate::database::Database;
@@ -481,18 +482,48 @@ async fn a_broker_that_goes_away_keeps_nobody_waiting() {
     .await;
     let mut placed = 0;
     for _ in 0..3 {
-        for _ in 0..20 {
-            assert_eq!(app.post("/v1/orders", order()).await.0, 201);
-            placed += 1;
-        }
-        assert_eq!(app.get("/health/ready").await.0, 200);
-        assert!(!app.app.storage().untold(1).await.unwrap().is_empty());
+        placed += place_without_a_broker(&app).await;
         wire.becomes(State::Whole);
-        let wanted = json!([{ "currency": "EUR", "orders": placed, "total_cents": placed * 2100 }]);
-        eventually("all is counted", async || {
-            totals(&app, "ada").await == wanted
-        })
-        .await;
+        counts(&app, placed).await;
         wire.becomes(State::Cut);
     }
+}
+
+/// The same of Kafka, which stands still: connections are not even closed.
+#[tokio::test]
+async fn a_kafka_that_stands_still_keeps_nobody_waiting() {
+    let kafka = test_servers::own(Server::Kafka).await.unwrap();
+    let app = TestApp::start_on(Database::sqlite(), |config| {
+        Broker::kafka_at(&kafka.address).use_in(config);
+    })
+    .await;
+    assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+    let mut placed = 1;
+    counts(&app, placed).await;
+    for _ in 0..2 {
+        kafka.pause().await.unwrap();
+        placed += place_without_a_broker(&app).await;
+        kafka.resume().await.unwrap();
+        counts(&app, placed).await;
+    }
+}
+
+/// How many orders were placed.
+async fn place_without_a_broker(app: &TestApp) -> i64 {
+    let placed = 20;
+    for _ in 0..placed {
+        assert_eq!(app.post("/v1/orders", order()).await.0, 201);
+    }
+    assert_eq!(app.get("/health/ready").await.0, 200);
+    assert!(!app.app.storage().untold(1).await.unwrap().is_empty());
+    placed
+}
+
+/// Waits until each of so many orders has been told of, once.
+async fn counts(app: &TestApp, placed: i64) {
+    let wanted = json!([{ "currency": "EUR", "orders": placed, "total_cents": placed * 2100 }]);
+    eventually("all is counted", async || {
+        totals(app, "ada").await == wanted
+    })
+    .await;
 }

@@ -895,6 +895,15 @@ async fn queries_that_ask_for_too_much_are_refused() {
         assert!(said.contains(why), "{query}: {said}");
         assert_eq!(answer["data"], Value::Null);
     }
+    // So deep that whoever reads it by recursion runs out of stack.
+    for nested in ["{a", "{a(b:[", "{a(b:{c:"] {
+        let answer = graphql(&app, &nested.repeat(60_000 / nested.len()), json!({})).await;
+        assert_eq!(
+            answer["errors"].as_array().map(Vec::len),
+            Some(1),
+            "{nested}"
+        );
+    }
     let (status, problem) = app.post("/graphql", json!({ "query": 1 })).await;
     assert_eq!((status, &problem["type"]), (422, &json!("invalid-request")));
     let huge = "#".repeat(100_000);

@@ -48,6 +48,20 @@ pub struct Lease {
     _container: Option<Arc<Running>>,
 }
 
+impl Running {
+    /// From now on it says nothing, nor does it hang up.
+    pub async fn pause(&self) -> Result<()> {
+        let container = self.container.as_ref().context("the server is gone")?;
+        container.pause().await.context("pausing a container")
+    }
+
+    /// It goes on as if nothing had been.
+    pub async fn resume(&self) -> Result<()> {
+        let container = self.container.as_ref().context("the server is gone")?;
+        container.unpause().await.context("resuming a container")
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         let container = self.container.take();
@@ -93,6 +107,15 @@ pub async fn lease(server: Server) -> Result<Lease> {
         address: running.address.clone(),
         _container: Some(running),
     })
+}
+
+/// A server of a test's own, which the test may take away.
+///
+/// # Errors
+/// As [`lease`].
+pub async fn own(server: Server) -> Result<Running> {
+    sweep().await?;
+    start(server, &Images::of_workspace()?).await
 }
 
 /// The two addresses of RabbitMQ: of the broker, to which `/VIRTUAL-HOST` is added, and of the
