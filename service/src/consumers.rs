@@ -133,7 +133,7 @@ fn count(consumer: &Consumer, outcome: &'static str) {
 async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<(), BusError> {
     let storage = app.storage();
     let attempts = app.config.events.attempts.get();
-    let (mut tries, mut failed, mut pause) = (0u64, 0, Pause::new(PAUSE));
+    let (mut is_told, mut failed, mut pause) = (false, 0, Pause::new(PAUSE));
     let outcome = loop {
         let (error, id) = match serde_json::from_str::<Event>(&delivery.event) {
             Err(error) => {
@@ -167,10 +167,9 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
         if let Ok(Ok(true)) = tokio::time::timeout(LONGEST, buried).await {
             break "buried";
         }
-        if tries == 0 {
+        if !std::mem::replace(&mut is_told, true) {
             tracing::warn!(%error, %id, consumer = consumer.name, "an event is tried again until it is acted on");
         }
-        tries += 1;
         count(consumer, "failed");
         // A database that is away comes back; what it refuses it may refuse for ever.
         failed += u32::from(matches!(error, StorageError::Failed(_)));

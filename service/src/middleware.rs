@@ -120,12 +120,11 @@ fn surround(app: &Arc<App>, inside: &mut impl Inside, request: Request) -> Answe
     let app = Arc::clone(app);
     Box::pin(async move {
         let mut response = answer.await?.into_response();
-        if is_grpc {
+        let status = if is_grpc {
             response = grpc::translated(response);
-        }
-        let status = match is_grpc {
-            true => grpc::status(&response),
-            false => graphql::status(&response),
+            grpc::status(&response)
+        } else {
+            graphql::status(&response)
         };
         protect(&mut response, is_page, &app.config);
         if is_going {

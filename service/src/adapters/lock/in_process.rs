@@ -53,6 +53,7 @@ impl Lock for InProcess {
         }
         Ok(())
     }
+
     async fn outdo(&self, name: &'static str, token: i64) -> Result<(), LockError> {
         let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(holder) = holders.get_mut(name) {

@@ -87,6 +87,7 @@ impl Lock for Redis {
         let call = async |mut connection| call.invoke_async(&mut connection).await;
         Ok(self.connection.call(call).await?)
     }
+
     async fn outdo(&self, name: &'static str, token: i64) -> Result<(), LockError> {
         let script = Script::new(OUTDO);
         let mut call = script.key(self.key(name, "token"));

@@ -48,9 +48,9 @@ impl Shape for Gateway {
         part["filters"] = filters.into();
     }
 
-    fn restrict(&self, rule: &mut Value, way: Protocol, place: &str, header: &str, value: &str) {
+    fn restrict(&self, rule: &mut Value, by: Protocol, place: &str, header: &str, value: &str) {
         let mut only = json!({ "headers": [{ "name": header, "value": value }] });
-        match (way, place.trim_start_matches('/').split_once('/')) {
+        match (by, place.trim_start_matches('/').split_once('/')) {
             (Protocol::Grpc, Some((service, method))) => {
                 only["method"] = json!({ "service": service, "method": method });
             }
@@ -59,15 +59,15 @@ impl Shape for Gateway {
         rule["matches"] = json!([only]);
     }
 
-    fn place(&self, rule: &Value, way: Protocol) -> Option<String> {
+    fn place(&self, rule: &Value, by: Protocol) -> Option<String> {
         let mut matches = api::items(&rule["matches"]).peekable();
         if matches.peek().is_none() {
-            return match way {
+            return match by {
                 Protocol::Http => Some(below("/")),
                 Protocol::Grpc => Some(HEALTH.to_owned()),
             };
         }
-        matches.find_map(|one| match way {
+        matches.find_map(|one| match by {
             Protocol::Http => http_place(one),
             Protocol::Grpc => grpc_place(one),
         })

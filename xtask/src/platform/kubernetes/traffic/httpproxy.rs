@@ -26,12 +26,12 @@ impl Shape for HttpProxy {
         }
     }
 
-    fn restrict(&self, rule: &mut Value, _way: Protocol, place: &str, header: &str, value: &str) {
+    fn restrict(&self, rule: &mut Value, _by: Protocol, place: &str, header: &str, value: &str) {
         let header = json!({ "name": header, "exact": value });
         rule["conditions"] = json!([{ "prefix": place }, { "header": header }]);
     }
 
-    fn place(&self, rule: &Value, _way: Protocol) -> Option<String> {
+    fn place(&self, rule: &Value, _by: Protocol) -> Option<String> {
         let mut conditions = api::items(&rule["conditions"]);
         let Some(first) = conditions.next() else {
             return Some(below("/"));
