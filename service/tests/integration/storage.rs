@@ -164,6 +164,35 @@ async fn of_many_orders_at_once_each_has_its_own_outcome() {
     }
 }
 
+/// Orders that are looked for together may be found together; one that cannot be read is no other's concern.
+#[tokio::test]
+async fn of_many_looked_for_at_once_each_is_found() {
+    for (kind, database, storage) in each().await {
+        let mut orders: Vec<Order> = (0..40).map(|number| order(1 + number % 3)).collect();
+        orders[17].customer = "nobody can read it".to_owned();
+        for order in &orders {
+            place(&*storage, order).await.unwrap();
+        }
+        let spoil = format!(
+            "UPDATE orders SET updated_at = {} WHERE customer = '{}'",
+            i64::MAX,
+            orders[17].customer
+        );
+        database.execute(&spoil).await;
+        orders.push(order(1));
+        let twice = || orders.iter().chain(orders.iter().rev());
+        let found = join_all(twice().map(|order| storage.find(order.id))).await;
+        for (order, found) in twice().zip(found) {
+            let is_there = order.id != orders[40].id;
+            match found {
+                Ok(found) => assert_eq!(found.as_ref(), is_there.then_some(order), "{kind}"),
+                Err(error) => assert_eq!(order.id, orders[17].id, "{kind}: {error}"),
+            }
+        }
+        storage.find(orders[17].id).await.unwrap_err();
+    }
+}
+
 #[tokio::test]
 async fn a_read_only_adapter_reads_and_refuses_writes() {
     for (kind, database, storage) in each().await {

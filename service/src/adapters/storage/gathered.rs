@@ -1,6 +1,8 @@
-//! Writes that are asked for at the same time, done as one: group commit. What is asked for while all
-//! writers are at it gathers, and is the next writer's; nobody waits for more to come.
+//! What is asked of a database at the same time, asked as one: group commit, and the same for reads. What is
+//! asked for while all who ask are at it gathers, and goes with the next of them; nobody waits for more to
+//! come.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -9,67 +11,77 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::StorageError;
 
+/// Of so many connections one asks at a time: fewer and larger statements cost less, and are answered sooner
+/// by a server that is busy.
+const CONNECTIONS_FOR_A_WORKER: u32 = 8;
+/// So that one which hears nothing does not keep all waiting.
+const FEWEST_WORKERS: u32 = 2;
 /// In one statement.
 const MOST: usize = 64;
-/// Of those who wait for a writer; more wait before it.
+/// Of those who wait until somebody asks for them; more wait before it.
 const QUEUE: usize = 1024;
 
-type Outcome = Result<(), StorageError>;
-
-struct Asked<T> {
+struct Asked<T, A> {
     item: Arc<T>,
-    answer: oneshot::Sender<Outcome>,
+    answer: oneshot::Sender<Result<A, StorageError>>,
 }
 
-pub(super) struct Gathered<T> {
-    queue: mpsc::Sender<Asked<T>>,
-    _writers: Vec<AbortOnDropHandle<()>>,
+/// Items of type `T`, each with an answer.
+pub(super) struct Gathered<T, A = ()> {
+    queue: mpsc::Sender<Asked<T, A>>,
+    _workers: Vec<AbortOnDropHandle<()>>,
 }
 
-impl<T: Send + Sync + 'static> Gathered<T> {
-    /// With so many writes at a time. `write` does all of what it is given, or nothing.
-    pub(super) fn new<W, F>(writers: u32, write: W) -> Self
+impl<T: Send + Sync + 'static, A: Send + 'static> Gathered<T, A> {
+    /// With a share of so many connections. `ask` does all of what it is given, or nothing; its answers are in the
+    /// order of the items.
+    pub(super) fn new<W, F>(connections: NonZeroU32, ask: W) -> Self
     where
         W: Fn(Vec<Arc<T>>) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = Outcome> + Send + 'static,
+        F: Future<Output = Result<Vec<A>, StorageError>> + Send + 'static,
     {
+        let workers = connections.get().div_ceil(CONNECTIONS_FOR_A_WORKER);
+        let workers = workers.max(FEWEST_WORKERS).min(connections.get());
         let (queue, asked) = mpsc::channel(QUEUE);
         let asked = Arc::new(Mutex::new(asked));
-        let writer = |_| {
-            let (asked, write) = (Arc::clone(&asked), write.clone());
+        let worker = |_| {
+            let (asked, ask) = (Arc::clone(&asked), ask.clone());
             AbortOnDropHandle::new(tokio::spawn(async move {
                 loop {
                     let mut batch = Vec::new();
                     if asked.lock().await.recv_many(&mut batch, MOST).await == 0 {
                         return;
                     }
-                    let served = tokio::spawn(serve(batch, write.clone()));
-                    // A panic is the end of a batch, not of its writer.
+                    let served = tokio::spawn(serve(batch, ask.clone()));
+                    // A panic is the end of a batch, not of its worker.
                     let _ = AbortOnDropHandle::new(served).await;
                 }
             }))
         };
         Self {
             queue,
-            _writers: (0..writers).map(writer).collect(),
+            _workers: (0..workers).map(worker).collect(),
         }
     }
 
-    /// Writes it, alone or with others. For whoever is gone before it is begun, nothing is written.
-    pub(super) async fn write(&self, item: T) -> Outcome {
+    /// Asks, alone or with others. For whoever is gone before it is begun, nothing is done.
+    pub(super) async fn ask(&self, item: T) -> Result<A, StorageError> {
         let (answer, outcome) = oneshot::channel();
         let item = Arc::new(item);
-        let given_up = || StorageError::Busy("the write was given up".to_owned());
         let queued = self.queue.send(Asked { item, answer }).await;
         queued.map_err(|_| given_up())?;
         outcome.await.map_err(|_| given_up())?
     }
 }
 
+fn given_up() -> StorageError {
+    StorageError::Busy("what was asked for was given up".to_owned())
+}
+
 /// Goes on for as long as anybody waits for it.
-async fn serve<T, F>(mut batch: Vec<Asked<T>>, write: impl Fn(Vec<Arc<T>>) -> F)
+async fn serve<T, A, F>(mut batch: Vec<Asked<T, A>>, ask: impl Fn(Vec<Arc<T>>) -> F)
 where
-    F: Future<Output = Outcome>,
+    F: Future<Output = Result<Vec<A>, StorageError>>,
 {
     batch.retain(|asked| !asked.answer.is_closed());
     let items: Vec<Arc<T>> = batch.iter().map(|asked| Arc::clone(&asked.item)).collect();
@@ -77,20 +89,33 @@ where
         return;
     }
     let all = tokio::select! {
-        outcome = write(items) => outcome,
+        outcome = ask(items) => outcome,
         _ = join_all(batch.iter_mut().map(|asked| asked.answer.closed())) => return,
     };
-    let is_one_to_blame = batch.len() > 1 && matches!(all, Err(StorageError::Failed(_)));
-    for mut asked in batch {
-        let outcome = match is_one_to_blame {
-            false => all.clone(),
-            true => tokio::select! {
-                outcome = write(vec![asked.item]) => outcome,
-                () = asked.answer.closed() => continue,
-            },
-        };
-        // Who has gone meanwhile does not want to know.
-        let _ = asked.answer.send(outcome);
+    // Who has gone meanwhile does not want to know.
+    match all {
+        Ok(answers) => {
+            for (asked, answer) in batch.into_iter().zip(answers) {
+                let _ = asked.answer.send(Ok(answer));
+            }
+        }
+        // One may be to blame, and the others are not.
+        Err(StorageError::Failed(_)) if batch.len() > 1 => {
+            for mut asked in batch {
+                let outcome = tokio::select! {
+                    outcome = ask(vec![asked.item]) => outcome,
+                    () = asked.answer.closed() => continue,
+                };
+                let outcome =
+                    outcome.and_then(|answers| answers.into_iter().next().ok_or_else(given_up));
+                let _ = asked.answer.send(outcome);
+            }
+        }
+        Err(error) => {
+            for asked in batch {
+                let _ = asked.answer.send(Err(error.clone()));
+            }
+        }
     }
 }
 
@@ -108,7 +133,7 @@ mod tests {
         done: Mutex<Vec<Vec<&'static str>>>,
     }
 
-    fn gathered() -> (Arc<Writes>, Arc<Gathered<&'static str>>) {
+    fn gathered() -> (Arc<Writes>, Arc<Gathered<&'static str, usize>>) {
         let writes = Arc::new(Writes {
             may: Semaphore::new(0),
             done: Mutex::default(),
@@ -123,20 +148,21 @@ mod tests {
                 if items.contains(&"bad") {
                     return Err(StorageError::Failed("a bad one".to_owned()));
                 }
+                let answers = items.iter().map(|item| item.len()).collect();
                 by.done.lock().unwrap().push(items);
-                Ok(())
+                Ok(answers)
             }
         };
-        (writes, Arc::new(Gathered::new(1, write)))
+        (writes, Arc::new(Gathered::new(NonZeroU32::MIN, write)))
     }
 
     /// Asks for a write, and comes back when that is in the queue or with the writer.
     async fn ask(
-        gathered: &Arc<Gathered<&'static str>>,
+        gathered: &Arc<Gathered<&'static str, usize>>,
         item: &'static str,
-    ) -> AbortOnDropHandle<Outcome> {
+    ) -> AbortOnDropHandle<Result<usize, StorageError>> {
         let by = Arc::clone(gathered);
-        let asked = tokio::spawn(async move { by.write(item).await });
+        let asked = tokio::spawn(async move { by.ask(item).await });
         // On one thread: everybody has gone as far as they can.
         for _ in 0..10 {
             tokio::task::yield_now().await;
@@ -154,9 +180,11 @@ mod tests {
         // Before its turn has come.
         drop(asked.remove(2));
         writes.may.add_permits(2);
+        let mut answers = Vec::new();
         for outcome in asked {
-            outcome.await.unwrap().unwrap();
+            answers.push(outcome.await.unwrap().unwrap());
         }
+        assert_eq!(answers, ["one", "two", "four"].map(str::len));
         let done = writes.done.lock().unwrap();
         assert_eq!(*done, [vec!["one"], vec!["two", "four"]]);
     }

@@ -2,6 +2,7 @@
 
 mod abandoned;
 mod contacts;
+mod finding;
 mod gathered;
 mod migrations;
 mod placing;

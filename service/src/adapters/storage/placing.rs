@@ -12,9 +12,6 @@ use super::gathered::Gathered;
 use super::pools::Pools;
 use super::rows::Placement;
 
-/// Of so many connections one places orders at a time: fewer and larger statements cost less.
-const CONNECTIONS_FOR_A_WRITER: u32 = 4;
-
 /// Whether the statement may have been done before, and nobody knows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Again {
@@ -56,9 +53,8 @@ pub(super) fn gathered(
     pools: &Arc<Pools<Postgres>>,
     connections: NonZeroU32,
 ) -> Gathered<Placement> {
-    let writers = connections.get().div_ceil(CONNECTIONS_FOR_A_WRITER);
     let pools = Arc::clone(pools);
-    Gathered::new(writers, move |placements: Vec<Arc<Placement>>| {
+    Gathered::new(connections, move |placements: Vec<Arc<Placement>>| {
         let pools = Arc::clone(&pools);
         async move {
             let (pool, was_tried) = (pools.shared(), AtomicBool::new(false));
@@ -69,7 +65,8 @@ pub(super) fn gathered(
                 };
                 insert(&pool, &placements, again)
             };
-            pools.retried(place).await
+            pools.retried(place).await?;
+            Ok(vec![(); placements.len()])
         }
     })
 }

@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::abandoned::watched;
+use super::finding;
 use super::gathered::Gathered;
 use super::migrations::POSTGRES as MIGRATIONS;
 use super::placing::{self, Again};
@@ -62,6 +63,7 @@ async fn is_alive(connection: &mut PgConnection) -> sqlx::Result<()> {
 pub(super) struct Postgres {
     pools: Arc<Pools<sqlx::Postgres>>,
     placements: Gathered<Placement>,
+    wanted: Gathered<OrderId, Option<Order>>,
     keyring: Option<Keyring>,
     _follows: Option<AbortOnDropHandle<()>>,
 }
@@ -98,11 +100,13 @@ impl Postgres {
             let switch = move |to| pools.replace(connect(to));
             AbortOnDropHandle::new(tokio::spawn(servers.follow(primary, switch)))
         });
-        let placements = placing::gathered(&pools, config.max_connections);
+        let keyring = config.encryption_keys.clone();
+        let most = config.max_connections;
         Ok(Self {
+            placements: placing::gathered(&pools, most),
+            wanted: finding::gathered(&pools, most, keyring.as_ref()),
             pools,
-            placements,
-            keyring: config.encryption_keys.clone(),
+            keyring,
             _follows: follows,
         })
     }
@@ -181,7 +185,12 @@ impl Postgres {
     /// With whatever else is to be placed just then, and without a transaction around it. Who is cut off
     /// has usually placed the order, as what the server has begun it ends.
     async fn insert_alone(&self, placement: Placement) -> Result<(), StorageError> {
-        self.placements.write(placement).await
+        self.placements.ask(placement).await
+    }
+
+    /// With whatever else is looked for just then.
+    async fn find_alone(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
+        self.wanted.ask(id).await
     }
 
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {

@@ -4,7 +4,7 @@
 //! transaction that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing
 //! has moved, where that is too long), its `NOW` and `MIGRATIONS`, and whatever is said for many at once
 //! in its own way: `insert` (an order, its lines and its event), `insert_alone` (the same, where that is
-//! all), `remove` (events from the outbox), `totals_among` (customers),
+//! all), `find_alone` (an order), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
 //! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
 //! generic function would need every bound of every query instead.
@@ -88,11 +88,7 @@ macro_rules! storage_in_sql {
             }
 
             async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
-                let select = rows::select("WHERE id = $1");
-                let pool = self.pools.shared();
-                let lines = || sqlx::query_as(&select).bind(id.as_uuid()).fetch_all(&pool);
-                let lines = self.pools.retried(lines).await?;
-                Ok(rows::orders(lines, self.keyring.as_ref())?.pop())
+                self.find_alone(id).await
             }
 
             async fn list(

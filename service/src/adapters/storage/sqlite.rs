@@ -229,6 +229,14 @@ impl Sqlite {
         Ok(tx.commit().await?)
     }
 
+    async fn find_alone(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
+        let select = rows::select("WHERE id = $1");
+        let pool = self.pools.shared();
+        let lines = || sqlx::query_as(&select).bind(id.as_uuid()).fetch_all(&pool);
+        let lines = self.pools.retried(lines).await?;
+        Ok(rows::orders(lines, self.keyring.as_ref())?.pop())
+    }
+
     async fn totals_among(&self, customers: &[String]) -> Result<Vec<TotalOf>, StorageError> {
         let totals = rows::totals_of("SELECT value FROM json_each($1)");
         Ok(sqlx::query_as(&totals)
