@@ -432,6 +432,7 @@ impl App {
         let backlog = tokio::time::timeout(STORAGE_TIMEOUT, self.storage.backlog()).await;
         if let Ok(Ok(backlog)) = backlog {
             METRICS.outbox_waiting.set(backlog.untold);
+            METRICS.outbox_age.set(backlog.age().as_secs_f64());
             METRICS.audit_waiting.set(backlog.unaudited);
             METRICS.dead_letters.set(backlog.buried);
         }

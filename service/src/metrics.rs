@@ -4,6 +4,7 @@
 
 use std::fmt::{self, Debug};
 use std::hash::Hash;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, LazyLock};
 
 use metrics_process::collector::collect;
@@ -96,6 +97,7 @@ pub struct Metrics {
     pub jwks_failures: Counter,
     pub orders_created: Counter,
     pub outbox_waiting: Gauge,
+    pub outbox_age: Gauge<f64, AtomicU64>,
     pub audit_waiting: Gauge,
     pub dead_letters: Gauge,
     pub events_told: Counter,
@@ -162,12 +164,17 @@ impl Metrics {
             outbox_waiting: register(
                 all,
                 "outbox_waiting",
-                "Events not told yet, of all processes on the database",
+                "Events not told yet, of all processes on the database; at most 10,000 are counted",
+            ),
+            outbox_age: register(
+                all,
+                "outbox_age_seconds",
+                "For how long the oldest event waits to be told",
             ),
             audit_waiting: register(
                 all,
                 "audit_waiting",
-                "Events that are not in the audit log yet",
+                "Events that are not in the audit log yet; at most 10,000 are counted",
             ),
             dead_letters: register(
                 all,

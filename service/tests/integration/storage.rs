@@ -337,6 +337,7 @@ async fn each_change_leaves_one_event_in_order() {
         assert_eq!(told, wanted, "{kind}");
         let waiting = Backlog {
             untold: 3,
+            oldest: Some(first.created_at.as_millisecond()),
             unaudited: 3,
             buried: 0,
         };

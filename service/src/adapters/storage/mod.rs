@@ -127,15 +127,30 @@ pub struct Connections {
     pub most: u32,
 }
 
-/// Events by what they wait for.
+/// Events by what they wait for, at most [`Self::MOST`] of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backlog {
     /// To be told.
     pub untold: i64,
+    /// When the first of them was written, in milliseconds since the Unix epoch.
+    pub oldest: Option<i64>,
     /// To be chained to the audit log.
     pub unaudited: i64,
     /// Put aside, for a person.
     pub buried: i64,
+}
+
+impl Backlog {
+    /// More are not counted.
+    pub const MOST: i64 = 10_000;
+
+    /// For how long events wait already.
+    pub fn age(&self) -> Duration {
+        let since = self
+            .oldest
+            .map(|oldest| Timestamp::now().as_millisecond() - oldest);
+        Duration::from_millis(since.unwrap_or_default().try_into().unwrap_or_default())
+    }
 }
 
 /// A write that a client may send again: by the same client and key only the same request.

@@ -97,7 +97,7 @@ macro_rules! from_row {
     };
 }
 
-from_row!(Backlog, untold, unaudited, buried);
+from_row!(Backlog, untold, oldest, unaudited, buried);
 from_row!(DeadLetter, consumer, id, event, error);
 from_row!(Entry, seq, event, hash);
 from_row!(Total, currency, orders, total_cents);
@@ -179,9 +179,13 @@ pub(super) const KEY: &str =
 
 pub(super) const TELL: &str = "INSERT INTO outbox (event, created_at) VALUES ($1, $2)";
 pub(super) const UNTOLD: &str = "SELECT seq, event FROM outbox ORDER BY seq LIMIT $1";
-pub(super) const BACKLOG: &str = "SELECT (SELECT count(*) FROM outbox) AS untold,
-    (SELECT count(*) FROM audit_waiting) AS unaudited,
-    (SELECT count(*) FROM dead_letters) AS buried";
+/// Counted from the oldest on, so that neither the rows that are gone nor those that pile up are all looked
+/// at, every few seconds and by each process. The limit is [`Backlog::MOST`].
+pub(super) const BACKLOG: &str = "SELECT
+    (SELECT count(*) FROM (SELECT 1 FROM outbox ORDER BY seq LIMIT $1) waiting) AS untold,
+    (SELECT created_at FROM outbox ORDER BY seq LIMIT 1) AS oldest,
+    (SELECT count(*) FROM (SELECT 1 FROM audit_waiting ORDER BY seq LIMIT $1) waiting) AS unaudited,
+    (SELECT count(*) FROM (SELECT 1 FROM dead_letters LIMIT $1) aside) AS buried";
 
 /// What changes come to for each customer and currency, of those orders that are newly counted, or are
 /// no longer. In one order, so that nobody waits for another who waits for them.

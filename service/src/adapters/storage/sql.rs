@@ -218,7 +218,7 @@ macro_rules! storage_in_sql {
             }
 
             async fn backlog(&self) -> Result<Backlog, StorageError> {
-                let backlog = sqlx::query_as(rows::BACKLOG);
+                let backlog = sqlx::query_as(rows::BACKLOG).bind(Backlog::MOST);
                 Ok(watched(backlog.fetch_one(&self.pools.shared())).await?)
             }
 
