@@ -20,7 +20,7 @@ async fn health_info_and_metrics_tell_what_runs() {
     assert_eq!(app.get("/health/ready").await.0, 200);
     let (_, info) = app.get("/info").await;
     assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
-    assert_eq!(info["schema_version"], 6);
+    assert_eq!(info["schema_version"], 7);
     assert_eq!(info["config_hash"].as_str().unwrap().len(), 64);
 
     app.get("/v1/orders?limit=3").await;

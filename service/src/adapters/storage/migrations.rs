@@ -32,6 +32,7 @@ files![
     "0004_fences",
     "0005_contacts",
     "0006_forgetting",
+    "0007_audit_at_once",
 ];
 
 impl Migrations {

@@ -251,10 +251,13 @@ macro_rules! storage_in_sql {
                         events.filter_map(|((_, change), is_new)| is_new.then_some(change))
                     };
                     let [more, fewer] = rows::counted(changes());
-                    let mut counted = [
-                        Self::count(&mut tx, &more).await?,
-                        Self::count_no_more(&mut tx, &fewer).await?,
-                    ];
+                    let mut counted = [HashSet::new(), HashSet::new()];
+                    if !more.is_empty() {
+                        counted[0] = Self::count(&mut tx, &more).await?;
+                    }
+                    if !fewer.is_empty() {
+                        counted[1] = Self::count_no_more(&mut tx, &fewer).await?;
+                    }
                     for ((customer, currency), (orders, cents)) in
                         rows::sums(changes(), &mut counted)
                     {

@@ -1,0 +1,1 @@
+-- For PostgreSQL alone: in SQLite a trigger is for each row.
