@@ -6,9 +6,11 @@ use std::fmt::{self, Debug};
 use std::hash::Hash;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, LazyLock};
+use std::time::{Instant, SystemTime};
 
 use metrics_process::collector::collect;
-use opentelemetry::trace::TraceId;
+use opentelemetry::Context;
+use opentelemetry::trace::TraceContextExt;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text, text,
@@ -67,15 +69,32 @@ pub struct Exemplar {
 }
 
 impl Exemplar {
-    pub fn of(trace: TraceId) -> Self {
-        Self {
-            trace_id: trace.to_string(),
-        }
+    /// Of the trace that a collector gets, and when that was.
+    fn of(trace: &Context) -> (Option<Self>, Option<SystemTime>) {
+        let span = trace.span();
+        let seen = span.span_context();
+        let exemplar = || Self {
+            trace_id: seen.trace_id().to_string(),
+        };
+        seen.is_sampled()
+            .then(|| (exemplar(), SystemTime::now()))
+            .unzip()
     }
 }
 
+/// Notes how long a request took, and by which trace it can be found.
+pub fn observe<L>(durations: &Durations<L>, labels: &L, began: Instant, trace: &Context)
+where
+    L: EncodeLabelSet + Clone + Debug + Eq + Hash + Send + Sync + 'static,
+{
+    let (exemplar, now) = Exemplar::of(trace);
+    durations
+        .get_or_create(labels)
+        .observe(began.elapsed().as_secs_f64(), exemplar, now);
+}
+
 pub type Latency = HistogramWithExemplars<Exemplar>;
-type Durations<L> = Family<L, Latency, fn() -> Latency>;
+pub type Durations<L> = Family<L, Latency, fn() -> Latency>;
 
 #[derive(Debug)]
 pub struct Metrics {

@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{self, Poll};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
@@ -34,7 +34,7 @@ use crate::app::App;
 use crate::auth::{Caller, Distrust, Shown};
 use crate::config::{Config, Origin};
 use crate::limits::{Admitted, Client};
-use crate::metrics::{Answer, Exemplar, METRICS, Route};
+use crate::metrics::{Answer, METRICS, Route, observe};
 use crate::{drain, limits, traces};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -262,16 +262,9 @@ impl Observed {
             status: status.as_u16(),
         };
         METRICS.http_requests.get_or_create(&answer).inc();
+        let labels = Route { method, route };
+        observe(&METRICS.http_duration, &labels, self.started, &self.trace);
         let trace = self.trace.span();
-        let seen = trace.span_context();
-        let (exemplar, now) = seen
-            .is_sampled()
-            .then(|| (Exemplar::of(seen.trace_id()), SystemTime::now()))
-            .unzip();
-        METRICS
-            .http_duration
-            .get_or_create(&Route { method, route })
-            .observe(seconds, exemplar, now);
         let code = i64::from(response.status().as_u16());
         trace.set_attribute(KeyValue::new("http.response.status_code", code));
         if status.is_server_error() {

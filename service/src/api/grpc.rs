@@ -11,6 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response as HttpResponse};
 use futures_util::{Stream, StreamExt};
 use jiff::Timestamp;
+use opentelemetry::Context;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -24,7 +25,7 @@ use crate::app::{App, Created, is_ready};
 use crate::auth::Caller;
 use crate::domain::events::{Event, Kind};
 use crate::domain::orders::{self, OrderRequest, PageRequest};
-use crate::metrics::{Call, METRICS};
+use crate::metrics::{Call, METRICS, observe};
 use pb::orders_server::{Orders, OrdersServer};
 
 /// Made from the .proto file: `tests/integration/generated.rs`.
@@ -237,10 +238,8 @@ async fn counted<T>(
 ) -> Answer<T> {
     let began = Instant::now();
     let answer = answer.await.map_err(Status::from);
-    METRICS
-        .grpc_duration
-        .get_or_create(&[("method", method)])
-        .observe(began.elapsed().as_secs_f64(), None, None);
+    let labels = [("method", method)];
+    observe(&METRICS.grpc_duration, &labels, began, &Context::current());
     let code = answer
         .as_ref()
         .map_or_else(Status::code, |_| tonic::Code::Ok);

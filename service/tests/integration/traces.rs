@@ -184,6 +184,10 @@ async fn goes_through(broker: Broker) {
     let pid = i32::try_from(running.id().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let of_grpc = format!("# {{trace_id=\"{by_grpc}\"}} ");
+    let bucket_of_grpc = "grpc_request_duration_seconds_bucket{";
+    let leads = |line: &str| line.starts_with(bucket_of_grpc) && line.contains(&of_grpc);
+    assert!(text.lines().any(leads), "{text}");
     assert!(running.wait().await.unwrap().success());
 
     let attributes = collector.attributes.lock().unwrap().join("\n");
