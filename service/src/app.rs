@@ -47,7 +47,7 @@ const UNKNOWN: &str = "unknown";
 /// What is noted with an event.
 fn cause(caller: &Caller) -> Cause {
     Cause {
-        traceparent: traces::traceparent(),
+        trace: traces::current(),
         subject: caller.subject.clone(),
     }
 }

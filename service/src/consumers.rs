@@ -192,7 +192,7 @@ async fn handle(app: &App, consumer: &Consumer, delivery: Delivery) -> Result<()
 /// The span of what a consumer does with an event, in the trace that the event was caused in.
 fn trace(consumer: &Consumer, event: &Event) -> Context {
     let name = format!("{} {}", consumer.name, event.kind.as_str());
-    traces::event(name, event.traceparent.as_deref())
+    traces::event(name, event.trace())
 }
 
 fn mark_failed(trace: &Context, error: &StorageError) {

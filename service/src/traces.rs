@@ -1,5 +1,5 @@
-//! Traces: W3C's `traceparent` comes in with a request, goes out with its events and comes back with
-//! their consumers; spans go to a collector by OTLP where one is configured.
+//! Traces: W3C's `traceparent` and `tracestate` come in with a request, go out with its events and come back
+//! with their consumers; spans go to a collector by OTLP where one is configured.
 //! <https://www.w3.org/TR/trace-context/>, <https://opentelemetry.io/docs/specs/otlp/>
 
 use std::collections::HashMap;
@@ -17,9 +17,13 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 
 use crate::app;
 use crate::config::{self, Tracing};
+use crate::domain::events::Trace;
 
-/// The field of a request, and the attribute of an event.
+/// Fields of a request.
 const TRACEPARENT: &str = "traceparent";
+const TRACESTATE: &str = "tracestate";
+/// What is longer is not passed on: events are kept by many and for long.
+const MAX_TRACESTATE: usize = 512;
 
 static PROPAGATOR: LazyLock<TraceContextPropagator> = LazyLock::new(TraceContextPropagator::new);
 
@@ -70,11 +74,12 @@ pub fn request(name: String, fields: &HeaderMap) -> Context {
 }
 
 /// Begins the span of a consumer's work, in the trace that an event was caused in.
-pub fn event(name: String, traceparent: Option<&str>) -> Context {
-    let carried: HashMap<String, String> = traceparent
-        .map(|value| (TRACEPARENT.to_owned(), value.to_owned()))
-        .into_iter()
-        .collect();
+pub fn event(name: String, trace: Option<Trace>) -> Context {
+    let mut carried = HashMap::new();
+    if let Some(Trace { parent, state }) = trace {
+        carried.insert(TRACEPARENT.to_owned(), parent);
+        carried.extend(state.map(|state| (TRACESTATE.to_owned(), state)));
+    }
     begin(name, SpanKind::Consumer, &carried)
 }
 
@@ -93,10 +98,14 @@ fn begin(name: String, kind: SpanKind, carrier: &dyn Extractor) -> Context {
 }
 
 /// What says, to whoever comes next, in which trace and span this happens.
-pub fn traceparent() -> Option<String> {
+pub fn current() -> Option<Trace> {
     let mut carried = HashMap::new();
     PROPAGATOR.inject_context(&Context::current(), &mut carried);
-    carried.remove(TRACEPARENT)
+    let state = carried.remove(TRACESTATE);
+    Some(Trace {
+        parent: carried.remove(TRACEPARENT)?,
+        state: state.filter(|state| (1..=MAX_TRACESTATE).contains(&state.len())),
+    })
 }
 
 struct Fields<'a>(&'a HeaderMap);

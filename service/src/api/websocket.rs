@@ -75,7 +75,7 @@ pub async fn events(
 fn told(event: &Event) -> serde_json::Result<String> {
     let mut event = serde_json::to_value(event)?;
     if let Some(event) = event.as_object_mut() {
-        event.retain(|key, _| !["authid", "traceparent"].contains(&key.as_str()));
+        event.retain(|key, _| !["authid", "traceparent", "tracestate"].contains(&key.as_str()));
     }
     serde_json::to_string(&event)
 }

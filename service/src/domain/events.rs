@@ -23,6 +23,9 @@ pub struct Event {
     /// <https://github.com/cloudevents/spec/blob/main/cloudevents/extensions/distributed-tracing.md>
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// What those who keep that trace say of it to one another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
     /// Who has caused it, where that was said.
     /// <https://github.com/cloudevents/spec/blob/main/cloudevents/extensions/authcontext.md>
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -35,8 +38,16 @@ pub struct Event {
 /// What an event comes from.
 #[derive(Debug, Clone, Default)]
 pub struct Cause {
-    pub traceparent: Option<String>,
+    pub trace: Option<Trace>,
     pub subject: Option<String>,
+}
+
+/// A place in a trace, as W3C's fields say it.
+/// <https://www.w3.org/TR/trace-context/>
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trace {
+    pub parent: String,
+    pub state: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +68,7 @@ impl Event {
             subject: order.id,
             time: order.updated_at,
             traceparent: None,
+            tracestate: None,
             authid: None,
             datacontenttype: "application/json".to_owned(),
             data: Order {
@@ -71,11 +83,22 @@ impl Event {
     /// In which trace, and by whom.
     #[must_use]
     pub fn caused_by(self, cause: Cause) -> Self {
+        let (traceparent, tracestate) =
+            cause.trace.map(|trace| (trace.parent, trace.state)).unzip();
         Self {
-            traceparent: cause.traceparent,
+            traceparent,
+            tracestate: tracestate.flatten(),
             authid: cause.subject,
             ..self
         }
+    }
+
+    /// In which trace it happened.
+    pub fn trace(&self) -> Option<Trace> {
+        Some(Trace {
+            parent: self.traceparent.clone()?,
+            state: self.tracestate.clone(),
+        })
     }
 }
 

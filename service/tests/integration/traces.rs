@@ -21,6 +21,9 @@ use crate::broker::Broker;
 use crate::interfaces::{PLACE, new_order, place};
 use crate::test_app::{config_dir, free_port, order};
 
+/// What another system keeps in a trace.
+const STATE: &str = "vendor=its-own,other=1";
+
 /// A collector that keeps what it is sent.
 #[derive(Clone, Default)]
 struct Collector {
@@ -112,6 +115,7 @@ async fn goes_through(broker: Broker) {
         let placed = client
             .post(format!("http://127.0.0.1:{port}/v1/orders"))
             .header("traceparent", parent(trace))
+            .header("tracestate", STATE)
             .json(&order())
             .send()
             .await;
@@ -123,6 +127,7 @@ async fn goes_through(broker: Broker) {
     }
     let graphql = client.post(format!("http://127.0.0.1:{port}/graphql"));
     let graphql = graphql.header("traceparent", parent(&by_graphql));
+    let graphql = graphql.header("tracestate", STATE);
     let graphql =
         graphql.json(&json!({ "query": PLACE, "variables": { "order": new_order(&order()) } }));
     let graphql: Value = graphql.send().await.unwrap().json().await.unwrap();
@@ -132,6 +137,8 @@ async fn goes_through(broker: Broker) {
     let mut request = tonic::Request::new(place(&order()));
     let metadata = parent(&by_grpc).parse().unwrap();
     request.metadata_mut().insert("traceparent", metadata);
+    let state = STATE.parse().unwrap();
+    request.metadata_mut().insert("tracestate", state);
     OrdersClient::new(channel)
         .place_order(request)
         .await
@@ -177,6 +184,10 @@ async fn goes_through(broker: Broker) {
     assert!(line.starts_with(bucket), "{line}");
     assert!(line.contains("route=\"/v1/orders\""), "{line}");
     assert!(text.ends_with("# EOF\n"), "{text}");
+    let of_grpc = format!("# {{trace_id=\"{by_grpc}\"}} ");
+    let bucket_of_grpc = "grpc_request_duration_seconds_bucket{";
+    let leads = |line: &str| line.starts_with(bucket_of_grpc) && line.contains(&of_grpc);
+    assert!(text.lines().any(leads), "{text}");
     let (kind, text) = metrics("text/plain").await;
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
     assert!(text.contains(bucket) && !text.contains("# {"), "{text}");
@@ -184,10 +195,6 @@ async fn goes_through(broker: Broker) {
     let pid = i32::try_from(running.id().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    let of_grpc = format!("# {{trace_id=\"{by_grpc}\"}} ");
-    let bucket_of_grpc = "grpc_request_duration_seconds_bucket{";
-    let leads = |line: &str| line.starts_with(bucket_of_grpc) && line.contains(&of_grpc);
-    assert!(text.lines().any(leads), "{text}");
     assert!(running.wait().await.unwrap().success());
 
     let attributes = collector.attributes.lock().unwrap().join("\n");
@@ -205,6 +212,8 @@ async fn goes_through(broker: Broker) {
         assert_eq!(hex(&request.parent_span_id), caller);
         let consumer = collector.span("totals order.placed.v1", trace).expect(&why);
         assert_eq!(consumer.parent_span_id, request.span_id, "{why}");
+        let states = [&request, &consumer].map(|span| span.trace_state.as_str());
+        assert_eq!(states, [STATE; 2], "{why}");
     }
     // One that nobody had begun is a trace of its own.
     let name = "GET /v1/customers/{customer}/totals";
