@@ -412,7 +412,12 @@ impl App {
 
     /// Notes how much of what the process has is in use just now.
     pub fn observe(&self) {
-        let Connections { used, idle, most } = self.storage.connections();
+        let Connections {
+            used,
+            idle,
+            most,
+            waiting,
+        } = self.storage.connections();
         let connections = |state| {
             METRICS
                 .database_connections
@@ -421,6 +426,7 @@ impl App {
         connections("used").set(used.into());
         connections("idle").set(idle.into());
         METRICS.database_connections_max.set(most.into());
+        METRICS.database_waiting.set(waiting.into());
         if let Some(entries) = self.cache.entries() {
             METRICS.cache_entries.set(entries as i64);
         }

@@ -124,6 +124,7 @@ pub struct Metrics {
     pub duty_failures: Family<Label, Counter>,
     pub database_connections: Family<Label, Gauge>,
     pub database_connections_max: Gauge,
+    pub database_waiting: Gauge,
     pub database_failovers: Counter,
     pub database_dead_connections: Counter,
     pub database_retries_refused: Counter,
@@ -212,6 +213,11 @@ impl Metrics {
                 all,
                 "database_connections_max",
                 "Connections that the pool may have",
+            ),
+            database_waiting: register(
+                all,
+                "database_waiting",
+                "Those who wait for their turn to write, or to place or find an order",
             ),
             database_failovers: register(all, "database_failovers", "Changes of the primary"),
             database_dead_connections: register(

@@ -33,6 +33,7 @@ async fn health_info_and_metrics_tell_what_runs() {
         "process_resident_memory_bytes",
         "database_connections{state=\"idle\"} ",
         "database_connections_max ",
+        "database_waiting ",
         "outbox_age_seconds ",
         "cache_entries ",
     ] {

@@ -241,10 +241,12 @@ async fn reads_do_not_wait_for_writes() {
         );
     }
     assert!(late.iter().all(|late| !late.is_finished()));
+    assert_eq!(storage.connections().waiting, 50);
     writing.rollback().await.unwrap();
     for late in late {
         late.await.unwrap().unwrap();
     }
+    assert_eq!(storage.connections().waiting, 0);
 }
 
 /// As a release does that knows of no turns, and is replaced by this one.

@@ -21,8 +21,9 @@ pub(super) fn gathered(
     keyring: Option<&Keyring>,
 ) -> Gathered<OrderId, Option<Order>> {
     let (pools, keyring) = (Arc::clone(pools), keyring.cloned().map(Arc::new));
+    let waits = pools.waits.clone();
     let select: Arc<str> = rows::select("WHERE id = ANY($1)").into();
-    Gathered::new(connections, move |ids: Vec<Arc<OrderId>>| {
+    Gathered::new(connections, waits, move |ids: Vec<Arc<OrderId>>| {
         let (pools, keyring, select) = (Arc::clone(&pools), keyring.clone(), Arc::clone(&select));
         async move {
             let each: Vec<Uuid> = ids.iter().map(|id| id.as_uuid()).collect();

@@ -10,6 +10,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::StorageError;
+use super::pools::{Waiting, Waits};
 
 /// Of so many connections one asks at a time: fewer and larger statements cost less, and are answered sooner
 /// by a server that is busy.
@@ -23,19 +24,22 @@ const QUEUE: usize = 1024;
 
 struct Asked<T, A> {
     item: Arc<T>,
+    /// Until its statement begins.
+    waiting: Option<Waiting>,
     answer: oneshot::Sender<Result<A, StorageError>>,
 }
 
 /// Items of type `T`, each with an answer.
 pub(super) struct Gathered<T, A = ()> {
+    waits: Waits,
     queue: mpsc::Sender<Asked<T, A>>,
     _workers: Vec<AbortOnDropHandle<()>>,
 }
 
 impl<T: Send + Sync + 'static, A: Send + 'static> Gathered<T, A> {
-    /// With a share of so many connections. `ask` does all of what it is given, or nothing; its answers are in the
-    /// order of the items.
-    pub(super) fn new<W, F>(connections: NonZeroU32, ask: W) -> Self
+    /// With a share of so many connections; `waits` counts those whose statement has not begun. `ask` does all
+    /// of what it is given, or nothing; its answers are in the order of the items.
+    pub(super) fn new<W, F>(connections: NonZeroU32, waits: Waits, ask: W) -> Self
     where
         W: Fn(Vec<Arc<T>>) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Result<Vec<A>, StorageError>> + Send + 'static,
@@ -59,6 +63,7 @@ impl<T: Send + Sync + 'static, A: Send + 'static> Gathered<T, A> {
             }))
         };
         Self {
+            waits,
             queue,
             _workers: (0..workers).map(worker).collect(),
         }
@@ -67,9 +72,12 @@ impl<T: Send + Sync + 'static, A: Send + 'static> Gathered<T, A> {
     /// Asks, alone or with others. For whoever is gone before it is begun, nothing is done.
     pub(super) async fn ask(&self, item: T) -> Result<A, StorageError> {
         let (answer, outcome) = oneshot::channel();
-        let item = Arc::new(item);
-        let queued = self.queue.send(Asked { item, answer }).await;
-        queued.map_err(|_| given_up())?;
+        let asked = Asked {
+            item: Arc::new(item),
+            waiting: Some(self.waits.one()),
+            answer,
+        };
+        self.queue.send(asked).await.map_err(|_| given_up())?;
         outcome.await.map_err(|_| given_up())?
     }
 }
@@ -84,6 +92,9 @@ where
     F: Future<Output = Result<Vec<A>, StorageError>>,
 {
     batch.retain(|asked| !asked.answer.is_closed());
+    for asked in &mut batch {
+        asked.waiting = None;
+    }
     let items: Vec<Arc<T>> = batch.iter().map(|asked| Arc::clone(&asked.item)).collect();
     if items.is_empty() {
         return;
@@ -153,7 +164,10 @@ mod tests {
                 Ok(answers)
             }
         };
-        (writes, Arc::new(Gathered::new(NonZeroU32::MIN, write)))
+        (
+            writes,
+            Arc::new(Gathered::new(NonZeroU32::MIN, Waits::default(), write)),
+        )
     }
 
     /// Asks for a write, and comes back when that is in the queue or with the writer.
@@ -179,12 +193,15 @@ mod tests {
         }
         // Before its turn has come.
         drop(asked.remove(2));
+        // All but the first, whose statement has begun.
+        assert_eq!(gathered.waits.number(), 3);
         writes.may.add_permits(2);
         let mut answers = Vec::new();
         for outcome in asked {
             answers.push(outcome.await.unwrap().unwrap());
         }
         assert_eq!(answers, ["one", "two", "four"].map(str::len));
+        assert_eq!(gathered.waits.number(), 0);
         let done = writes.done.lock().unwrap();
         assert_eq!(*done, [vec!["one"], vec!["two", "four"]]);
     }

@@ -125,6 +125,8 @@ pub struct Connections {
     pub idle: u32,
     /// As many as there may be.
     pub most: u32,
+    /// Who waits to write, or to place or find an order.
+    pub waiting: u32,
 }
 
 /// Events by what they wait for, at most [`Self::MOST`] of each.

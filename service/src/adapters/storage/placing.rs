@@ -53,22 +53,26 @@ pub(super) fn gathered(
     pools: &Arc<Pools<Postgres>>,
     connections: NonZeroU32,
 ) -> Gathered<Placement> {
-    let pools = Arc::clone(pools);
-    Gathered::new(connections, move |placements: Vec<Arc<Placement>>| {
-        let pools = Arc::clone(&pools);
-        async move {
-            let (pool, was_tried) = (pools.shared(), AtomicBool::new(false));
-            let place = || {
-                let again = match was_tried.swap(true, Relaxed) {
-                    false => Again::No,
-                    true => Again::Perhaps,
+    let (pools, waits) = (Arc::clone(pools), pools.waits.clone());
+    Gathered::new(
+        connections,
+        waits,
+        move |placements: Vec<Arc<Placement>>| {
+            let pools = Arc::clone(&pools);
+            async move {
+                let (pool, was_tried) = (pools.shared(), AtomicBool::new(false));
+                let place = || {
+                    let again = match was_tried.swap(true, Relaxed) {
+                        false => Again::No,
+                        true => Again::Perhaps,
+                    };
+                    insert(&pool, &placements, again)
                 };
-                insert(&pool, &placements, again)
-            };
-            pools.retried(place).await?;
-            Ok(vec![(); placements.len()])
-        }
-    })
+                pools.retried(place).await?;
+                Ok(vec![(); placements.len()])
+            }
+        },
+    )
 }
 
 /// Orders, their lines and their events; all or none.

@@ -1,7 +1,7 @@
 //! The connections to a database: a pool that requests share, and one apart by which it is asked whether
 //! the database is there, since one that is busy is.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,32 @@ impl Handed {
     }
 }
 
+/// Those who wait until it is their turn: for a connection, for a place in a statement, to write.
+#[derive(Clone, Default)]
+pub(super) struct Waits(Arc<AtomicU32>);
+
+/// One of them, for as long as this lives.
+pub(super) struct Waiting(Waits);
+
+impl Waits {
+    pub(super) fn one(&self) -> Waiting {
+        self.0.fetch_add(1, Relaxed);
+        Waiting(self.clone())
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        self.0.load(Relaxed)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Relaxed);
+    }
+}
+
 pub(super) struct Pools<DB: Database> {
+    pub(super) waits: Waits,
     both: RwLock<Both<DB>>,
     handed: Handed,
     /// What was handed when it was looked at last, and since when it is so.
@@ -62,6 +87,7 @@ pub(super) struct Both<DB: Database> {
 impl<DB: Database> Pools<DB> {
     pub(super) fn new(both: Both<DB>, handed: Handed, acquire_timeout: Duration) -> Self {
         Self {
+            waits: Waits::default(),
             both: RwLock::new(both),
             handed,
             seen: Mutex::new((0, Instant::now())),
@@ -137,6 +163,7 @@ impl<DB: Database> Pools<DB> {
             used: shared.size().saturating_sub(idle),
             idle,
             most: shared.options().get_max_connections(),
+            waiting: self.waits.number(),
         }
     }
 

@@ -174,6 +174,7 @@ impl Postgres {
     }
 
     async fn begin(&self) -> Result<Transaction<'_, sqlx::Postgres>, StorageError> {
+        let _waiting = self.pools.waits.one();
         let pool = self.pools.shared();
         self.pools.retried(|| pool.begin()).await
     }
@@ -184,12 +185,12 @@ impl Postgres {
 
     /// With whatever else is to be placed just then, and without a transaction around it. Who is cut off
     /// has usually placed the order, as what the server has begun it ends.
-    async fn insert_alone(&self, placement: Placement) -> Result<(), StorageError> {
+    async fn insert_one(&self, placement: Placement) -> Result<(), StorageError> {
         self.placements.ask(placement).await
     }
 
     /// With whatever else is looked for just then.
-    async fn find_alone(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
+    async fn find_one(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
         self.wanted.ask(id).await
     }
 

@@ -3,8 +3,8 @@
 //! The module that calls the macro has the adapter with the fields `pools` and `keyring`, its `begin` (a
 //! transaction that may write), its `turn` (for one statement that writes), `stuck_for` (how long nothing
 //! has moved, where that is too long), its `NOW` and `MIGRATIONS`, and whatever is said for many at once
-//! in its own way: `insert` (an order, its lines and its event), `insert_alone` (the same, where that is
-//! all), `find_alone` (an order), `remove` (events from the outbox), `totals_among` (customers),
+//! in its own way: `insert` (an order, its lines and its event), `insert_one` (the same, where that is
+//! all), `find_one` (an order), `remove` (events from the outbox), `totals_among` (customers),
 //! `note_done` (a consumer's events; those that are new), `count` and `count_no_more` (orders in the
 //! totals; those that change), `append` (entries to the audit log) and `no_longer_wait` (for it). A
 //! generic function would need every bound of every query instead.
@@ -58,7 +58,7 @@ macro_rules! storage_in_sql {
                 };
                 watched(async {
                     let Some(once) = once else {
-                        self.insert_alone(placement).await?;
+                        self.insert_one(placement).await?;
                         return Ok(Placed::New);
                     };
                     let mut tx = self.begin().await?;
@@ -88,7 +88,7 @@ macro_rules! storage_in_sql {
             }
 
             async fn find(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
-                self.find_alone(id).await
+                self.find_one(id).await
             }
 
             async fn list(

@@ -175,6 +175,7 @@ impl Sqlite {
     async fn begin(&self) -> Result<Write, StorageError> {
         // Who waits takes no connection from those who read.
         let turn = self.turn().await?;
+        let _waiting = self.pools.waits.one();
         Ok(Write {
             tx: self.pools.shared().begin_with("BEGIN IMMEDIATE").await?,
             _turn: turn,
@@ -182,6 +183,7 @@ impl Sqlite {
     }
 
     async fn turn(&self) -> Result<Option<Turn>, StorageError> {
+        let _waiting = self.pools.waits.one();
         match &self.turns {
             Some(turns) => turns.next().await.map(Some),
             None => Ok(None),
@@ -223,13 +225,13 @@ impl Sqlite {
         Ok(())
     }
 
-    async fn insert_alone(&self, placement: Placement) -> Result<(), StorageError> {
+    async fn insert_one(&self, placement: Placement) -> Result<(), StorageError> {
         let mut tx = self.begin().await?;
         Self::insert(&mut tx, &placement).await?;
         Ok(tx.commit().await?)
     }
 
-    async fn find_alone(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
+    async fn find_one(&self, id: OrderId) -> Result<Option<Order>, StorageError> {
         let select = rows::select("WHERE id = $1");
         let pool = self.pools.shared();
         let lines = || sqlx::query_as(&select).bind(id.as_uuid()).fetch_all(&pool);
