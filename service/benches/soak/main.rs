@@ -41,7 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const SAMPLES_A_MINUTE: u32 = 12;
 /// MiB that the allocator takes at a time.
 const PIECE: f64 = 1.0;
-/// From the process' start until it answers.
+/// From the process' start until it says that it is ready.
 const READY_WITHIN: Duration = Duration::from_secs(1);
 
 fn main() {
@@ -50,7 +50,7 @@ fn main() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let all = runtime.block_on(async {
         let (service, took) = Service::start().await;
-        let ready = format!("answers after {took:.2?} (at most {READY_WITHIN:?})");
+        let ready = format!("ready after {took:.2?} (at most {READY_WITHIN:?})");
         let is_soon = judged(&ready, took <= READY_WITHIN);
         service.many_connections().await;
         service.many_websockets().await;
@@ -76,7 +76,7 @@ impl Drop for Service {
 }
 
 impl Service {
-    /// The service, and how long it took until it could be asked.
+    /// The service, and how long it took until it was ready.
     async fn start() -> (Self, Duration) {
         let dir = tempfile::tempdir().unwrap();
         let address = load::free_address();
@@ -99,7 +99,13 @@ impl Service {
             address,
             _database: dir,
         };
-        while tokio::net::TcpStream::connect(address).await.is_err() {
+        let client = reqwest::Client::new();
+        let ready = format!("http://{address}/health/ready");
+        let is_ready = async || {
+            let answer = client.get(&ready).send().await;
+            answer.is_ok_and(|answer| answer.status().is_success())
+        };
+        while !is_ready().await {
             assert!(began.elapsed() < PATIENCE, "the service did not start");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
