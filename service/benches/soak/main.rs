@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --package service --bench soak [-- MINUTES]` opens 12,000 connections that each ask
 //! something, then 500 WebSockets that must each be told of every order for a minute, then sends
-//! requests for so many minutes (2 unless told) and prints how much memory the process has meanwhile.
-//! The service runs as a process of its own on its embedded defaults; all of it ends by itself, with a
+//! requests for so many minutes (10 unless told: its cache fills for six) and prints how much memory the
+//! process has meanwhile. The service runs as a process of its own on its embedded defaults; all of it ends by itself, with a
 //! panic where an answer or an event is missing, and fails where memory grows by more than noise or the
 //! start took too long.
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on fails")]
@@ -54,7 +54,7 @@ fn main() {
         let is_soon = judged(&ready, took <= READY_WITHIN);
         service.many_connections().await;
         service.many_websockets().await;
-        is_soon & service.memory(minutes.unwrap_or(2)).await
+        is_soon & service.memory(minutes.unwrap_or(10)).await
     });
     if !all {
         std::process::exit(1);
