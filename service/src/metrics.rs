@@ -6,7 +6,7 @@ use std::fmt::{self, Debug};
 use std::hash::Hash;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, LazyLock};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use metrics_process::collector::collect;
 use opentelemetry::Context;
@@ -82,15 +82,15 @@ impl Exemplar {
     }
 }
 
-/// Notes how long a request took, and by which trace it can be found.
-pub fn observe<L>(durations: &Durations<L>, labels: &L, began: Instant, trace: &Context)
+/// Notes how many seconds a request took, and by which trace it can be found.
+pub fn observe<L>(durations: &Durations<L>, labels: &L, seconds: f64, trace: &Context)
 where
     L: EncodeLabelSet + Clone + Debug + Eq + Hash + Send + Sync + 'static,
 {
     let (exemplar, now) = Exemplar::of(trace);
     durations
         .get_or_create(labels)
-        .observe(began.elapsed().as_secs_f64(), exemplar, now);
+        .observe(seconds, exemplar, now);
 }
 
 pub type Latency = HistogramWithExemplars<Exemplar>;
@@ -199,7 +199,7 @@ impl Metrics {
             dead_letters: register(
                 all,
                 "dead_letters",
-                "Events that were put aside; `service replay` tries them again",
+                "Events that were put aside, at most 10,000; `service replay` tries them again",
             ),
             events_told: register(all, "events_told", "Events that the bus has taken"),
             events_consumed: register(all, "events_consumed", "Events that came to consumers"),

@@ -263,7 +263,7 @@ impl Observed {
         };
         METRICS.http_requests.get_or_create(&answer).inc();
         let labels = Route { method, route };
-        observe(&METRICS.http_duration, &labels, self.started, &self.trace);
+        observe(&METRICS.http_duration, &labels, seconds, &self.trace);
         let trace = self.trace.span();
         let code = i64::from(response.status().as_u16());
         trace.set_attribute(KeyValue::new("http.response.status_code", code));

@@ -3,9 +3,9 @@
 //! `cargo bench --package service --bench soak [-- MINUTES]` opens 12,000 connections that each ask
 //! something, then 500 WebSockets that must each be told of every order for a minute, then sends
 //! requests for so many minutes (10 unless told: its cache fills for six) and prints how much memory the
-//! process has meanwhile. The service runs as a process of its own on its embedded defaults; all of it ends by itself, with a
-//! panic where an answer or an event is missing, and fails where memory grows by more than noise or the
-//! start took too long.
+//! process has meanwhile. The service runs as a process of its own on its embedded defaults; all of it ends
+//! by itself, with a panic where an answer or an event is missing, and fails where memory grows by more than
+//! noise or the start took too long.
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on fails")]
 #![expect(clippy::print_stdout, reason = "its result is what it prints")]
 

@@ -238,8 +238,13 @@ async fn counted<T>(
 ) -> Answer<T> {
     let began = Instant::now();
     let answer = answer.await.map_err(Status::from);
-    let labels = [("method", method)];
-    observe(&METRICS.grpc_duration, &labels, began, &Context::current());
+    let (labels, seconds) = ([("method", method)], began.elapsed().as_secs_f64());
+    observe(
+        &METRICS.grpc_duration,
+        &labels,
+        seconds,
+        &Context::current(),
+    );
     let code = answer
         .as_ref()
         .map_or_else(Status::code, |_| tonic::Code::Ok);

@@ -54,25 +54,22 @@ pub(super) fn gathered(
     connections: NonZeroU32,
 ) -> Gathered<Placement> {
     let (pools, waits) = (Arc::clone(pools), pools.waits.clone());
-    Gathered::new(
-        connections,
-        waits,
-        move |placements: Vec<Arc<Placement>>| {
-            let pools = Arc::clone(&pools);
-            async move {
-                let (pool, was_tried) = (pools.shared(), AtomicBool::new(false));
-                let place = || {
-                    let again = match was_tried.swap(true, Relaxed) {
-                        false => Again::No,
-                        true => Again::Perhaps,
-                    };
-                    insert(&pool, &placements, again)
+    let write = move |placements: Vec<Arc<Placement>>| {
+        let pools = Arc::clone(&pools);
+        async move {
+            let (pool, was_tried) = (pools.shared(), AtomicBool::new(false));
+            let place = || {
+                let again = match was_tried.swap(true, Relaxed) {
+                    false => Again::No,
+                    true => Again::Perhaps,
                 };
-                pools.retried(place).await?;
-                Ok(vec![(); placements.len()])
-            }
-        },
-    )
+                insert(&pool, &placements, again)
+            };
+            pools.retried(place).await?;
+            Ok(vec![(); placements.len()])
+        }
+    };
+    Gathered::new(connections, waits, write)
 }
 
 /// Orders, their lines and their events; all or none.
