@@ -10,12 +10,14 @@ use crate::setup::system::{self, Package};
 use crate::setup::tools::Tools;
 use crate::setup::{engine, images};
 
-const NODE_PACKAGES: [Package; 8] = [
+const NODE_PACKAGES: [Package; 10] = [
     package("containerd", &["containerd"]),
     package("runc", &["runc"]),
     package("bridge", &["containernetworking-plugins"]),
     package("nft", &["nftables"]),
     package("conntrack", &["conntrack"]),
+    package("iptables", &["iptables"]),
+    package("ipset", &["ipset"]),
     package("ip", &["iproute2"]),
     package("unshare", &["util-linux"]),
     package("sysctl", &["procps"]),

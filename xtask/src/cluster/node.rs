@@ -106,6 +106,10 @@ pub fn run(dir: &Path) -> Result<Finished> {
     node.start_kubelet()?;
     node.start_proxy()?;
     node.start_dns()?;
+    node.parts.wait_for("the node", || {
+        kubectl.read(&["get", "node", places::NODE]).is_some()
+    })?;
+    node.start_policies()?;
     gateway::define(&kubectl, &programs)?;
     gateway::declare(&kubectl, &node.programs)?;
     gateway::start(&mut node, &shell)?;
@@ -139,6 +143,8 @@ fn separate(shell: &Shell, places: &Places) -> Result<()> {
     let (node, link) = (places::NODE, places::NODE_LINK);
     run(cmd!(shell, "hostname {node}"))?;
     run(cmd!(shell, "ip link set lo up"))?;
+    let names = format!("{}/32", places::NODE_DNS);
+    run(cmd!(shell, "ip addr add {names} dev lo"))?;
     // The command that started this one moves the link here.
     wait_for("the link to the machine", || {
         cmd!(shell, "ip link show {link}")
@@ -253,6 +259,15 @@ impl Node {
             ))
             .arg("-v=2");
         self.parts.start("kube-proxy", &mut command)
+    }
+
+    /// What makes NetworkPolicies hold.
+    fn start_policies(&mut self) -> Result<()> {
+        let mut command = Command::new(&self.programs.policies);
+        command.args(["-node", places::NODE, "-services", places::SERVICES]);
+        let kubeconfig = self.parts.places.kubeconfig();
+        command.arg("-kubeconfig").arg(kubeconfig);
+        self.parts.start("policies", &mut command)
     }
 
     fn start_dns(&mut self) -> Result<()> {

@@ -30,6 +30,9 @@ pub const SERVICES: &str = "10.96.77.0/24";
 /// The first address of the services is the API server's.
 pub const API: &str = "10.96.77.1";
 pub const DNS: &str = "10.96.77.10";
+/// Where pods ask for names, as on nodes that have a cache of them.
+/// <https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/>
+pub const NODE_DNS: &str = "169.254.20.10";
 pub const API_PORT: u16 = 16443;
 
 /// The control group of all pods, in each hierarchy.
@@ -181,6 +184,7 @@ impl Places {
             ("@address@", ADDRESS.to_string()),
             ("@pods@", PODS.to_owned()),
             ("@dns@", DNS.to_owned()),
+            ("@node-dns@", NODE_DNS.to_owned()),
             ("@files@", files.unwrap_or(1 << 20).to_string()),
         ]
         .into_iter()

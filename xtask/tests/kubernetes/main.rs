@@ -25,6 +25,7 @@ mod proxy;
 
 mod faults;
 mod manifests;
+mod policies;
 mod prometheus;
 mod rights;
 mod rollouts;
