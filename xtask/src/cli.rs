@@ -286,14 +286,32 @@ pub struct ServersRunArgs {
     pub command: Vec<String>,
 }
 
+/// A version of Kubernetes that is supported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Supported {
+    Oldest,
+    Newest,
+}
+
 #[derive(Debug, Args)]
-pub struct ClusterUpArgs {
-    /// Only etcd and the API server: no pods can run, and no root is needed.
-    #[arg(long, conflicts_with = "bare")]
+pub struct ClusterAloneArgs {
+    /// Where none runs, start only etcd and the API server: no pods can run, and no root is needed.
+    #[arg(long)]
     pub api_only: bool,
 
+    /// Which API server: of the oldest or the newest version of Kubernetes that is supported, instead of the
+    /// cluster's own.
+    #[arg(long, value_name = "WHICH", requires = "api_only")]
+    pub kubernetes: Option<Supported>,
+}
+
+#[derive(Debug, Args)]
+pub struct ClusterUpArgs {
+    #[command(flatten)]
+    pub alone: ClusterAloneArgs,
+
     /// Make no namespaces: whoever has called sudo does that, by their own settings.
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, conflicts_with = "api_only")]
     pub bare: bool,
 }
 
@@ -330,9 +348,8 @@ pub struct ClusterLoadArgs {
 
 #[derive(Debug, Args)]
 pub struct ClusterRunArgs {
-    /// Where none runs, start only etcd and the API server: no pods can run, and no root is needed.
-    #[arg(long)]
-    pub api_only: bool,
+    #[command(flatten)]
+    pub alone: ClusterAloneArgs,
 
     /// The command.
     #[arg(last = true, required = true, value_name = "COMMAND")]

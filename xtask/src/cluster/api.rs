@@ -95,7 +95,7 @@ pub fn run(dir: &Path) -> Result<Finished> {
     let programs = places.running_programs()?;
     let mut parts = Parts::of(places);
     start_etcd(&mut parts, &programs.kubernetes, &endpoints)?;
-    start_server(&mut parts, &programs.kubernetes, &endpoints)?;
+    start_server(&mut parts, programs.api_server(), &endpoints)?;
     let kubectl = Kubectl::administrator(&shell, &parts.places, &programs);
     wait_for_server(&mut parts, &kubectl)?;
     gateway::define(&kubectl, &programs)?;

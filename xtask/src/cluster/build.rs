@@ -12,6 +12,7 @@ use xshell::{Shell, cmd};
 
 use super::schemas;
 use crate::cargo;
+use crate::cli::Supported;
 use crate::files;
 use crate::output::{Output, seconds};
 use crate::setup;
@@ -68,13 +69,13 @@ const MODULES: [Module; 5] = [
         is_of_api: false,
     },
     Module {
-    Module {
         name: "policies",
         package: ".",
         files: &[],
         replaced: &[],
         is_of_api: false,
     },
+    Module {
         name: "pause",
         package: ".",
         files: &[],
@@ -83,9 +84,24 @@ const MODULES: [Module; 5] = [
     },
 ];
 
-/// What only tests need: another implementation of the Gateway API, and a reader of manifests with
-/// the schemas of other versions of Kubernetes.
-const FOR_TESTS: [Module; 2] = [TRAEFIK, KUBECONFORM];
+/// What only tests need: another implementation of the Gateway API, and what other versions of Kubernetes
+/// say of manifests: their API servers, and a reader with their schemas.
+const FOR_TESTS: [Module; 4] = [
+    TRAEFIK,
+    KUBECONFORM,
+    api_server("apiserver-oldest"),
+    api_server("apiserver-newest"),
+];
+
+const fn api_server(name: &'static str) -> Module {
+    Module {
+        name,
+        package: ".",
+        files: &[],
+        replaced: &[],
+        is_of_api: false,
+    }
+}
 
 const KUBECONFORM: Module = Module {
     name: "kubeconform",
@@ -127,6 +143,9 @@ const TRAEFIK_SOURCES: &str = "github.com/traefik/traefik/v3";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Programs {
     pub kubernetes: PathBuf,
+    /// Of another version of Kubernetes, where one was asked for.
+    #[serde(default)]
+    api_server: Option<PathBuf>,
     /// Definitions of the gateway's resources.
     pub definitions: Vec<PathBuf>,
 }
@@ -139,11 +158,17 @@ pub struct NodePrograms {
     pub envoy: PathBuf,
     /// Where it has been built.
     pub traefik: Option<PathBuf>,
+    pub policies: PathBuf,
     pub pause: PathBuf,
 }
 
 impl Programs {
     pub fn built() -> Result<Self> {
+        Self::with(None)
+    }
+
+    /// Those for an API server of a version of Kubernetes, the cluster's own unless another is named.
+    pub fn with(supported: Option<Supported>) -> Result<Self> {
         let contour = home("contour")?;
         // Traefik wants the newer ones, and Contour does not mind.
         let newest = match TRAEFIK.is_built() {
@@ -158,13 +183,32 @@ impl Programs {
             // A list of what is in the others.
             .filter(|path| !path.ends_with("kustomization.yaml"))
             .collect();
-    pub policies: PathBuf,
         definitions.sort();
         definitions.push(contour.join("contour.yaml"));
         Ok(Self {
             kubernetes: program("kubernetes")?,
+            api_server: supported.map(|it| program(it.module())).transpose()?,
             definitions,
         })
+    }
+
+    pub fn api_server(&self) -> &Path {
+        self.api_server.as_deref().unwrap_or(&self.kubernetes)
+    }
+
+    /// By the module that it was built from.
+    pub fn api_server_name(&self) -> String {
+        let name = self.api_server().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+}
+
+impl Supported {
+    fn module(self) -> &'static str {
+        match self {
+            Self::Oldest => "apiserver-oldest",
+            Self::Newest => "apiserver-newest",
+        }
     }
 }
 
@@ -176,6 +220,7 @@ impl NodePrograms {
             contour: program("contour")?,
             envoy: Tools::open()?.program("envoy")?,
             traefik: traefik.transpose()?,
+            policies: program("policies")?,
             pause: program("pause")?,
         })
     }
@@ -208,6 +253,11 @@ pub fn version() -> String {
     versions.join(", ")
 }
 
+/// What only tests need and is not built, for people.
+pub fn missing_for_tests() -> Vec<&'static str> {
+    unbuilt(&FOR_TESTS).map(|module| module.name).collect()
+}
+
 /// The versions of what only tests need, where all of it is built.
 pub fn for_tests() -> Option<String> {
     FOR_TESTS.iter().all(Module::is_built).then(|| {
@@ -220,7 +270,6 @@ pub fn for_tests() -> Option<String> {
 pub fn kubeconform() -> Result<PathBuf> {
     program(KUBECONFORM.name)
 }
-            policies: program("policies")?,
 
 /// Builds what is not there.
 pub fn ensure(output: &Output) -> Result<()> {
@@ -233,8 +282,10 @@ pub fn ensure(output: &Output) -> Result<()> {
 }
 
 /// Builds what the API server alone needs and is not there.
-pub fn ensure_api(output: &Output) -> Result<()> {
-    for module in unbuilt(&MODULES).filter(|module| module.is_of_api) {
+pub fn ensure_api(supported: Option<Supported>, output: &Output) -> Result<()> {
+    let of_version = |module: &Module| supported.is_some_and(|it| it.module() == module.name);
+    let needed = unbuilt(&MODULES).filter(|module| module.is_of_api);
+    for module in needed.chain(unbuilt(&FOR_TESTS).filter(|module| of_version(module))) {
         ensure_module(module, output)?;
     }
     Ok(())
@@ -265,7 +316,9 @@ fn ensure_module(module: &Module, output: &Output) -> Result<()> {
         module.name,
         match module.name {
             "kubernetes" => "; on two cores it takes some ten minutes",
-            "traefik" => "; on two cores it takes some three minutes",
+            "traefik" | "apiserver-oldest" | "apiserver-newest" => {
+                "; on two cores it takes some three minutes"
+            }
             _ => "",
         }
     ));
@@ -369,13 +422,16 @@ fn module_dir(shell: &Shell, go: &Path, module: &str) -> Result<PathBuf> {
 /// Without a version Kubernetes' parts take themselves for v0.0.0, and decide by it.
 fn link_flags(module: &str, sources: &Path) -> Result<String> {
     let mut flags = "-s -w".to_owned();
-    if module != "kubernetes" {
+    if module != "kubernetes" && !module.starts_with("apiserver-") {
         return Ok(flags);
     }
     let pins = fs::read_to_string(sources.join("go.mod")).context("reading go.mod")?;
     let version = pins
         .lines()
-        .find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes "))
+        .find_map(|line| {
+            let line = line.trim().trim_start_matches("require ");
+            line.strip_prefix("k8s.io/kubernetes ")
+        })
         .context("go.mod names no k8s.io/kubernetes")?;
     let parsed = semver::Version::parse(version.trim_start_matches('v'))
         .with_context(|| format!("in go.mod: {version}"))?;

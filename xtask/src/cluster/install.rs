@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use super::{KUBECONFIG, build};
+use crate::cli::Supported;
 use crate::output::Output;
 use crate::setup::system::{self, Package};
 use crate::setup::tools::Tools;
@@ -15,9 +16,9 @@ const NODE_PACKAGES: [Package; 10] = [
     package("runc", &["runc"]),
     package("bridge", &["containernetworking-plugins"]),
     package("nft", &["nftables"]),
-    package("conntrack", &["conntrack"]),
     package("iptables", &["iptables"]),
     package("ipset", &["ipset"]),
+    package("conntrack", &["conntrack"]),
     package("ip", &["iproute2"]),
     package("unshare", &["util-linux"]),
     package("sysctl", &["procps"]),
@@ -83,6 +84,12 @@ pub fn install(output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// What only tests need and this machine lacks.
+pub fn missing_for_tests() -> Option<String> {
+    let missing = build::missing_for_tests();
+    (!missing.is_empty()).then(|| missing.join(" "))
+}
+
 /// The versions of what only tests need, where it is built.
 pub fn for_tests() -> Option<String> {
     build::for_tests()
@@ -119,7 +126,7 @@ fn check_machine() -> Result<()> {
 }
 
 /// Installs and builds what the API server alone needs; starts none.
-pub(super) fn install_api(output: &Output) -> Result<()> {
+pub(super) fn install_api(supported: Option<Supported>, output: &Output) -> Result<()> {
     if !cfg!(target_os = "linux") {
         bail!(
             "an API server of its own can be started on Linux only; start a cluster (kind, k3s, …) and \
@@ -131,5 +138,5 @@ pub(super) fn install_api(output: &Output) -> Result<()> {
     }
     let tools = Tools::open()?;
     tools.install("kubectl", output)?;
-    build::ensure_api(output)
+    build::ensure_api(supported, output)
 }

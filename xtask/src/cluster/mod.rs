@@ -28,7 +28,7 @@ use serde_json::json;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::cargo;
-use crate::cli::{Cli, ClusterCommand, ClusterRunArgs};
+use crate::cli::{Cli, ClusterCommand, ClusterRunArgs, Supported};
 use crate::config::Pipeline;
 use crate::files;
 use crate::image::layer;
@@ -39,7 +39,7 @@ use crate::setup::system;
 use crate::setup::tools::Tools;
 use api::Endpoints;
 use build::{NodePrograms, Programs};
-pub use install::{for_tests, install, install_for_tests, missing, version};
+pub use install::{for_tests, install, install_for_tests, missing, missing_for_tests, version};
 use kubectl::{Kubectl, Starting};
 use places::{Init, Places};
 
@@ -64,8 +64,8 @@ pub fn run(command: &ClusterCommand, cli: &Cli, output: &Output) -> Result<Finis
         ClusterCommand::Up(args) => {
             let pipeline = Pipeline::load(&cli.pipeline)?;
             let cluster = Cluster::open()?;
-            match args.api_only {
-                true => cluster.up_alone(output)?,
+            match args.alone.api_only {
+                true => cluster.up_alone(args.alone.kubernetes, output)?,
                 false => cluster.up(output)?,
             }
             cluster.make_namespaces(&pipeline)?;
@@ -103,10 +103,15 @@ fn run_with(args: &ClusterRunArgs, cli: &Cli, output: &Output) -> Result<Finishe
         down.args(["cluster", "down"]);
         interrupt::end_by(|| interrupt::put_away(down))?;
     }
-    if given.is_none() && args.api_only {
+    if given.is_some() && args.alone.kubernetes.is_some() {
+        bail!(
+            "{KUBECONFIG} names a cluster, which is of its own version: unset it, or do without --kubernetes"
+        );
+    }
+    if given.is_none() && args.alone.api_only {
         // Whoever looks at manifests wants it, and beside Kubernetes it takes no time.
         build::ensure_kubeconform(output)?;
-        cluster.up_alone(output)?;
+        cluster.up_alone(args.alone.kubernetes, output)?;
     } else if given.is_none() {
         cluster.up(output)?;
     }
@@ -191,18 +196,20 @@ impl Cluster {
         );
     }
 
-    /// Starts the API server and its etcd, unless a cluster runs.
-    pub fn up_alone(&self, output: &Output) -> Result<()> {
+    /// Starts the API server and its etcd, unless a cluster runs; of another version of Kubernetes than the
+    /// cluster's where one is named.
+    pub fn up_alone(&self, supported: Option<Supported>, output: &Output) -> Result<()> {
         if !self.is_running() {
             self.leave_to_owner()?;
         }
         let _lock = self.lock()?;
         if self.is_running() {
+            self.check_version(supported)?;
             return self.greet(output);
         }
-        install::install_api(output)?;
+        install::install_api(supported, output)?;
         let began = Instant::now();
-        let programs = Programs::built()?;
+        let programs = Programs::with(supported)?;
         self.clear()?;
         let endpoints = Endpoints::free()?;
         self.prepare(&programs, &endpoints)?;
@@ -215,6 +222,18 @@ impl Cluster {
             self.kubeconfig()
         ));
         Ok(())
+    }
+
+    /// Refuses where an API server of another version is running than the one that was asked for.
+    fn check_version(&self, supported: Option<Supported>) -> Result<()> {
+        if supported.is_none() {
+            return Ok(());
+        }
+        let asked = Programs::with(supported)?;
+        if self.places.running_programs()?.api_server() == asked.api_server() {
+            return Ok(());
+        }
+        bail!("an API server of another version is running; `cargo xtask cluster down` ends it");
     }
 
     /// What was started is its user's from now on; where that failed, nothing is left of it but its last words.
@@ -232,8 +251,12 @@ impl Cluster {
         let kubeconfig = self.kubeconfig();
         match self.alone() {
             Some(init) => {
-                self.wait_alone(init, &self.places.running_programs()?, output)?;
-                output.good(format_args!("the API server is running: {kubeconfig}"));
+                let programs = self.places.running_programs()?;
+                self.wait_alone(init, &programs, output)?;
+                output.good(format_args!(
+                    "the API server is running ({}): {kubeconfig}",
+                    programs.api_server_name()
+                ));
             }
             None => output.good(format_args!("the cluster is running: {kubeconfig}")),
         }

@@ -7,24 +7,52 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixture::{Ended, Fixture, ended, eventually, root};
-use crate::namespace::{Namespace, kubectl, variable};
+use crate::namespace::{Namespace, copy, kubectl, variable};
 
-/// The manifests for teams, with a horizontal autoscaler, and the deployer's rights.
-const SHIPPED: [&str; 4] = [
+/// The manifests for teams, those for the cluster of `cargo xtask cluster`, the deployer's rights, and what
+/// components add.
+const SHIPPED: [&str; 6] = [
     "overlays/staging",
     "overlays/production",
+    "overlays/local/production",
+    "overlays/components",
     "deployer",
     "deployer-contour",
 ];
 
+/// What ships, with an overlay of all components that go together or not.
+fn shipped() -> (tempfile::TempDir, Vec<PathBuf>) {
+    let dir = tempfile::tempdir().unwrap();
+    copy(&root().join("k8s"), dir.path());
+    let components = std::fs::read_dir(dir.path().join("components")).unwrap();
+    let components: Vec<String> = components
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|name| format!("../../components/{name}"))
+        .collect();
+    assert!(components.len() > 4, "{components:?}");
+    let overlay = dir.path().join("overlays/components");
+    std::fs::create_dir(&overlay).unwrap();
+    let kustomization = json!({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": ["../../base"], "components": components,
+    });
+    std::fs::write(
+        overlay.join("kustomization.yaml"),
+        kustomization.to_string(),
+    )
+    .unwrap();
+    let all = SHIPPED.map(|shipped| dir.path().join(shipped));
+    (dir, all.into())
+}
+
 #[test]
 fn what_ships_is_what_the_api_server_takes() {
     let namespace = Namespace::new("ships");
-    for dir in SHIPPED {
-        let dir = namespace.manifests.join(dir);
+    let (_dir, shipped) = shipped();
+    for dir in shipped {
         let dir = dir.to_str().unwrap();
         let apply = [
             "apply",
@@ -56,8 +84,8 @@ fn what_ships_fits_every_supported_version() {
     let check = |version: &str, manifests: &[u8]| {
         let mut child = Command::new(&program)
             .args(["-strict", "-summary", "-output", "json"])
-            // What comes with a gateway has no schema there; the API server's own test has it.
-            .args(["-skip", "HTTPRoute"])
+            // What comes with a gateway has no schema there; the API servers' own tests have it.
+            .args(["-skip", "HTTPRoute,GRPCRoute,HTTPProxy"])
             .args(["-schema-location", &location])
             .args(["-kubernetes-version", version.trim_start_matches('v')])
             .stdin(Stdio::piped())
@@ -68,9 +96,9 @@ fn what_ships_fits_every_supported_version() {
         let output = child.wait_with_output().unwrap();
         serde_json::from_slice::<Value>(&output.stdout).unwrap()
     };
+    let (_dir, shipped) = shipped();
     for version in versions {
-        for dir in SHIPPED {
-            let dir = root().join("k8s").join(dir);
+        for dir in &shipped {
             let rendered = Command::new(kubectl())
                 .arg("kustomize")
                 .arg(dir)
@@ -82,7 +110,7 @@ fn what_ships_fits_every_supported_version() {
                 count("valid") > 2 && count("invalid") + count("errors") == 0,
                 "{version}: {result:#}"
             );
-            assert!(count("skipped") <= 1, "{version}: {result:#}");
+            assert!(count("skipped") <= 3, "{version}: {result:#}");
             let broken = String::from_utf8(rendered.stdout)
                 .unwrap()
                 .replace("metadata:", "metadatum:");
@@ -92,6 +120,66 @@ fn what_ships_fits_every_supported_version() {
                 "{result:#}"
             );
         }
+    }
+}
+
+/// Their own API servers, as those take it: what ships, whole, defaults and all.
+#[test]
+fn every_supported_api_server_takes_what_ships() {
+    let schemas = PathBuf::from(variable("XTASK_KUBECONFORM")).with_file_name("schemas");
+    let (_dir, shipped) = shipped();
+    for which in ["oldest", "newest"] {
+        let alone = Alone::new();
+        assert!(
+            alone.has_built(&format!("apiserver-{which}-")),
+            "`cargo xtask cluster up --api-only --kubernetes {which}` builds it"
+        );
+        let up = ["up", "--api-only", "--kubernetes", which];
+        let up = alone.run(&up).expect(0, "running");
+        let kubeconfig = up.finished()["kubeconfig"].as_str().unwrap().to_owned();
+        let ask = |words: &[&str]| {
+            let output = Command::new(kubectl())
+                .args(["--kubeconfig", &kubeconfig])
+                .args(words)
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{which}: {words:?}: {said}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let version: Value = serde_json::from_str(&ask(&["get", "--raw", "/version"])).unwrap();
+        let version = version["gitVersion"].as_str().unwrap();
+        assert!(
+            schemas.join(version).is_dir(),
+            "{version}, as kubeconform has it"
+        );
+        for dir in &shipped {
+            let dir = dir.to_str().unwrap();
+            let dry = [
+                "apply",
+                "--server-side",
+                "--dry-run=server",
+                "--validate=strict",
+            ];
+            let said = ask(&[&dry[..], &["--namespace", "default", "--kustomize", dir]].concat());
+            assert!(said.lines().count() > 2, "{version}: {said}");
+        }
+        // Whoever wants the other one is told.
+        let other = [
+            "up",
+            "--api-only",
+            "--kubernetes",
+            match which {
+                "oldest" => "newest",
+                _ => "oldest",
+            },
+        ];
+        let refused = alone.run(&other).expect(2, "failed");
+        assert!(
+            refused.said.contains("of another version"),
+            "{}",
+            refused.said
+        );
     }
 }
 
@@ -107,7 +195,9 @@ fn the_api_server_alone_needs_no_root() {
     begun.wait().unwrap();
     let again = alone.run(&["up", "--api-only"]).expect(0, "running");
     assert!(
-        again.said.contains("the API server is running: "),
+        again
+            .said
+            .contains("the API server is running (kubernetes): "),
         "{}",
         again.said
     );
@@ -192,20 +282,28 @@ impl Alone {
         let lock = cache.path().join("cluster/run.lock");
         std::fs::write(&lock, "").unwrap();
         std::fs::set_permissions(&lock, Permissions::from_mode(0o444)).unwrap();
-        assert!(
-            built.read_dir().unwrap().any(is_kubernetes),
-            "`cargo xtask cluster up --api-only` builds it"
-        );
         for entry in std::fs::read_dir(built).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             if !name.starts_with("run") {
                 link(built.parent().unwrap(), &format!("cluster/{name}"));
             }
         }
-        Self {
+        let alone = Self {
             fixture: Fixture::new(),
             cache,
-        }
+        };
+        assert!(
+            alone.has_built("kubernetes-"),
+            "`cargo xtask cluster up --api-only` builds it"
+        );
+        alone
+    }
+
+    /// Whether what the cluster is made of has such a program.
+    fn has_built(&self, prefix: &str) -> bool {
+        let built = self.cache.path().join("cluster").read_dir().unwrap();
+        let mut names = built.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.any(|name| name.starts_with(prefix) && !name.contains(".new-"))
     }
 
     fn dir(&self) -> PathBuf {
@@ -255,11 +353,6 @@ impl Alone {
         };
         processes.filter(belongs).collect()
     }
-}
-
-fn is_kubernetes(entry: std::io::Result<std::fs::DirEntry>) -> bool {
-    let name = entry.unwrap().file_name();
-    name.to_str().unwrap().starts_with("kubernetes-")
 }
 
 impl Drop for Alone {
