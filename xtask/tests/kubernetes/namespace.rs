@@ -470,7 +470,13 @@ impl Namespace {
     pub fn apply(&self, object: &Value) {
         let mut child = Command::new(kubectl())
             .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])
-            .args(["apply", "--server-side", "--filename", "-"])
+            .args([
+                "apply",
+                "--server-side",
+                "--force-conflicts",
+                "--filename",
+                "-",
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
@@ -479,6 +485,19 @@ impl Namespace {
         stdin.write_all(object.to_string().as_bytes()).unwrap();
         drop(stdin);
         assert!(child.wait().unwrap().success(), "{object}");
+    }
+
+    /// Whether the deployer may do so: a verb on a resource of a group.
+    pub fn may(&self, (verb, group, resource): &(String, String, String)) -> bool {
+        let deployer = format!("--as=system:serviceaccount:{}:deployer", self.name);
+        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+        let resource = match group.as_str() {
+            "" => resource.to_owned(),
+            group => format!("{resource}.{group}"),
+        };
+        let asked = ["auth", "can-i", verb, &resource, &deployer];
+        let asked = self.kubectl(&[&asked[..], &[&format!("--subresource={sub}")]].concat());
+        asked.stdout.starts_with(b"yes")
     }
 
     /// Deployments that run pods, but a neighbour's: their release's short id, pods wanted and ready.

@@ -97,11 +97,19 @@ impl Kind {
         }
     }
 
-    fn plural(&self) -> String {
-        let (group, version) = self
-            .api_version
-            .split_once('/')
-            .unwrap_or(("", &self.api_version));
+    /// The group of the API; empty for the first one.
+    pub fn group(&self) -> &str {
+        self.split().0
+    }
+
+    fn split(&self) -> (&str, &str) {
+        let version = self.api_version.as_str();
+        version.split_once('/').unwrap_or(("", version))
+    }
+
+    /// The resource's name in paths and in rules of RBAC.
+    pub fn plural(&self) -> String {
+        let (group, version) = self.split();
         let kind = kube::core::GroupVersionKind::gvk(group, version, &self.kind);
         kube::core::ApiResource::from_gvk(&kind).plural
     }
@@ -410,6 +418,18 @@ impl Api {
             kind.path(&self.namespace)
         );
         self.write(Method::POST, &path, "application/json", object)
+            .await
+    }
+
+    /// Asks a question about whoever asks; nothing is kept of it.
+    pub async fn review(&self, kind: &str, spec: Value) -> Result<Value> {
+        let api_version = "authorization.k8s.io/v1";
+        let review = json!({ "apiVersion": api_version, "kind": kind, "spec": spec });
+        let path = format!(
+            "/apis/{api_version}/{}",
+            Kind::new(api_version, kind).plural()
+        );
+        self.write(Method::POST, &path, "application/json", &review)
             .await
     }
 

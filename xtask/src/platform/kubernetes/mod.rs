@@ -12,6 +12,7 @@ mod objects;
 mod pods;
 mod record;
 mod render;
+mod rights;
 mod telling;
 mod traffic;
 mod versioned;
@@ -513,6 +514,7 @@ impl Platform for Kubernetes {
                 .iter()
                 .any(|kind| object["kind"] == *kind);
             if object["kind"] == "Deployment" {
+        rights::check(&self.api, &self.settings, &bundle).await?;
                 object["spec"]["replicas"] = json!(0);
             }
             let tried = self.api.apply(&object, is_numbers, true).await;
