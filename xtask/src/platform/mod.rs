@@ -96,7 +96,7 @@ pub trait Platform: Send + Sync {
     fn explain(&self, release: &ReleaseId) -> Vec<String>;
 
     /// What a prepared release changes, for people.
-    fn changes(&self, _from: Option<&ReleaseId>, _to: &ReleaseId) -> Vec<String> {
+    async fn changes(&self, _from: Option<&ReleaseId>, _to: &ReleaseId) -> Vec<String> {
         Vec::new()
     }
 }

@@ -31,3 +31,4 @@ mod rights;
 mod rollouts;
 mod side_by_side;
 mod troubles;
+mod webhook;

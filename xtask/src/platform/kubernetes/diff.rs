@@ -1,27 +1,139 @@
 //! What a release changes in its environment, for people: one line for each value.
+//!
+//! Of a release that was just tried, it is what is there against what the API server would make of it
+//! (`kubectl diff --server-side`), so that what others have changed shows, and what admission adds. Of one
+//! that is kept it is what was rendered of both.
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use serde_json::Value;
 
-use super::api;
+use super::api::{self, Api, Kind};
+use super::objects;
 use super::render::Bundle;
 
 /// Beyond so many lines nobody reads them.
 const MOST: usize = 40;
 
+/// What the server gives to each object, or a rollout sets: by kind, as JSON pointers (RFC 6901).
+const NOT_TOLD: [(&str, &[&str]); 3] = [
+    ("Deployment", &["/spec/replicas"]),
+    (
+        "Job",
+        &[
+            "/spec/selector",
+            "/spec/template/metadata/labels/batch.kubernetes.io~1controller-uid",
+            "/spec/template/metadata/labels/batch.kubernetes.io~1job-name",
+            "/spec/template/metadata/labels/controller-uid",
+            "/spec/template/metadata/labels/job-name",
+        ],
+    ),
+    (
+        "Service",
+        &[
+            "/spec/clusterIP",
+            "/spec/clusterIPs",
+            "/spec/selector/xtask.dev~1release",
+        ],
+    ),
+];
+
 /// Values by their places.
 type Values = BTreeMap<String, String>;
 
-pub fn lines(stable: Option<&Bundle>, candidate: &Bundle) -> Vec<String> {
-    let before = stable.map_or_else(Values::new, values);
-    let after = values(candidate);
-    if before.is_empty() {
-        let objects: Vec<String> = candidate.all().map(title).collect();
-        return vec![format!("new: {}", objects.join(", "))];
+/// What was rendered of one release against what was rendered of another.
+pub fn rendered(stable: Option<&Bundle>, candidate: &Bundle) -> Vec<String> {
+    let Some(stable) = stable else {
+        return vec![all_new(candidate)];
+    };
+    let before = values(leaving(stable, candidate), stable.id.short());
+    lines(&before, &values(candidate.all(), candidate.id.short()))
+}
+
+/// A release's objects, but for those that stay when it goes: of kinds that hold data.
+fn leaving<'a>(stable: &'a Bundle, candidate: &'a Bundle) -> impl Iterator<Item = &'a Value> {
+    let goes = |object: &&Value| {
+        let is_it = |other: &Value| title(other) == title(object);
+        let is_shared = stable.others.iter().any(is_it);
+        !is_shared || objects::is_removable(object) || candidate.others.iter().any(is_it)
+    };
+    stable.all().filter(goes)
+}
+
+/// What is there of the release in service, and of what it shares, against `tried`: what the API server
+/// would make of each object of `candidate`.
+pub async fn live(
+    api: &Api,
+    stable: Option<&Bundle>,
+    candidate: &Bundle,
+    tried: &[Value],
+) -> Result<Vec<String>> {
+    let Some(stable) = stable else {
+        return Ok(vec![all_new(candidate)]);
+    };
+    let mut before = Vec::new();
+    for object in leaving(stable, candidate) {
+        before.extend(there(api, stable, object).await?);
     }
+    // What only the candidate brings along may be there by somebody else's doing.
+    for object in &candidate.others {
+        if !stable
+            .others
+            .iter()
+            .any(|other| title(other) == title(object))
+        {
+            before.extend(api.get(&Kind::of(object)?, api::name(object)).await?);
+        }
+    }
+    let after: Vec<&Value> = candidate
+        .all()
+        .zip(tried)
+        .map(|(object, tried)| {
+            if is_split(candidate, object) {
+                object
+            } else {
+                tried
+            }
+        })
+        .collect();
+    let before = values(before.iter(), stable.id.short());
+    Ok(lines(
+        &before,
+        &values(after.into_iter(), candidate.id.short()),
+    ))
+}
+
+/// An object of the release in service as it is. What is the release's own and has been removed since is
+/// what the API server would make of it, so that what it fills in is no change.
+async fn there(api: &Api, stable: &Bundle, object: &Value) -> Result<Option<Value>> {
+    if is_split(stable, object) {
+        return Ok(Some(object.clone()));
+    }
+    let found = api.get(&Kind::of(object)?, api::name(object)).await?;
+    let is_shared = |other: &Value| title(other) == title(object);
+    match found {
+        None if !stable.others.iter().any(is_shared) => {
+            api.apply(object, true, true).await.map(Some)
+        }
+        found => Ok(found),
+    }
+}
+
+/// Whether an object holds the split of the traffic: as it is there, it is a rollout's.
+fn is_split(bundle: &Bundle, object: &Value) -> bool {
+    let mut routes = [&bundle.route, &bundle.grpc_route].into_iter().flatten();
+    routes.any(|route| title(route) == title(object))
+}
+
+fn all_new(candidate: &Bundle) -> String {
+    let objects: Vec<String> = candidate.all().map(title).collect();
+    format!("new: {}", objects.join(", "))
+}
+
+fn lines(before: &Values, after: &Values) -> Vec<String> {
     let mut lines = Vec::new();
-    for (place, value) in &after {
+    for (place, value) in after {
         match before.get(place) {
             Some(old) if old == value => {}
             Some(old) => lines.push(format!("~ {place}: {old} -> {value}")),
@@ -43,23 +155,41 @@ fn title(object: &Value) -> String {
     format!("{kind} {}", api::name(object))
 }
 
-fn values(bundle: &Bundle) -> Values {
+/// All values of a release's objects but their names and states.
+fn values<'a>(objects: impl Iterator<Item = &'a Value>, short: &str) -> Values {
     let mut values = Values::new();
-    for object in bundle.all() {
-        // What differs between any two releases says nothing: their names, and what names them.
-        let own = |text: &str| text.replace(bundle.id.short(), "RELEASE");
-        let title = match object["kind"].as_str() {
-            Some("ConfigMap") => format!("ConfigMap {}", without_hash(api::name(object))),
+    // What differs between any two releases says nothing: their names, and what names them.
+    let own = |text: &str| text.replace(short, "RELEASE");
+    for object in objects {
+        let kind = object["kind"].as_str().unwrap_or_default();
+        let title = match kind {
+            "ConfigMap" => format!("ConfigMap {}", without_hash(api::name(object))),
             _ => own(&title(object)),
         };
-        for part in ["spec", "data"] {
-            flatten(&format!("{title} {part}"), &object[part], &mut values);
+        let mut object = object.clone();
+        let not_told = NOT_TOLD.iter().filter(|(of, _)| *of == kind);
+        for place in not_told.flat_map(|(_, places)| *places) {
+            remove(&mut object, place);
+        }
+        for (part, value) in object.as_object().into_iter().flatten() {
+            if !["apiVersion", "kind", "metadata", "status"].contains(&part.as_str()) {
+                flatten(&format!("{title} {part}"), value, &mut values);
+            }
         }
     }
     for value in values.values_mut() {
-        *value = value.replace(bundle.id.short(), "RELEASE");
+        *value = own(value);
     }
     values
+}
+
+/// Removes what a JSON pointer leads to.
+fn remove(object: &mut Value, place: &str) {
+    if let Some((parent, name)) = place.rsplit_once('/')
+        && let Some(Value::Object(fields)) = object.pointer_mut(parent)
+    {
+        fields.remove(&name.replace("~1", "/").replace("~0", "~"));
+    }
 }
 
 /// The hash that kustomize adds to a generated name is the content's.

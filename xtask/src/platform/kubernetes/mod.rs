@@ -50,6 +50,8 @@ pub struct Kubernetes {
     api: Api,
     traffic: Box<dyn Traffic>,
     bundles: Bundles,
+    /// What the API server would make of the release that is about to be rolled out, object by object.
+    tried: Option<(ReleaseId, Vec<Value>)>,
     /// What was found out about a release that does not get ready, while its pods were there.
     troubles: Mutex<BTreeMap<ReleaseId, Trouble>>,
 }
@@ -95,6 +97,7 @@ impl Kubernetes {
             settings,
             api,
             bundles: Bundles::new(),
+            tried: None,
             troubles: Mutex::default(),
         })
     }
@@ -515,10 +518,11 @@ impl Platform for Kubernetes {
                 .any(|kind| object["kind"] == *kind);
             if object["kind"] == "Deployment" {
         rights::check(&self.api, &self.settings, &bundle).await?;
+        let mut tried = Vec::new();
                 object["spec"]["replicas"] = json!(0);
             }
-            let tried = self.api.apply(&object, is_numbers, true).await;
-            tried.with_context(|| {
+            let answer = self.api.apply(&object, is_numbers, true).await;
+            tried.push(answer.with_context(|| {
                 format!(
                     "the API server would refuse what {} renders",
                     self.settings.overlay
@@ -531,6 +535,7 @@ impl Platform for Kubernetes {
         record::keep(&self.api, &self.settings, release, &bundle).await?;
         self.bundles.insert(release.id.clone(), bundle);
         Ok(())
+        self.tried = Some((release.id.clone(), tried));
     }
 
     async fn claim(&self, token: u64) -> Result<()> {
@@ -658,10 +663,20 @@ impl Platform for Kubernetes {
         lines
     }
 
-    fn changes(&self, from: Option<&ReleaseId>, to: &ReleaseId) -> Vec<String> {
+    async fn changes(&self, from: Option<&ReleaseId>, to: &ReleaseId) -> Vec<String> {
         let stable = from.and_then(|id| self.bundles.get(id));
-        self.bundles
-            .get(to)
-            .map_or_else(Vec::new, |candidate| diff::lines(stable, candidate))
+        let Some(candidate) = self.bundles.get(to) else {
+            return Vec::new();
+        };
+        match &self.tried {
+            Some((id, tried)) if id == to => {
+                diff::live(&self.api.impatient(), stable, candidate, tried)
+                    .await
+                    .unwrap_or_else(|error| {
+                        vec![format!("what it changes is not known: {error:#}")]
+                    })
+            }
+            _ => diff::rendered(stable, candidate),
+        }
     }
 }

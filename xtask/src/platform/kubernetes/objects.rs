@@ -36,6 +36,12 @@ const REMOVABLE: [&str; 8] = [
     "ServiceAccount",
 ];
 
+pub(super) fn is_removable(object: &Value) -> bool {
+    object["kind"]
+        .as_str()
+        .is_some_and(|kind| REMOVABLE.contains(&kind))
+}
+
 /// The environment's objects that one release brings and the others do without, of kinds that may be
 /// removed.
 fn only_in<'a>(

@@ -108,7 +108,10 @@ impl<'a> Session<'a> {
             candidate,
             plan.rollout
         ));
-        for line in platform.changes(plan.stable.as_ref(), &plan.candidate) {
+        let changes = platform
+            .changes(plan.stable.as_ref(), &plan.candidate)
+            .await;
+        for line in changes {
             self.output.detail(line);
         }
         if kind == Kind::Canary && plan.stages != self.pipeline.rollout.stages.0 {
