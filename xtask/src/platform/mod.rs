@@ -129,6 +129,9 @@ pub struct ReleaseStatus {
     /// Who has stopped it, and how it goes on.
     #[serde(default)]
     pub paused: Option<String>,
+    /// How many of the instances that are ready count, where they have to be so for a while.
+    #[serde(default)]
+    pub available: Option<u32>,
     /// Whether it was begun to be made, so that there may be something to take away.
     #[serde(default)]
     pub unfinished: bool,
@@ -183,12 +186,11 @@ impl Status {
 }
 
 impl ReleaseStatus {
+    /// How many instances carry what they are given, for good.
     pub fn ready(&self) -> u32 {
-        self.instances
-            .iter()
-            .filter(|instance| instance.ready)
-            .map(|_| 1)
-            .sum()
+        let ready = self.instances.iter().filter(|instance| instance.ready);
+        let ready: u32 = ready.map(|_| 1).sum();
+        ready.min(self.available.unwrap_or(ready))
     }
 }
 

@@ -243,6 +243,7 @@ impl Platform for Memory {
                 broken: None,
                 edited: None,
                 paused: None,
+                available: None,
                 unfinished: false,
             })
             .collect();

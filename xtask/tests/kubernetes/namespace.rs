@@ -314,6 +314,20 @@ impl Namespace {
         });
     }
 
+    /// Releases that are made from now on run only on nodes that have this label.
+    pub fn select_nodes(&self, label: &str) {
+        let patch = json!([{
+            "op": "add", "path": "/spec/template/spec/nodeSelector", "value": { label: "yes" },
+        }]);
+        self.change_overlay(|kustomization| {
+            let patches = kustomization["patches"].as_array_mut().unwrap();
+            patches.push(json!({
+                "target": { "kind": "Deployment" },
+                "patch": patch.to_string(),
+            }));
+        });
+    }
+
     /// Releases that are made from now on have this Secret in their pods' environment, and no other.
     pub fn use_secret(&self, name: &str) {
         let path = "/spec/template/spec/containers/0/envFrom";

@@ -1,6 +1,8 @@
 //! What goes wrong in a cluster: each ends as documented, and says what it is.
 
-use serde_json::json;
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
 
 use crate::fixture::eventually;
 use crate::namespace::{Namespace, ends_with, short};
@@ -29,6 +31,76 @@ fn an_image_that_cannot_be_pulled_is_no_long_wait() {
     namespace.change_settings(wrong, right);
     namespace.deploy(&release).expect(0, "healthy");
     assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+}
+
+/// Nor is a node that there is not, unless something says that it is on its way.
+#[test]
+fn what_no_node_takes_is_waited_for_only_where_one_comes() {
+    let namespace = Namespace::with(
+        "no-node",
+        "gateway",
+        &[("rollout.ready_within", "2m".into())],
+    );
+    let first = namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let label = format!("{}.test", namespace.name);
+    namespace.select_nodes(&label);
+    let release = namespace.release("1.1.0");
+    let start = ["canary", "start", "--release", &release];
+    ends_with("no-node", &namespace.run(&start).expect(2, "failed"));
+    assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+
+    let is_scaled = |event: &Value| event["event"] == "action" && event["name"] == "scale";
+    let running = namespace.fixture.start_until(&start, is_scaled);
+    let selector = format!("xtask.dev/release={}", short(&release));
+    let mut told = BTreeSet::new();
+    eventually("the scheduler's word", || {
+        let pods = namespace.json(&["get", "pods", "--selector", &selector]);
+        for pod in pods["items"].as_array().unwrap() {
+            let name = pod["metadata"]["name"].as_str().unwrap();
+            if told.insert(name.to_owned()) {
+                namespace.apply(&scaled_up(pod));
+            }
+        }
+        let message = namespace.ask(&["get", "pods", "--selector", &selector, "--output", WAITS]);
+        message.split(' ').any(waited_long)
+    });
+    // Longer than one that nobody makes a node for may wait.
+    let node = namespace.ask(&["get", "nodes", "--output", "name"]);
+    namespace.ask(&["label", node.trim(), &format!("{label}=yes")]);
+    running.wait().expect(0, "healthy");
+    namespace.ask(&["label", node.trim(), &format!("{label}-")]);
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    load.stop_without_failures();
+}
+
+/// When each pod was found to have no place.
+const WAITS: &str =
+    r#"jsonpath={.items[*].status.conditions[?(@.reason=="Unschedulable")].lastTransitionTime}"#;
+
+fn waited_long(since: &str) -> bool {
+    let since: Result<jiff::Timestamp, _> = since.parse();
+    since.is_ok_and(|since| jiff::Timestamp::now().as_second() - since.as_second() > 35)
+}
+
+/// What an autoscaler of nodes tells of a pod that it makes one for.
+fn scaled_up(pod: &Value) -> Value {
+    let now = jiff::Timestamp::now()
+        .strftime("%Y-%m-%dT%H:%M:%SZ")
+        .to_string();
+    let name = &pod["metadata"]["name"];
+    json!({
+        "apiVersion": "v1", "kind": "Event",
+        "metadata": { "name": format!("{}.scaled-up", name.as_str().unwrap()) },
+        "involvedObject": {
+            "apiVersion": "v1", "kind": "Pod", "name": name,
+            "namespace": pod["metadata"]["namespace"], "uid": pod["metadata"]["uid"],
+        },
+        "type": "Normal", "reason": "TriggeredScaleUp",
+        "message": "pod triggered scale-up: [{nodes 1->2 (max: 5)}]",
+        "source": { "component": "cluster-autoscaler" },
+        "firstTimestamp": now, "lastTimestamp": now, "count": 1,
+    })
 }
 
 #[test]

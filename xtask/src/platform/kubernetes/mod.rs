@@ -167,6 +167,11 @@ impl Kubernetes {
         if desired > 0 && broken.is_none() {
             broken = pods::broken(deployment, &own, weight > 0);
         }
+        // Those of a release with traffic had places before, and wait for them.
+        if desired > 0 && broken.is_none() && weight == 0 {
+            let unplaced = pods::unplaced(&self.api.impatient(), &own).await;
+            broken = unplaced.unwrap_or_default();
+        }
         if (desired > 0 || unfinished) && weight == 0 {
             let unready = own.iter().find(|pod| !pods::instance(pod).ready);
             let pod = match &broken {
@@ -183,6 +188,7 @@ impl Kubernetes {
             desired: u32::try_from(desired).unwrap_or(u32::MAX),
             weight,
             instances: own.into_iter().map(pods::instance).collect(),
+            available: pods::available(deployment),
             broken: match edited {
                 Some(_) => None,
                 None => broken.map(|(why, _)| why),
@@ -508,17 +514,17 @@ impl Platform for Kubernetes {
         // One that came to nothing is what the settings make of it by now.
         let bundle = Bundle::render(release, &self.settings, &render::kubectl()?)?;
         self.traffic.check(&bundle)?;
+        rights::check(&self.api, &self.settings, &bundle).await?;
         record::ensure(&self.api, &self.settings, &self.environment).await?;
         // The server itself says what it would refuse, before anything is changed; and whose fields would be
         // taken away, but for numbers of pods, which are taken over.
+        let mut tried = Vec::new();
         for object in bundle.all() {
             let mut object = object.clone();
             let is_numbers = ["Deployment", "HorizontalPodAutoscaler"]
                 .iter()
                 .any(|kind| object["kind"] == *kind);
             if object["kind"] == "Deployment" {
-        rights::check(&self.api, &self.settings, &bundle).await?;
-        let mut tried = Vec::new();
                 object["spec"]["replicas"] = json!(0);
             }
             let answer = self.api.apply(&object, is_numbers, true).await;
@@ -527,15 +533,15 @@ impl Platform for Kubernetes {
                     "the API server would refuse what {} renders",
                     self.settings.overlay
                 )
-            })?;
+            })?);
         }
+        self.tried = Some((release.id.clone(), tried));
         if kept.is_some_and(|kept| kept != bundle) {
             record::forget(&self.api, &self.settings, &release.id).await?;
         }
         record::keep(&self.api, &self.settings, release, &bundle).await?;
         self.bundles.insert(release.id.clone(), bundle);
         Ok(())
-        self.tried = Some((release.id.clone(), tried));
     }
 
     async fn claim(&self, token: u64) -> Result<()> {

@@ -18,8 +18,16 @@ const HOPELESS: [&str; 8] = [
     "InvalidImageName",
     "RunContainerError",
 ];
-/// A scheduler that has found no place for so long, in seconds, waits for somebody.
-const UNSCHEDULABLE: i64 = 10;
+/// A scheduler that has found no place for so long, in seconds, waits for somebody: what makes nodes has said by
+/// then that it does.
+const UNSCHEDULABLE: i64 = 30;
+
+/// What says of a pod without a place that a node is being made for it: Kubernetes' autoscaler and Karpenter.
+/// <https://github.com/kubernetes/autoscaler/blob/master/cluster-autoscaler/FAQ.md>,
+/// <https://karpenter.sh/docs/troubleshooting/>
+const NODE_COMES: [&str; 2] = ["TriggeredScaleUp", "Nominated"];
+/// What says that none is.
+const NO_NODE_COMES: &str = "NotTriggerScaleUp";
 
 /// A Secret may come from somewhere else: what brings it has so long after the pod, in seconds.
 const BRINGING: i64 = 10;
@@ -53,6 +61,19 @@ fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
         .chain(api::items(&pod["status"]["containerStatuses"]))
 }
 
+/// How many of a release's pods count, where one has to be ready for a while before it does: the API server's
+/// clock says for how long it was.
+/// <https://kubernetes.io/docs/concepts/workloads/controllers/deployment/#min-ready-seconds>
+pub fn available(deployment: &Value) -> Option<u32> {
+    deployment["spec"]["minReadySeconds"]
+        .as_u64()
+        .filter(|seconds| *seconds > 0)?;
+    let available = deployment["status"]["availableReplicas"]
+        .as_u64()
+        .unwrap_or(0);
+    u32::try_from(available).ok()
+}
+
 pub fn instance(pod: &Value) -> InstanceStatus {
     let ready = is(pod, "Ready", "True");
     let waiting =
@@ -76,8 +97,7 @@ pub fn instance(pod: &Value) -> InstanceStatus {
     }
 }
 
-/// Why the release will not get ready by waiting, and the pod that shows it. What only lacks a
-/// place is left to wait where the release has traffic: its pods had places before.
+/// Why the release will not get ready by waiting, and the pod that shows it.
 pub fn broken(
     deployment: &Value,
     pods: &[&Value],
@@ -91,19 +111,12 @@ pub fn broken(
     if has_traffic {
         return None;
     }
-    for pod in pods {
-        let scheduled = condition(pod, "PodScheduled").filter(|c| c["reason"] == "Unschedulable");
-        let waited = scheduled.and_then(|c| seconds_since(&c["lastTransitionTime"]));
-        if let (Some(scheduled), Some(UNSCHEDULABLE..)) = (scheduled, waited) {
-            let why = format!(
-                "no node takes the pod {}: {}",
-                api::name(pod),
-                scheduled["message"].as_str().unwrap_or_default()
-            );
-            return Some((why, Some(api::name(pod).to_owned())));
-        }
-    }
     let message = |condition: &Value| condition["message"].as_str().unwrap_or_default().to_owned();
+    // What is said of what was wanted before says nothing.
+    let said_of = deployment["status"]["observedGeneration"].as_u64();
+    if said_of < deployment["metadata"]["generation"].as_u64() {
+        return None;
+    }
     let refused = condition(deployment, "ReplicaFailure").filter(|c| c["status"] == "True");
     if let Some(refused) = refused {
         return Some((format!("its pods are refused: {}", message(refused)), None));
@@ -111,6 +124,31 @@ pub fn broken(
     let late = condition(deployment, "Progressing")
         .filter(|condition| condition["reason"] == "ProgressDeadlineExceeded")?;
     Some((message(late), None))
+}
+
+/// Why a pod gets no place on any node, for which no new one is being made; and the pod.
+pub async fn unplaced(api: &Api, pods: &[&Value]) -> Result<Option<(String, Option<String>)>> {
+    for pod in pods {
+        let Some((why, since)) = unschedulable(pod) else {
+            continue;
+        };
+        let name = api::name(pod);
+        let events = events(api, name).await?;
+        let has = |reason: &str| events.iter().any(|event| event["reason"] == reason);
+        let is_late = seconds_since(&since).is_some_and(|waited| waited >= UNSCHEDULABLE);
+        if (is_late || has(NO_NODE_COMES)) && !NODE_COMES.iter().any(|reason| has(reason)) {
+            return Ok(Some((why, Some(name.to_owned()))));
+        }
+    }
+    Ok(None)
+}
+
+/// That the scheduler has found no place, and since when.
+fn unschedulable(pod: &Value) -> Option<(String, Value)> {
+    let scheduled = condition(pod, "PodScheduled").filter(|c| c["reason"] == "Unschedulable")?;
+    let message = scheduled["message"].as_str().unwrap_or_default();
+    let why = format!("no node takes the pod {}: {message}", api::name(pod));
+    Some((why, scheduled["lastTransitionTime"].clone()))
 }
 
 /// Why a job will never be done, and the pod that shows it.
@@ -227,6 +265,21 @@ mod tests {
     }
 
     #[test]
+    fn so_many_pods_count_as_are_available() {
+        let deployment = |seconds: u32| {
+            json!({
+                "spec": { "minReadySeconds": seconds }, "status": { "availableReplicas": 1 },
+            })
+        };
+        assert_eq!(available(&deployment(5)), Some(1));
+        assert_eq!(available(&deployment(0)), None);
+        assert_eq!(
+            available(&json!({ "spec": { "minReadySeconds": 5 } })),
+            Some(0)
+        );
+    }
+
+    #[test]
     fn what_will_not_heal_is_told_from_what_may() {
         let why = |pod: &Value| broken(&Value::Null, &[pod], false).map(|(why, _)| why);
         assert_eq!(why(&waiting("ContainerCreating", 0)), None);
@@ -260,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_waited_for_where_there_was_one_before() {
+    fn a_pod_without_a_place_and_a_quota_are_named() {
         let pod = json!({
             "metadata": { "name": "p" },
             "status": { "conditions": [{
@@ -268,8 +321,7 @@ mod tests {
                 "message": "0/1 nodes", "lastTransitionTime": "2020-01-01T00:00:00Z",
             }] },
         });
-        assert!(broken(&Value::Null, &[&pod], false).is_some());
-        assert!(broken(&Value::Null, &[&pod], true).is_none());
+        assert!(unschedulable(&pod).is_some());
         let quota = json!({ "status": { "conditions": [
             { "type": "ReplicaFailure", "status": "True", "message": "exceeded quota" }
         ] } });

@@ -439,6 +439,7 @@ impl World {
                     desired: *replicas,
                     weight: saved.weight(&run.release),
                     instances: instances().map(|(_, instance)| instance.status()).collect(),
+                    available: None,
                     unfinished: false,
                     edited: None,
                     paused: None,
