@@ -127,7 +127,7 @@ impl Bundle {
                     "{overlay}: the GRPCRoute {name:?} must have a name of its own, {:?}",
                     grpc_route_name(settings)
                 ),
-                "HTTPRoute" | "HTTPProxy" if is_ours => {
+                "HTTPRoute" | "HTTPProxy" if splits && is_ours => {
                     if let Some(other) = route.replace(object) {
                         bail!(
                             "{overlay}: {} and {kind} are both named {name:?}, and only one can \
@@ -398,6 +398,10 @@ pub mod tests {
 
     /// What is made of a Deployment and a Service, and these besides.
     pub fn sorted(more: Vec<Value>) -> Result<Bundle> {
+        sorted_by(&settings(), more)
+    }
+
+    fn sorted_by(settings: &Settings, more: Vec<Value>) -> Result<Bundle> {
         let mut deployment = named("Deployment", "service");
         deployment["spec"] = json!({ "template": { "spec": { "containers": [
             { "image": "registry.example/service@sha256:1" },
@@ -418,7 +422,7 @@ pub mod tests {
             },
         };
         let objects = [deployment, service].into_iter().chain(more).collect();
-        Bundle::sort(&recorded, &settings(), objects)
+        Bundle::sort(&recorded, settings, objects)
     }
 
     #[test]
@@ -444,6 +448,18 @@ pub mod tests {
         assert_eq!(bundle.service["spec"]["ports"], ports);
         assert_eq!(bundle.front["spec"]["ports"][0]["nodePort"], 30000);
         assert_eq!(bundle.configs[0]["immutable"], true);
+    }
+
+    /// By numbers of pods nothing of a route is split: it is there as the manifests have it.
+    #[test]
+    fn a_route_that_splits_nothing_is_the_environments() {
+        let settings = Settings {
+            traffic: TrafficKind::Replicas,
+            ..settings()
+        };
+        let bundle = sorted_by(&settings, vec![named("HTTPRoute", "service")]).unwrap();
+        assert!(bundle.route.is_none());
+        assert_eq!(api::name(&bundle.others[0]), "service");
     }
 
     #[test]
