@@ -481,6 +481,19 @@ impl Namespace {
         asked.status.success() || said.contains("not found")
     }
 
+    /// Whether the deployer may do so: a verb on a resource of a group.
+    pub fn may(&self, (verb, group, resource): &(String, String, String)) -> bool {
+        let deployer = format!("--as=system:serviceaccount:{}:deployer", self.name);
+        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+        let resource = match group.as_str() {
+            "" => resource.to_owned(),
+            group => format!("{resource}.{group}"),
+        };
+        let asked = ["auth", "can-i", verb, &resource, &deployer];
+        let asked = self.kubectl(&[&asked[..], &[&format!("--subresource={sub}")]].concat());
+        asked.stdout.starts_with(b"yes")
+    }
+
     pub fn apply(&self, object: &Value) {
         let mut child = Command::new(kubectl())
             .args(["--kubeconfig", &kubeconfig(), "--namespace", &self.name])
@@ -499,19 +512,6 @@ impl Namespace {
         stdin.write_all(object.to_string().as_bytes()).unwrap();
         drop(stdin);
         assert!(child.wait().unwrap().success(), "{object}");
-    }
-
-    /// Whether the deployer may do so: a verb on a resource of a group.
-    pub fn may(&self, (verb, group, resource): &(String, String, String)) -> bool {
-        let deployer = format!("--as=system:serviceaccount:{}:deployer", self.name);
-        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
-        let resource = match group.as_str() {
-            "" => resource.to_owned(),
-            group => format!("{resource}.{group}"),
-        };
-        let asked = ["auth", "can-i", verb, &resource, &deployer];
-        let asked = self.kubectl(&[&asked[..], &[&format!("--subresource={sub}")]].concat());
-        asked.stdout.starts_with(b"yes")
     }
 
     /// Deployments that run pods, but a neighbour's: their release's short id, pods wanted and ready.
@@ -636,6 +636,7 @@ const VARYING: &[(&str, &str)] = &[
     (r"\b[0-9]+\.[0-9]+ s;", "[seconds];"),
     (r"\b[0-9]+ requests", "[number] requests"),
     (r"pod=[^ (]+", "pod=[pod]"),
+    (r"172\.31\.77\.1:[0-9]+", "[here]"),
     (r"back-off [0-9]+s", "back-off [seconds]"),
     // What the network of the machine makes of the name of a registry that there is not.
     (r"ErrImagePull: .*", "ErrImagePull: [why]"),
@@ -650,7 +651,6 @@ pub fn short(release: &str) -> String {
 pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
         panic!("{name} is not set: these tests are run by `cargo xtask ci --only kubernetes`")
-    (r"172\.31\.77\.1:[0-9]+", "[here]"),
     })
 }
 

@@ -346,3 +346,67 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
     assert_eq!(undisturbed, 5, "the run to compare with had its actions");
     load.stop_without_failures();
 }
+
+/// A rollout that takes days fills its journal, and an object has room for a mebibyte: the journal is made
+/// shorter, and whoever goes on from what is left of it ends as well.
+#[test]
+fn a_long_journal_is_made_shorter() {
+    let namespace = Namespace::with("long", "gateway", &[("rollout.min_stage", "10s".into())]);
+    namespace.in_service("1.0.0");
+    let load = namespace.load();
+    let release = namespace.release("1.1.0");
+    namespace.judged_canary(&release).kill();
+    let names = namespace.ask(&["get", "configmaps", "--output", "name"]);
+    let mut journals = names.lines().filter(|name| name.contains("-rollout-"));
+    let journal = journals.next_back().unwrap();
+    let long = 420 << 10;
+    namespace.ask(&[
+        "patch",
+        journal,
+        "--patch-file",
+        &lengthened(&namespace, journal, long),
+    ]);
+    assert!(text_of(&namespace, journal).len() > long);
+
+    let resume = ["canary", "resume"];
+    let is_judged = |event: &Value| event["event"] == "judgement";
+    namespace.fixture.start_until(&resume, is_judged).kill();
+    let left = text_of(&namespace, journal);
+    assert!(
+        left.len() < 100 << 10 && left.contains("snapshot"),
+        "{left}"
+    );
+    namespace.run(&resume).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&release), 2, 2)]);
+    load.stop_without_failures();
+}
+
+/// All that a journal says.
+fn text_of(namespace: &Namespace, journal: &str) -> String {
+    let object = namespace.json(&["get", journal]);
+    let pieces = object["data"].as_object().unwrap().values();
+    pieces.map(|piece| piece.as_str().unwrap()).collect()
+}
+
+/// A patch by which its last window has come again and again.
+fn lengthened(namespace: &Namespace, journal: &str, long: usize) -> String {
+    let text = text_of(namespace, journal);
+    let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+    let lines: Vec<Value> = lines.collect();
+    let mut window = lines
+        .iter()
+        .rfind(|line| line["event"] == "window")
+        .unwrap()
+        .clone();
+    let mut more = String::new();
+    for seq in lines.len() + 1.. {
+        window["seq"] = json!(seq);
+        more.push_str(&format!("{window}\n"));
+        if more.len() > long {
+            break;
+        }
+    }
+    let file = namespace.manifests.join("journal.json");
+    std::fs::write(&file, json!({ "data": { "00001000": more } }).to_string()).unwrap();
+    file.display().to_string()
+}
