@@ -316,9 +316,8 @@ fn ensure_module(module: &Module, output: &Output) -> Result<()> {
         module.name,
         match module.name {
             "kubernetes" => "; on two cores it takes some ten minutes",
-            "traefik" | "apiserver-oldest" | "apiserver-newest" => {
-                "; on two cores it takes some three minutes"
-            }
+            "traefik" => "; on two cores it takes some three minutes",
+            "apiserver-oldest" | "apiserver-newest" => "; on two cores it takes some five minutes",
             _ => "",
         }
     ));
