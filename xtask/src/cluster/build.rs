@@ -61,27 +61,9 @@ const MODULES: [Module; 5] = [
         replaced: &[],
         is_of_api: true,
     },
-    Module {
-        name: "coredns",
-        package: ".",
-        files: &[],
-        replaced: &[],
-        is_of_api: false,
-    },
-    Module {
-        name: "policies",
-        package: ".",
-        files: &[],
-        replaced: &[],
-        is_of_api: false,
-    },
-    Module {
-        name: "pause",
-        package: ".",
-        files: &[],
-        replaced: &[],
-        is_of_api: false,
-    },
+    own("coredns"),
+    own("policies"),
+    own("pause"),
 ];
 
 /// What only tests need: another implementation of the Gateway API, and what other versions of Kubernetes
@@ -89,11 +71,12 @@ const MODULES: [Module; 5] = [
 const FOR_TESTS: [Module; 4] = [
     TRAEFIK,
     KUBECONFORM,
-    api_server("apiserver-oldest"),
-    api_server("apiserver-newest"),
+    own("apiserver-oldest"),
+    own("apiserver-newest"),
 ];
 
-const fn api_server(name: &'static str) -> Module {
+/// A program of the module's own, and nothing else.
+const fn own(name: &'static str) -> Module {
     Module {
         name,
         package: ".",

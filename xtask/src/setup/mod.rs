@@ -265,7 +265,7 @@ fn requirements(steps: &[&Step], tools: &Tools) -> Result<Vec<Requirement>> {
             }),
             CLUSTER_TESTS => requirements.push(Requirement {
                 name: "tests of Kubernetes".to_owned(),
-                needed: cluster::missing_for_tests().unwrap_or_else(|| "other versions".to_owned()),
+                needed: cluster::missing_for_tests().unwrap_or_else(|| "all of them".to_owned()),
                 found: cluster::for_tests(),
                 mend: "cargo xtask setup".to_owned(),
             }),

@@ -23,6 +23,14 @@ const SHIPPED: [&str; 6] = [
     "deployer-contour",
 ];
 
+/// What an API server says of manifests.
+const DRY_RUN: [&str; 4] = [
+    "apply",
+    "--server-side",
+    "--dry-run=server",
+    "--validate=strict",
+];
+
 /// What ships, with an overlay of all components that go together or not.
 fn shipped() -> (tempfile::TempDir, Vec<PathBuf>) {
     let dir = tempfile::tempdir().unwrap();
@@ -54,13 +62,7 @@ fn what_ships_is_what_the_api_server_takes() {
     let (_dir, shipped) = shipped();
     for dir in shipped {
         let dir = dir.to_str().unwrap();
-        let apply = [
-            "apply",
-            "--server-side",
-            "--dry-run=server",
-            "--validate=strict",
-        ];
-        let said = namespace.ask(&[&apply[..], &["--kustomize", dir]].concat());
+        let said = namespace.ask(&[&DRY_RUN[..], &["--kustomize", dir]].concat());
         assert!(said.lines().count() > 2, "{said}");
     }
 }
@@ -155,13 +157,11 @@ fn every_supported_api_server_takes_what_ships() {
         );
         for dir in &shipped {
             let dir = dir.to_str().unwrap();
-            let dry = [
-                "apply",
-                "--server-side",
-                "--dry-run=server",
-                "--validate=strict",
-            ];
-            let said = ask(&[&dry[..], &["--namespace", "default", "--kustomize", dir]].concat());
+            let said = ask(&[
+                &DRY_RUN[..],
+                &["--namespace", "default", "--kustomize", dir],
+            ]
+            .concat());
             assert!(said.lines().count() > 2, "{version}: {said}");
         }
         // Whoever wants the other one is told.
@@ -210,10 +210,10 @@ fn the_api_server_alone_needs_no_root() {
         .unwrap()
         .to_owned();
     let apply = |manifests: &str| {
-        let words = "apply --server-side --dry-run=server --validate=strict --filename -";
         let mut child = Command::new(kubectl())
             .args(["--kubeconfig", &kubeconfig, "--namespace", "default"])
-            .args(words.split(' '))
+            .args(DRY_RUN)
+            .args(["--filename", "-"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

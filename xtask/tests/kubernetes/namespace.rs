@@ -301,10 +301,7 @@ impl Namespace {
         });
     }
 
-    /// Releases that are made from now on start their pods with these arguments.
-    pub fn add_arguments(&self, arguments: &[&str]) {
-        let path = "/spec/template/spec/containers/0/args";
-        let patch = json!([{ "op": "add", "path": path, "value": arguments }]);
+    fn patch_deployment(&self, patch: &Value) {
         self.change_overlay(|kustomization| {
             let patches = kustomization["patches"].as_array_mut().unwrap();
             patches.push(json!({
@@ -312,6 +309,13 @@ impl Namespace {
                 "patch": patch.to_string(),
             }));
         });
+    }
+
+    /// Releases that are made from now on start their pods with these arguments.
+    pub fn add_arguments(&self, arguments: &[&str]) {
+        let path = "/spec/template/spec/containers/0/args";
+        let patch = json!([{ "op": "add", "path": path, "value": arguments }]);
+        self.patch_deployment(&patch);
     }
 
     /// Releases that are made from now on run only on nodes that have this label.
@@ -319,13 +323,7 @@ impl Namespace {
         let patch = json!([{
             "op": "add", "path": "/spec/template/spec/nodeSelector", "value": { label: "yes" },
         }]);
-        self.change_overlay(|kustomization| {
-            let patches = kustomization["patches"].as_array_mut().unwrap();
-            patches.push(json!({
-                "target": { "kind": "Deployment" },
-                "patch": patch.to_string(),
-            }));
-        });
+        self.patch_deployment(&patch);
     }
 
     /// Releases that are made from now on have this Secret in their pods' environment, and no other.
@@ -333,13 +331,7 @@ impl Namespace {
         let path = "/spec/template/spec/containers/0/envFrom";
         let patch =
             json!([{ "op": "add", "path": path, "value": [{ "secretRef": { "name": name } }] }]);
-        self.change_overlay(|kustomization| {
-            let patches = kustomization["patches"].as_array_mut().unwrap();
-            patches.push(json!({
-                "target": { "kind": "Deployment" },
-                "patch": patch.to_string(),
-            }));
-        });
+        self.patch_deployment(&patch);
     }
 
     /// Releases that are made from now on do without those objects, and their pods have one more label,

@@ -18,7 +18,7 @@ type Rule = (&'static str, &'static str, &'static [&'static str]);
 const ALL: &[&str] = &["get", "create", "patch", "delete"];
 
 /// What every rollout does.
-const ALWAYS: [Rule; 12] = [
+const ALWAYS: [Rule; 14] = [
     ("", "configmaps", ALL),
     ("", "configmaps", &["list"]),
     ("coordination.k8s.io", "leases", &["get", "create", "patch"]),
@@ -30,9 +30,10 @@ const ALWAYS: [Rule; 12] = [
     ("batch", "jobs", &["list"]),
     ("policy", "poddisruptionbudgets", &["get"]),
     ("", "pods", &["get", "list"]),
+    ("", "pods/log", &["get"]),
+    ("", "pods/proxy", &["get"]),
     ("", "events", &["create", "list"]),
 ];
-const OF_PODS: [Rule; 2] = [("", "pods/log", &["get"]), ("", "pods/proxy", &["get"])];
 const AUTOSCALER: Rule = ("autoscaling", "horizontalpodautoscalers", ALL);
 const BUDGET: Rule = ("policy", "poddisruptionbudgets", ALL);
 const JOBS: Rule = ("batch", "jobs", ALL);
@@ -83,7 +84,7 @@ pub async fn check(api: &Api, settings: &Settings, bundle: &Bundle) -> Result<()
 }
 
 fn needed(settings: &Settings, bundle: &Bundle) -> Result<BTreeSet<Right>> {
-    let mut rules: Vec<Rule> = [&ALWAYS[..], &OF_PODS[..]].concat();
+    let mut rules = ALWAYS.to_vec();
     rules.extend(bundle.autoscaler.is_some().then_some(AUTOSCALER));
     rules.extend(bundle.budget.is_some().then_some(BUDGET));
     rules.extend((!bundle.jobs.is_empty()).then_some(JOBS));
