@@ -159,7 +159,7 @@ pub struct KubernetesChanges {
 }
 
 /// What splits the traffic between two releases.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrafficKind {
     /// The numbers of pods behind one Service.

@@ -13,7 +13,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{MetricsKind, Pipeline, PlatformKind, Stage};
+use crate::config::{MetricsKind, Pipeline, PlatformKind, Stage, TrafficKind};
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::desk::{Desk, Files};
 use crate::rollout::engine::{Action, Mark, Plan};
@@ -85,6 +85,11 @@ pub trait Platform: Send + Sync {
     /// Whether numbers of instances make the split of the traffic.
     fn by_replicas(&self) -> bool {
         false
+    }
+
+    /// What splits the traffic, where the settings can say.
+    fn traffic(&self) -> Option<TrafficKind> {
+        None
     }
 
     /// A release that this machine does not know, where the platform keeps it.

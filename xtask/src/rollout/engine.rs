@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Stage;
+use crate::config::{Stage, TrafficKind};
 use crate::release::ReleaseId;
 
 /// Milliseconds since the Unix epoch.
@@ -33,6 +33,9 @@ pub struct Plan {
     /// Whether the numbers of processes make the split, as behind a plain Service.
     #[serde(default)]
     pub by_replicas: bool,
+    /// What splits the traffic, where the settings can say: whoever goes on must have the same.
+    #[serde(default)]
+    pub traffic: Option<TrafficKind>,
     /// Whether stable goes on running without traffic once the candidate has its place: then a
     /// rollback waits for no process to start.
     #[serde(default)]

@@ -49,6 +49,7 @@ pub fn plan(
         replicas,
         least: platform.least(),
         by_replicas: platform.by_replicas(),
+        traffic: platform.traffic(),
         // What is gone back from was found wanting: nobody returns to it in a hurry.
         // And behind a plain Service every pod gets requests.
         keeps_previous: rollout.keep_previous.is_some()

@@ -42,6 +42,7 @@ pub fn started() -> Started {
             replicas: 2,
             least: 1,
             by_replicas: false,
+            traffic: None,
             keeps_previous: false,
             others: Vec::new(),
             stages: [10, 50, 100].map(stage).into(),

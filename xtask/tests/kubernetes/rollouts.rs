@@ -335,6 +335,14 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
                 0,
                 "{}",
                 resumed.said
+            // Other settings would look for the weights elsewhere, and take away what still serves.
+            let (gateway, replicas) = ("traffic = \"gateway\"", "traffic = \"replicas\"");
+            namespace.change_settings(gateway, replicas);
+            let refused = namespace.run(&["canary", "resume"]).expect(2, "failed");
+            let why =
+                "was begun with kubernetes.traffic = \"gateway\", and it is \"replicas\" here";
+            assert!(refused.said.contains(why), "{}", refused.said);
+            namespace.change_settings(replicas, gateway);
             );
         }
         assert_eq!(

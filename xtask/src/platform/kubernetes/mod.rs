@@ -26,7 +26,7 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use super::{InstanceCounts, InstanceStatus, Platform, ReleaseStatus, Status};
-use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage};
+use crate::config::{Kubernetes as Settings, MetricsKind, Pipeline, Stage, TrafficKind};
 use crate::release::{Recorded, ReleaseId};
 use crate::rollout::engine::{Action, Kind as Rollout, Mark, Plan};
 use crate::rollout::metrics;
@@ -686,3 +686,7 @@ impl Platform for Kubernetes {
         }
     }
 }
+    fn traffic(&self) -> Option<TrafficKind> {
+        Some(self.settings.traffic)
+    }
+

@@ -130,6 +130,7 @@ impl Rollout {
                 replicas: 2,
                 least: 1,
                 by_replicas: false,
+                traffic: None,
                 keeps_previous: false,
                 others: Vec::new(),
                 stages: stages.iter().map(stage).collect(),
