@@ -582,7 +582,7 @@ fn watch(
         Some(Verdict::ProviderDown) => Some(HoldReason::ProviderDown),
         Some(Verdict::Outage) => Some(HoldReason::Outage),
         Some(Verdict::ShareOff) => Some(HoldReason::ShareOff),
-        _ if elapsed >= plan.limits.max_stage => Some(HoldReason::Undecided),
+        Some(Verdict::Undecided) if elapsed >= plan.limits.max_stage => Some(HoldReason::Undecided),
         _ => None,
     };
     match reason {
