@@ -150,7 +150,9 @@ impl Driver<'_> {
                     None
                 }
             };
-            if platform.is_some() && state.phase == Phase::Watch {
+            if let Some(view) = &platform
+                && is_judged(&plan, &state, view)
+            {
                 self.count(&plan, &state, &mut counting, journal).await?;
             }
             let (platform, request) = match self.desk.request().await {
@@ -427,6 +429,15 @@ fn remember(seen: &mut Vec<InstanceCounts>, newest: &[InstanceCounts]) {
         }
     }
 }
+/// Whether there is something to judge: a stage, or what has traffic already while the next is prepared.
+fn is_judged(plan: &Plan, state: &State, view: &View) -> bool {
+    match state.phase {
+        Phase::Watch => true,
+        Phase::Shift => plan.kind == Kind::Canary && view.candidate.weight > 0,
+        _ => false,
+    }
+}
+
 
 /// The judge after every window of a journal, and their number: the same code that judges live.
 pub fn replay(journal: &Journal) -> (Judge, u64) {

@@ -173,7 +173,7 @@ pub enum HoldReason {
 pub struct Observation {
     /// `None` where the platform does not answer.
     pub platform: Option<View>,
-    /// The verdict on everything counted, once the current stage's weight has been counted.
+    /// The verdict on everything counted, once something has been since the phase began.
     pub verdict: Option<Verdict>,
     /// What a person asked for.
     pub request: Option<Request>,
@@ -447,7 +447,7 @@ pub fn decide(
         request.filter(|request| request.kind == RequestKind::Promote { stage: state.stage });
 
     let action = match next.phase.clone() {
-        Phase::Shift => shift(plan, &mut next, view, now),
+        Phase::Shift => shift(plan, &mut next, view, seen.verdict, now),
         Phase::Watch => watch(plan, &mut next, view, seen.verdict, promote, now),
         Phase::Finish => finish(plan, &mut next, view, now),
         Phase::Back { reason } => back(plan, &mut next, view, &reason, now),
@@ -457,7 +457,23 @@ pub fn decide(
 }
 
 /// Capacity first, then weight.
-fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Action> {
+fn shift(
+    plan: &Plan,
+    next: &mut State,
+    view: &View,
+    verdict: Option<Verdict>,
+    now: Millis,
+) -> Option<Action> {
+    // What has traffic already is judged, however long the next weight takes.
+    if is_regressed(plan, verdict) {
+        next.enter(
+            Phase::Back {
+                reason: Reason::Regressed,
+            },
+            now,
+        );
+        return None;
+    }
     let weight = plan.stages[next.stage].weight;
     let needed = plan.capacity(weight, plan.full(view));
     if let Some(why) = view
@@ -478,6 +494,12 @@ fn shift(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Acti
         && view.stable.desired < plan.replicas
     {
         return Plan::scale(stable, plan.replicas);
+    }
+    if let Some(other) = view.others.first()
+        && plan.by_replicas
+    {
+        // Every pod gets requests there.
+        return Plan::scale(other, 0);
     }
     if view.candidate.desired < needed {
         if view.candidate.desired < next.reached {
@@ -530,7 +552,7 @@ fn watch(
         );
         return None;
     }
-    if plan.kind != Kind::Rollback && verdict == Some(Verdict::Regressed) {
+    if is_regressed(plan, verdict) {
         next.enter(
             Phase::Back {
                 reason: Reason::Regressed,
@@ -552,9 +574,22 @@ fn watch(
         return None;
     }
     if view.candidate.ready < needed {
+        let since = *next.unready_since.get_or_insert(now);
+        let is_late = now.saturating_sub(since) >= plan.limits.ready_within;
+        // What ails both is no fault of the candidate's.
+        if is_late && plan.stable.is_some() && view.stable.ready >= plan.replicas {
+            next.enter(
+                Phase::Back {
+                    reason: Reason::NotReady,
+                },
+                now,
+            );
+            return None;
+        }
         next.hold(HoldReason::NoCapacity, plan, now);
         return None;
     }
+    next.unready_since = None;
     if let Some(Request { number, .. }) = promote {
         next.request = number;
         advance(plan, next, now);
@@ -590,6 +625,11 @@ fn watch(
         None => next.hold = None,
     }
     None
+}
+
+/// Whether what the candidate does with its traffic shows that it is worse; whoever goes back asks nobody.
+fn is_regressed(plan: &Plan, verdict: Option<Verdict>) -> bool {
+    plan.kind != Kind::Rollback && verdict == Some(Verdict::Regressed)
 }
 
 /// Why a canary does not go on by itself: somebody has stopped a release, or has changed the one that

@@ -11,7 +11,7 @@ mod world;
 
 use stateright::{Checker, Model};
 
-use super::engine::{Arm, HoldReason, Kind, Phase, State, Verdict};
+use super::engine::{Action, Arm, HoldReason, Kind, Phase, Reason, State, Verdict};
 use world::{Fate, Rollout, World};
 
 /// The number of states in which all properties hold, or what was broken and how.
@@ -162,6 +162,77 @@ fn what_others_have_stopped_waits_for_a_person() {
     }
 }
 
+/// Whose processes get unready under traffic is gone back from; but not where both releases' do.
+#[test]
+fn a_candidate_that_stays_unready_is_gone_back_from() {
+    for (stable_ready, phase) in [
+        (
+            2,
+            Phase::Back {
+                reason: Reason::NotReady,
+            },
+        ),
+        (0, Phase::Watch),
+    ] {
+        let model = Rollout::canary();
+        let mut world = watching(&model);
+        world.candidate.ready = 0;
+        world.stable.ready = stable_ready;
+        for now in 1..4 {
+            assert_eq!(world.state.phase, Phase::Watch);
+            world.now = now;
+            model.step(&mut world, Some(Verdict::NoData), Fate::Done);
+        }
+        assert_eq!(world.state.phase, phase);
+    }
+}
+
+/// What has traffic is judged also while the next weight is made, which may take as long as pods do.
+#[test]
+fn a_candidate_that_gets_worse_between_stages_is_gone_back_from() {
+    let model = Rollout::canary();
+    let mut world = watching(&model);
+    world.state.stage = 1;
+    world.state.phase = Phase::Shift;
+    model.step(&mut world, Some(Verdict::Regressed), Fate::Done);
+    let reason = Reason::Regressed;
+    assert_eq!(world.state.phase, Phase::Back { reason });
+}
+
+/// Where each process gets its share, those of earlier rollouts go before the candidate gets any.
+#[test]
+fn leftovers_get_no_traffic_behind_a_plain_service() {
+    let mut model = Rollout::new(Kind::Canary, true, &[(50, None), (100, None)]);
+    model.plan.by_replicas = true;
+    model.plan.others = vec!["older".into()];
+    let world = model.init_states().remove(0);
+    let seen = model.observe(&world, true, None);
+    let (_, action) = (model.decide)(&model.plan, &world.state, &seen, 0);
+    let stops_it = Action::Scale {
+        release: "older".into(),
+        replicas: 0,
+    };
+    assert_eq!(action, Some(stops_it));
+}
+
+/// At the first stage, with all that it needs.
+fn watching(model: &Rollout) -> World {
+    let mut world = model.init_states().remove(0);
+    world.candidate = Arm {
+        desired: 1,
+        ready: 1,
+        weight: 10,
+        ..Arm::default()
+    };
+    world.stable.weight = 90;
+    world.state = State {
+        phase: Phase::Watch,
+        exposed: true,
+        ..State::start(0)
+    };
+    world
+}
+
 /// Engines and platforms with one defect each: the exploration must find it.
 #[test]
 fn defects_are_found() {
@@ -208,19 +279,7 @@ fn defects_are_found() {
 #[test]
 fn troubles_that_alternate_are_one_hold() {
     let model = Rollout::canary();
-    let mut world = model.init_states().remove(0);
-    world.candidate = Arm {
-        desired: 1,
-        ready: 1,
-        weight: 10,
-        ..Arm::default()
-    };
-    world.stable.weight = 90;
-    world.state = State {
-        phase: Phase::Watch,
-        exposed: true,
-        ..State::start(0)
-    };
+    let mut world = watching(&model);
     for now in 2..6 {
         world.now = now;
         let verdict = if now % 2 == 0 {

@@ -161,7 +161,7 @@ impl Rollout {
         )
     }
 
-    fn observe(&self, world: &World, platform: bool, verdict: Option<Verdict>) -> Observation {
+    pub fn observe(&self, world: &World, platform: bool, verdict: Option<Verdict>) -> Observation {
         Observation {
             platform: platform.then(|| View {
                 stable: world.stable.clone(),
@@ -448,10 +448,11 @@ impl Model for Rollout {
             return;
         }
         let watching = world.state.phase == Phase::Watch;
-        let verdicts = if watching {
-            &VERDICTS[..]
-        } else {
-            &VERDICTS[..1]
+        let shifting = world.state.phase == Phase::Shift && world.candidate.weight > 0;
+        let verdicts = match watching {
+            true => &VERDICTS[..],
+            false if shifting => &VERDICTS[..4],
+            false => &VERDICTS[..1],
         };
         for verdict in verdicts {
             events.push(Event::Step {
