@@ -90,6 +90,9 @@ pub struct Driver<'a> {
     pub audience: &'a (dyn Fn(Notice<'_>) + Send + Sync),
 }
 
+/// How long a report's counts are waited for: a way back may be in a hurry.
+const SEEN_WITHIN: Duration = Duration::from_secs(2);
+
 /// An action that the platform has refused, and since when.
 struct Refused {
     action: Action,
@@ -137,6 +140,14 @@ impl Driver<'_> {
                 .await?;
         }
         let mut counting = self.replay(journal);
+        if state.exposed {
+            // What the command before has seen is not known, and the candidate may be about to go.
+            let seen = tokio::time::timeout(SEEN_WITHIN, self.metrics.totals()).await;
+            remember(
+                &mut counting.seen,
+                &seen.ok().and_then(Result::ok).unwrap_or_default(),
+            );
+        }
         let mut claimed = false;
         let mut refused: Option<Refused> = None;
         loop {
@@ -418,6 +429,15 @@ impl Counting {
     }
 }
 
+/// Whether there is something to judge: a stage, or what has traffic already while the next is prepared.
+fn is_judged(plan: &Plan, state: &State, view: &View) -> bool {
+    match state.phase {
+        Phase::Watch => true,
+        Phase::Shift => plan.kind == Kind::Canary && view.candidate.weight > 0,
+        _ => false,
+    }
+}
+
 /// Keeps the newest counts of each instance.
 fn remember(seen: &mut Vec<InstanceCounts>, newest: &[InstanceCounts]) {
     for new in newest {
@@ -429,15 +449,6 @@ fn remember(seen: &mut Vec<InstanceCounts>, newest: &[InstanceCounts]) {
         }
     }
 }
-/// Whether there is something to judge: a stage, or what has traffic already while the next is prepared.
-fn is_judged(plan: &Plan, state: &State, view: &View) -> bool {
-    match state.phase {
-        Phase::Watch => true,
-        Phase::Shift => plan.kind == Kind::Canary && view.candidate.weight > 0,
-        _ => false,
-    }
-}
-
 
 /// The judge after every window of a journal, and their number: the same code that judges live.
 pub fn replay(journal: &Journal) -> (Judge, u64) {
