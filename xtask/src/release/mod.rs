@@ -83,6 +83,14 @@ impl ReleaseId {
         self.0.get(..12).unwrap_or(&self.0)
     }
 
+    /// Whether a text could be such a short one.
+    pub fn is_short(text: &str) -> bool {
+        text.len() == 12
+            && text
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }

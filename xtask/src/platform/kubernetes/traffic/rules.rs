@@ -7,6 +7,7 @@ use super::Bundles;
 use super::effect::{PROBE_HEADER, Protocol};
 use super::weighted::{Shape, Weighted};
 use crate::platform::kubernetes::api::{self, Kind};
+use crate::release::ReleaseId;
 
 /// A backend of ours in a route: the short id of its release, and its weight.
 pub type Backend = (String, u64);
@@ -27,6 +28,8 @@ impl<S: Shape> Weighted<S> {
             api::items(&rule[backends])
                 .filter_map(|backend| {
                     let short = backend["name"].as_str()?.strip_prefix(&prefix)?;
+                    // Another Service's name may begin like ours.
+                    ReleaseId::is_short(short).then_some(())?;
                     Some((short.to_owned(), backend["weight"].as_u64().unwrap_or(1)))
                 })
                 .collect()
@@ -246,9 +249,12 @@ mod tests {
             settings,
             ..weighted(None)
         };
-        let split = [("one".to_owned(), 90), ("two".to_owned(), 10)];
+        let split = [
+            ("aaaaaaaaaaaa".to_owned(), 90),
+            ("bbbbbbbbbbbb".to_owned(), 10),
+        ];
         let probe = Probe {
-            short: "two",
+            short: "bbbbbbbbbbbb",
             secret: "s",
         };
         let manifest = route("HTTPRoute", 1, &["service"]);
@@ -256,7 +262,7 @@ mod tests {
         let rules = &wanted["spec"]["rules"];
         assert_eq!(weighted.backends(&wanted), split);
         assert_eq!(rules[0]["matches"], Value::Null);
-        assert_eq!(rules[1]["backendRefs"][0]["name"], "service-two");
+        assert_eq!(rules[1]["backendRefs"][0]["name"], "service-bbbbbbbbbbbb");
         let header = json!([{ "name": PROBE_HEADER, "value": "s" }]);
         let path = json!({ "type": "Exact", "value": "/xtask-probe/0" });
         assert_eq!(
@@ -273,8 +279,23 @@ mod tests {
         let wanted = weighted.wanted(&full, &split, Some(&probe), &Bundles::new());
         let rules: Vec<&Value> = api::items(&wanted["spec"]["rules"]).collect();
         assert_eq!(rules.len(), 9);
-        assert_eq!(rules[8]["backendRefs"][1]["name"], "service-two");
+        assert_eq!(rules[8]["backendRefs"][1]["name"], "service-bbbbbbbbbbbb");
     }
+
+    /// A rule before ours may lead to a Service whose name begins as ours does.
+    #[test]
+    fn what_leads_to_another_service_is_no_split() {
+        let mut manifest = route("HTTPRoute", 2, &["service"]);
+        manifest["spec"]["rules"][0]["backendRefs"][0]["name"] = json!("service-admin");
+        let weighted = weighted(None);
+        assert_eq!(weighted.backends(&manifest), []);
+        let split = [("aaaaaaaaaaaa".to_owned(), 100)];
+        let wanted = weighted.wanted(&manifest, &split, None, &Bundles::new());
+        assert_eq!(weighted.backends(&wanted), split);
+        let rules = &wanted["spec"]["rules"];
+        assert_eq!(rules[0]["backendRefs"][0]["name"], "service-admin");
+    }
+
     /// Calls by gRPC come by a port of their own that the release before did not have.
     #[test]
     fn what_only_one_release_has_leads_to_it_alone() {
