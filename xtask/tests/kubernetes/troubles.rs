@@ -244,7 +244,8 @@ fn what_admission_refuses_is_refused_before_anything_is_changed() {
     assert!(namespace.running().is_empty());
 }
 
-/// Somebody edits the candidate: then it is not the release any more, and is not promoted.
+/// Somebody edits the candidate: then it is not the release any more, and is not promoted. What they have made
+/// their own does not keep it from being taken away.
 #[test]
 fn an_edited_candidate_is_not_the_release() {
     let namespace = Namespace::with("edited", "gateway", &[("rollout.min_stage", "20s".into())]);
@@ -257,11 +258,20 @@ fn an_edited_candidate_is_not_the_release() {
         "set",
         "env",
         &format!("deployment/{name}"),
-        "RUST_LOG=debug",
+        "--limits=memory=300Mi",
     ]);
     let ended = running.wait().expect(1, "rolled-back");
     ends_with("edited", &ended);
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+    let status = namespace.run(&["canary", "status"]).said;
+    says(&status, &["because", "changed the pod template"]);
+
+    // The next time it is the release again.
+    let start = ["canary", "start", "--release", &next];
+    namespace.run(&start).expect(0, "healthy");
+    assert_eq!(namespace.running(), [(short(&next), 2, 2)]);
+    let deployment = namespace.ask(&["get", "deployment", &name, "--output", "yaml"]);
+    assert!(!deployment.contains("300Mi"), "{deployment}");
     load.stop_without_failures();
 }
 
@@ -281,7 +291,7 @@ fn what_others_do_to_stable_is_waited_for() {
     let paused = format!("has paused the Deployment service-{}", short(&first));
     eventually("the hold", || status().contains(&paused));
     // Before that ends, or the first stage might.
-    namespace.ask(&["set", "env", &stable, "RUST_LOG=debug"]);
+    namespace.ask(&["set", "resources", &stable, "--limits=memory=300Mi"]);
     namespace.ask(&["rollout", "resume", &stable]);
     eventually("the other hold", || {
         let said = status();
@@ -336,6 +346,7 @@ fn what_is_undone_each_time_is_not_fought_over() {
     says(&ended.said, &["holding: somebody else changes the weights"]);
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
+    says(&namespace.ask(&["get", "events"]), &["EditedByOthers"]);
 }
 
 /// Somebody has scaled stable by hand: a rollback takes the number over and says so.

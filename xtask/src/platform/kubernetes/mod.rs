@@ -159,7 +159,8 @@ impl Kubernetes {
             .collect();
         let desired = deployment["spec"]["replicas"].as_u64().unwrap_or(1);
         let unfinished = api::annotation(deployment, UNFINISHED).is_some();
-        let edited = edited(deployment);
+        // One that runs nothing is made anew when it is needed.
+        let edited = edited(deployment).filter(|_| desired > 0);
         let mut broken = edited.clone().map(|why| (why, None));
         if unfinished && broken.is_none() {
             broken = self.broken_job(short).await.unwrap_or_default();
@@ -242,7 +243,15 @@ impl Kubernetes {
         let name = bundle.name(&self.settings);
         let there = self.api.get(&deployments(), &name).await?;
         self.raise_floor(fence, &name, replicas).await?;
-        if there.is_none_or(|there| there["spec"]["replicas"] == 0) {
+        if there
+            .as_ref()
+            .is_none_or(|there| there["spec"]["replicas"] == 0)
+        {
+            if let Some(edited) = there.as_ref().and_then(edited) {
+                // What others have added would stay.
+                self.event(release, "Warning", "MadeAnew", &edited).await;
+                fence.remove(&deployments(), &name).await?;
+            }
             // Whoever gives the release up must find that there is something of it.
             self.apply_deployment(fence, release, &with_pods(bundle, 0, true))
                 .await?;
@@ -296,9 +305,16 @@ impl Kubernetes {
     ) -> Result<()> {
         match fence.apply(wanted).await {
             // Whoever scaled it by hand is told, and the number is ours again: a rollback must not
-            // wait for a person.
-            Err(error) if api::is_owned_by_others(&error) && only_replicas(&error) => {
-                self.event(release, "Warning", "ScaledByOthers", &format!("{error:#}"))
+            // wait for a person. Nor must the end of one that somebody has edited: it runs nothing then.
+            Err(error)
+                if api::is_owned_by_others(&error)
+                    && (only_replicas(&error) || wanted["spec"]["replicas"] == 0) =>
+            {
+                let reason = match only_replicas(&error) {
+                    true => "ScaledByOthers",
+                    false => "EditedByOthers",
+                };
+                self.event(release, "Warning", reason, &format!("{error:#}"))
                     .await;
                 fence.take_over(wanted).await.map(|_| ())
             }
