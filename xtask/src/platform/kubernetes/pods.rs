@@ -117,13 +117,10 @@ pub fn broken(
     if said_of < deployment["metadata"]["generation"].as_u64() {
         return None;
     }
-    let refused = condition(deployment, "ReplicaFailure").filter(|c| c["status"] == "True");
-    if let Some(refused) = refused {
-        return Some((format!("its pods are refused: {}", message(refused)), None));
-    }
-    let late = condition(deployment, "Progressing")
-        .filter(|condition| condition["reason"] == "ProgressDeadlineExceeded")?;
-    Some((message(late), None))
+    // How long pods may take is said by rollout.ready_within, not by the Deployment's progress deadline: a
+    // node for them may be on its way.
+    let refused = condition(deployment, "ReplicaFailure").filter(|c| c["status"] == "True")?;
+    Some((format!("its pods are refused: {}", message(refused)), None))
 }
 
 /// Why a pod gets no place on any node, for which no new one is being made; and the pod.
