@@ -273,6 +273,11 @@ fn who_shares_a_namespace_is_not_seen() {
     let staging = ("environments.staging.platform", "kubernetes".into());
     let namespace = Namespace::with("shared", "replicas", &[staging]);
     namespace.in_service("1.0.0");
+    // The name that earlier releases of ours gave to their budget.
+    namespace.apply(&json!({
+        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": { "name": "service" },
+        "spec": { "maxUnavailable": 1, "selector": { "matchLabels": { "app": "somebody-elses" } } },
+    }));
     let neighbour = namespace.neighbour();
     let theirs = neighbour.in_service("2.0.0");
     let loads = [
@@ -299,6 +304,7 @@ fn who_shares_a_namespace_is_not_seen() {
     for load in loads {
         load.stop_without_failures();
     }
+    namespace.ask(&["get", "poddisruptionbudget", "service"]);
 
     let status = ["canary", "status", "--environment", "staging"];
     let refused = namespace.run(&status).expect(2, "failed");

@@ -404,7 +404,8 @@ impl Kubernetes {
             self.restore(fence, stable).await?;
             if self.bundle(stable)?.budget.is_some() {
                 // Releases of before had one together, and a pod with two cannot be evicted.
-                fence.remove(&budgets(), &self.settings.name).await?;
+                let name = &self.settings.name;
+                fence.remove_of(name, &budgets(), name).await?;
             }
         }
         let name = record::name(&self.settings);
