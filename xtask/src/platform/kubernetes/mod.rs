@@ -352,7 +352,12 @@ impl Kubernetes {
             self.event(release, "Warning", "TakenOver", &taken_over)
                 .await;
         }
-        if let [(release, _)] = weights.as_slice() {
+        // Behind a plain Service numbers of pods are the split: only what carries everything may grow there.
+        let may_grow = match self.by_replicas() && weights.len() > 1 {
+            true => &[],
+            false => weights.as_slice(),
+        };
+        for (release, _) in may_grow {
             let scaled = self.let_scale(fence, release).await;
             self.told(release, "NotScaled", scaled).await?;
         }
@@ -364,8 +369,8 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Lets the autoscaler of a release that carries everything make more of it; fewer pods only once its place
-    /// is on record.
+    /// Lets the autoscaler of a release with traffic make more of it; fewer pods only once its place is on
+    /// record.
     async fn let_scale(&self, fence: &Fence<'_>, release: &ReleaseId) -> Result<()> {
         let bundle = self.bundle(release)?;
         let Some(mut autoscaler) = bundle.autoscaler.clone() else {
@@ -382,6 +387,16 @@ impl Kubernetes {
             autoscaler["spec"]["maxReplicas"] = most.into();
         }
         fence.apply(&autoscaler).await.map(|_| ())
+    }
+
+    /// Keeps the autoscaler of the release that a rollout may come back to from making less of it than carries
+    /// all of the traffic, or did: its share of that gets smaller.
+    async fn keep_full(&self, fence: &Fence<'_>, plan: &Plan, release: &ReleaseId) -> Result<()> {
+        let name = name_of(&self.settings, release);
+        let there = self.api.get(&deployments(), &name).await?;
+        let there = there.and_then(|there| u32::try_from(there["spec"]["replicas"].as_u64()?).ok());
+        let full = plan.replicas.max(there.unwrap_or(0));
+        self.raise_floor(fence, &name, full).await
     }
 
     /// Keeps an autoscaler, where the release has one, from going below so many pods.
@@ -585,8 +600,7 @@ impl Platform for Kubernetes {
                 let is_candidate = *release == plan.candidate;
                 if let (true, 1.., Some(stable)) = (is_candidate, *replicas, &plan.stable) {
                     // From now on stable must be able to take everything back.
-                    let name = name_of(&self.settings, stable);
-                    self.raise_floor(&fence, &name, plan.replicas).await?;
+                    self.keep_full(&fence, plan, stable).await?;
                 }
                 if is_candidate && *replicas == 0 {
                     // Its pods go, and that there is something left to do stays on record meanwhile.
@@ -608,8 +622,11 @@ impl Platform for Kubernetes {
                 Ok(())
             }
             Action::Route { weights } => {
-                if plan.kind == Rollout::Rollback {
-                    self.turn_back(&fence, plan).await?;
+                let gets_more = weights.iter().any(|(id, _)| *id == plan.candidate);
+                match &plan.stable {
+                    _ if plan.kind == Rollout::Rollback => self.turn_back(&fence, plan).await?,
+                    Some(stable) if gets_more => self.keep_full(&fence, plan, stable).await?,
+                    _ => {}
                 }
                 self.route(&fence, weights).await
             }
@@ -669,6 +686,10 @@ impl Platform for Kubernetes {
         self.traffic.by_replicas()
     }
 
+    fn traffic(&self) -> Option<TrafficKind> {
+        Some(self.settings.traffic)
+    }
+
     async fn recall(&self, id: &ReleaseId) -> Result<Option<Recorded>> {
         let recalled = record::recall(&self.api, &self.settings, id).await?;
         Ok(recalled.map(|(recorded, _)| recorded))
@@ -703,7 +724,3 @@ impl Platform for Kubernetes {
         }
     }
 }
-    fn traffic(&self) -> Option<TrafficKind> {
-        Some(self.settings.traffic)
-    }
-
