@@ -48,8 +48,22 @@ impl Record {
     pub fn note(&mut self, plan: &Plan, mark: Mark) {
         self.stable = plan.stable_after(mark).cloned();
         note(&mut self.history, &plan.rollout, plan.marks(mark));
-        let surplus = self.history.len().saturating_sub(HISTORY);
-        self.history.drain(..surplus);
+        self.forget_old();
+    }
+
+    /// Drops the oldest entries; but however many failures came since, not those of the releases that can be
+    /// gone back to.
+    fn forget_old(&mut self) {
+        let newest = |id: &ReleaseId| self.history.iter().rposition(|entry| entry.release == *id);
+        let earned: Vec<usize> = self.earned().iter().filter_map(newest).collect();
+        let mut surplus = self.history.len().saturating_sub(HISTORY);
+        let mut at = 0;
+        self.history.retain(|_| {
+            let goes = surplus > 0 && !earned.contains(&at);
+            surplus -= usize::from(goes);
+            at += 1;
+            !goes
+        });
     }
 }
 
@@ -237,4 +251,45 @@ pub fn bundle_of(object: &Value) -> Result<Bundle> {
 
 fn damaged(name: &str) -> String {
     format!("the ConfigMap {name} is damaged; remove it and name the release again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_failures_leave_a_release_to_go_back_to() {
+        let mut record = Record::default();
+        let mut end = |release: &str, mark| {
+            record.history.push(HistoryEntry {
+                release: release.into(),
+                rollout: String::new(),
+                mark,
+                at: jiff::Timestamp::now(),
+            });
+            record.forget_old();
+        };
+        for good in ["first", "second"] {
+            end(good, Mark::Healthy);
+        }
+        for number in 0..2 * HISTORY {
+            end(&format!("bad-{number}"), Mark::RolledBack);
+        }
+        let earned: [ReleaseId; 2] = ["second".into(), "first".into()];
+        assert_eq!(record.earned(), earned);
+        assert_eq!(record.history.len(), HISTORY);
+
+        // What is kept of each is its newest word, however often it came.
+        let mut record = Record::default();
+        for number in 0..2 * HISTORY {
+            record.history.push(HistoryEntry {
+                release: ["first", "second"][number % 2].into(),
+                rollout: number.to_string(),
+                mark: Mark::Healthy,
+                at: jiff::Timestamp::now(),
+            });
+            record.forget_old();
+        }
+        assert_eq!(record.history.len(), HISTORY);
+    }
 }
