@@ -355,10 +355,17 @@ impl Pipeline {
                 "environments.{environment}.kubernetes.address is missing: where clients reach it"
             );
         };
+        let namespace = fill(changes.namespace.unwrap_or(common.namespace));
+        if !is_label(&namespace) {
+            bail!(
+                "kubernetes.namespace is {namespace:?} for {environment}: a namespace's name has at most 63 \
+                 lower-case letters, digits and dashes, and {{environment}} is all that is filled in"
+            );
+        }
         Ok(Kubernetes {
             context: changes.context.or(common.context),
             overlay: fill(changes.overlay.unwrap_or(common.overlay)),
-            namespace: fill(changes.namespace.unwrap_or(common.namespace)),
+            namespace,
             traffic: changes.traffic.unwrap_or(common.traffic),
             address: Some(fill(address)),
             grpc_address: changes.grpc_address.or(common.grpc_address).map(fill),
@@ -410,6 +417,16 @@ impl Pipeline {
         }
         toml::to_string(&table).context("writing TOML")
     }
+}
+
+/// Whether a text is a label of DNS, as names of namespaces must be.
+/// <https://kubernetes.io/docs/concepts/overview/working-with-objects/names/#dns-label-names>
+fn is_label(text: &str) -> bool {
+    let is_allowed = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    (1..=63).contains(&text.len())
+        && text.bytes().all(is_allowed)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
 }
 
 /// Whether a command may have to do with Kubernetes, or with what is spoken to over TLS as it is.

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use http::{Method, Request, header};
 use http_body_util::BodyExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -205,7 +205,21 @@ impl Api {
         let given = std::env::var_os(cluster::KUBECONFIG);
         let (config, context) = match (&settings.context, given) {
             (Some(context), _) => {
-                let config = Kubeconfig::read().context("reading your kubeconfig")?;
+                let config = Kubeconfig::read();
+                let config = config.map_err(|error| {
+                    anyhow!("kubernetes.context = {context:?} asks for your kubeconfig: {error}")
+                })?;
+                let mut known = config.contexts.iter().map(|known| known.name.as_str());
+                if !known.clone().any(|known| known == context) {
+                    let known: Vec<&str> = known.by_ref().collect();
+                    bail!(
+                        "kubernetes.context = {context:?}: your kubeconfig has no such context; it has {}",
+                        match known.as_slice() {
+                            [] => "none".to_owned(),
+                            known => known.join(", "),
+                        }
+                    );
+                }
                 (config, Some(context.clone()))
             }
             (None, Some(path)) => {
@@ -213,9 +227,8 @@ impl Api {
                 if *path == *cluster.kubeconfig() {
                     cluster.check_node()?;
                 }
-                let config = Kubeconfig::read_from(&path).with_context(|| {
-                    format!("reading {} = {}", cluster::KUBECONFIG, path.display())
-                })?;
+                let config = Kubeconfig::read_from(&path);
+                let config = config.map_err(|error| anyhow!("{}: {error}", cluster::KUBECONFIG))?;
                 (config, None)
             }
             (None, None) => {

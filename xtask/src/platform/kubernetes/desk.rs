@@ -247,6 +247,8 @@ impl Desk for ClusterDesk {
                 return Ok(Some(journal));
             }
         }
+        // That there is no such place must not be taken for peace in it.
+        record::read(&self.api, &self.settings, &self.environment).await?;
         Ok(None)
     }
 

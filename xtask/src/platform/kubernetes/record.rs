@@ -1,7 +1,7 @@
 //! What an environment has on record in its cluster: its stable release, how rollouts ended, what
 //! people asked for, and each release whole, so that any machine can go on.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -82,7 +82,11 @@ pub async fn read(
     environment: &str,
 ) -> Result<(Record, Option<Request>)> {
     let Some(object) = api.get(&kind(), &name(settings)).await? else {
-        return Ok((Record::default(), None));
+        // Who may not try to write finds out later.
+        match api.apply(&empty(settings, environment), false, true).await {
+            Err(error) if Api::is_missing(&error) => return Err(no_namespace(api)),
+            _ => return Ok((Record::default(), None)),
+        }
     };
     let record = of(&object)?;
     if !record.environment.is_empty() && record.environment != environment {
@@ -138,13 +142,17 @@ pub async fn ensure(api: &Api, settings: &Settings, environment: &str) -> Result
     match api.create(&empty(settings, environment)).await {
         // Another command was faster.
         Err(error) if api::is_there_already(&error) => Ok(()),
-        Err(error) if Api::is_missing(&error) => bail!(
-            "there is no namespace {0}: create it (`kubectl create namespace {0}`) and give the \
-             deployer its rights there (k8s/deployer/)",
-            api.namespace
-        ),
+        Err(error) if Api::is_missing(&error) => Err(no_namespace(api)),
         created => created.map(|_| ()),
     }
+}
+
+fn no_namespace(api: &Api) -> anyhow::Error {
+    anyhow!(
+        "there is no namespace {0} (kubernetes.namespace): create it (`kubectl create namespace {0}`) and give \
+         the deployer its rights there (k8s/deployer/)",
+        api.namespace
+    )
 }
 
 /// Leaves a request for whoever drives the rollout. It needs no lock: the newest one counts.

@@ -312,6 +312,14 @@ fn kustomize(recorded: &Recorded, settings: &Settings, kubectl: &Path) -> Result
              whose settings name them in [kubernetes]"
         );
     }
+    let overlay = Path::new(&settings.overlay);
+    let is_of_overlay = |path: &String| Path::new(path).starts_with(overlay);
+    if !release.manifests.keys().any(is_of_overlay) {
+        bail!(
+            "kubernetes.overlay = {:?}: the manifests of release {recorded} have no such directory",
+            settings.overlay
+        );
+    }
     let shell = Shell::new().context("finding the current directory")?;
     let dir = shell
         .create_temp_dir()
