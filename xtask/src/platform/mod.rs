@@ -185,6 +185,23 @@ pub fn note(history: &mut Vec<HistoryEntry>, rollout: &str, marks: Vec<(ReleaseI
 }
 
 impl Status {
+    /// What keeps the release in service from serving, for people: somebody has taken it away.
+    pub fn lost(&self) -> Option<String> {
+        let stable = self.stable.as_ref()?;
+        let short = stable.short();
+        let on_record = format!("{short} is in service on record");
+        match self.release(stable) {
+            None => Some(format!("{on_record}, but it is gone")),
+            Some(release) if release.desired == 0 => {
+                Some(format!("{on_record}, but runs no instance"))
+            }
+            Some(_) if self.releases.iter().all(|release| release.weight == 0) => {
+                Some(format!("{on_record}, but nothing leads to it"))
+            }
+            Some(_) => None,
+        }
+    }
+
     pub fn release(&self, id: &ReleaseId) -> Option<&ReleaseStatus> {
         self.releases.iter().find(|release| release.release == *id)
     }

@@ -284,6 +284,12 @@ pub fn running(
 }
 
 pub fn totals(summary: &Summary, output: &Output) {
+    if let (Some(why), Some(stable)) = (status.lost(), &status.stable) {
+        output.warn(format_args!(
+            "{why}; `cargo xtask canary start --release {}` puts it back",
+            stable.short()
+        ));
+    }
     let Some(totals) = &summary.totals else {
         return;
     };

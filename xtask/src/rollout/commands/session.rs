@@ -62,20 +62,36 @@ impl<'a> Session<'a> {
     async fn begin_as(&self, writer: &Writer, kind: Kind, candidate: Recorded) -> Result<Finished> {
         self.check_idle().await?;
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
-        let status = platform.status().await?;
-        if status.stable.as_ref() == Some(&candidate.id) {
-            self.output.good(format_args!(
-                "{candidate} is in service in {} already",
-                self.name
-            ));
-            return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
+        let mut status = platform.status().await?;
+        let lost = status.lost();
+        match &lost {
+            None if status.stable.as_ref() == Some(&candidate.id) => {
+                self.output.good(format_args!(
+                    "{candidate} is in service in {} already",
+                    self.name
+                ));
+                return Ok(Finished::new(Exit::Yes, "healthy").with("release", &candidate.id));
+            }
+            Some(why) if status.stable.as_ref() == Some(&candidate.id) => {
+                self.output.warn(format_args!("{why}: it is put back"));
+                // There is nothing to compare it with, nor to go back to.
+                status.stable = None;
+            }
+            Some(why) if kind == Kind::Canary => bail!(
+                "{why}, so there is nothing to compare {candidate} with; `cargo xtask canary start --release \
+                 {}` puts it back",
+                status.stable.as_ref().map_or("", ReleaseId::short)
+            ),
+            _ => {}
         }
         let kind = match (kind, &status.stable) {
             (Kind::Canary, None) => {
-                self.output.warn(format_args!(
-                    "nothing is in service in {}: the first release is deployed without a judge",
-                    self.name
-                ));
+                if lost.is_none() {
+                    self.output.warn(format_args!(
+                        "nothing is in service in {}: the first release is deployed without a judge",
+                        self.name
+                    ));
+                }
                 Kind::Deploy
             }
             _ => kind,
