@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::engine::{Action, Plan, State};
+use super::engine::{Action, Phase, Plan, Reason, State};
 use super::judge::{Judge, Judgement};
 use super::windows::WindowLine;
 use crate::config::Judge as JudgeSettings;
@@ -256,6 +256,20 @@ impl Journal {
             _ => None,
         });
         newest.unwrap_or_else(|| State::start(millis(self.lines[0].at)))
+    }
+
+    /// Why it has turned back, if it has.
+    pub fn turned_back(&self) -> Option<&Reason> {
+        self.lines.iter().rev().find_map(|line| match &line.entry {
+            Entry::State {
+                state:
+                    State {
+                        phase: Phase::Back { reason },
+                        ..
+                    },
+            } => Some(reason),
+            _ => None,
+        })
     }
 
     pub fn lines(&self) -> &[Line] {

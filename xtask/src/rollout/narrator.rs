@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::driver::Notice;
-use super::engine::{HoldReason, Kind, Phase, Plan, Reason, State, Verdict};
+use super::engine::{HoldReason, Kind, Phase, Plan, State, Verdict};
 use super::judge::Judgement;
 use super::status;
 use super::windows::Window;
@@ -58,7 +58,7 @@ impl<'a> Narrator<'a> {
                     }
                     (None, Phase::Back { reason }) => {
                         self.output
-                            .warn(format_args!("going back: {}", back_reason(reason)));
+                            .warn(format_args!("going back: {}", status::back_reason(reason)));
                     }
                     _ => {}
                 }
@@ -102,19 +102,5 @@ impl<'a> Narrator<'a> {
         } else {
             self.output.progress(line);
         }
-    }
-}
-
-fn back_reason(reason: &Reason) -> String {
-    match reason {
-        Reason::Aborted => "aborted".to_owned(),
-        Reason::Regressed => "the candidate is worse than stable".to_owned(),
-        Reason::NotReady => "the candidate did not get ready in time".to_owned(),
-        // Its last lines follow at the end.
-        Reason::Broken(why) => why
-            .split("; its last lines")
-            .next()
-            .unwrap_or_default()
-            .to_owned(),
     }
 }

@@ -115,13 +115,13 @@ pub fn rollback_target(status: &Status, wanted: Option<&ReleaseId>) -> Result<Re
             Some(Mark::RolledBack) => bail!(
                 "{} was rolled back here itself; go back to one that earned its place: {}",
                 wanted.short(),
-                earned(&status.history, stable)
+                earned(&status.history, stable, &last_mark)
             ),
             None => bail!(
                 "{} has never been in service here; `canary start --release` brings it in, or go \
                  back to one that earned its place: {}",
                 wanted.short(),
-                earned(&status.history, stable)
+                earned(&status.history, stable, &last_mark)
             ),
         };
     }
@@ -135,11 +135,17 @@ pub fn rollback_target(status: &Status, wanted: Option<&ReleaseId>) -> Result<Re
     }
 }
 
-fn earned(history: &[HistoryEntry], stable: &ReleaseId) -> String {
+/// Those that can be gone back to, the newest first, for people.
+fn earned(
+    history: &[HistoryEntry],
+    stable: &ReleaseId,
+    last_mark: &dyn Fn(&ReleaseId) -> Option<Mark>,
+) -> String {
     let mut releases: Vec<&str> = history
         .iter()
         .rev()
-        .filter(|entry| entry.mark == Mark::Healthy && entry.release != *stable)
+        .filter(|entry| entry.release != *stable)
+        .filter(|entry| last_mark(&entry.release) == Some(Mark::Healthy))
         .map(|entry| entry.release.short())
         .collect();
     releases.dedup();
@@ -402,7 +408,10 @@ mod tests {
             ("one", Healthy),
             ("two", RolledBack),
         ];
-        assert!(rollback_target(&status("one", &history), None).is_err());
+        let status_one = status("one", &history);
+        assert!(rollback_target(&status_one, None).is_err());
+        let refused = rollback_target(&status_one, Some(&"two".into())).unwrap_err();
+        assert!(refused.to_string().ends_with("there is none"), "{refused}");
     }
 
     fn judge() -> Judge {

@@ -1,6 +1,6 @@
 //! What people read about a rollout.
 
-use super::engine::{Action, HoldReason, Kind, Phase, Plan, State, View};
+use super::engine::{Action, HoldReason, Kind, Phase, Plan, Reason, State, View};
 use super::journal::{Journal, millis};
 use super::judge::Judgement;
 use super::plan::Forecast;
@@ -171,6 +171,9 @@ pub fn rollout(journal: &Journal, view: Option<&View>, driven: bool, output: &Ou
         }
         output.line(format_args!("next       {}", next(plan, &state, driven)));
     } else {
+        if let Some(reason) = journal.turned_back() {
+            output.line(format_args!("because    {}", back_reason(reason)));
+        }
         totals(&Summary::of(journal), output);
     }
 }
@@ -281,15 +284,15 @@ pub fn running(
         })
         .collect();
     output.table(&["RELEASE", "VERSION", "WEIGHT", "READY", ""], &rows);
-}
-
-pub fn totals(summary: &Summary, output: &Output) {
     if let (Some(why), Some(stable)) = (status.lost(), &status.stable) {
         output.warn(format_args!(
             "{why}; `cargo xtask canary start --release {}` puts it back",
             stable.short()
         ));
     }
+}
+
+pub fn totals(summary: &Summary, output: &Output) {
     let Some(totals) = &summary.totals else {
         return;
     };
@@ -305,4 +308,19 @@ pub fn totals(summary: &Summary, output: &Output) {
             None => String::new(),
         }
     ));
+}
+
+/// Why a rollout has turned back, for people.
+pub fn back_reason(reason: &Reason) -> String {
+    match reason {
+        Reason::Aborted => "aborted".to_owned(),
+        Reason::Regressed => "the candidate is worse than stable".to_owned(),
+        Reason::NotReady => "the candidate did not get ready in time".to_owned(),
+        // Its last lines follow at the end.
+        Reason::Broken(why) => why
+            .split("; its last lines")
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
+    }
 }

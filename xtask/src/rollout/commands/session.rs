@@ -399,6 +399,18 @@ impl<'a> Session<'a> {
     ) -> Result<Finished> {
         let plan = journal.plan().clone();
         let mut platform = platform::open(&self.pipeline, &self.name).await?;
+        if let (Some(then), Some(now)) = (plan.traffic, platform.traffic())
+            && then != now
+        {
+            bail!(
+                "{}: the rollout {} was begun with kubernetes.traffic = {}, and it is {} here: go on with the \
+                 settings that it was begun with",
+                self.name,
+                plan.rollout,
+                json!(then),
+                json!(now)
+            );
+        }
         let checks = self.smoke_checks(&*platform, kind)?;
         self.prepare(&mut *platform, &plan).await?;
         self.output.step(format_args!(
@@ -415,18 +427,6 @@ impl<'a> Session<'a> {
 }
 
 /// Stable's counts over `time`, or over as long as it took.
-        if let (Some(then), Some(now)) = (plan.traffic, platform.traffic())
-            && then != now
-        {
-            bail!(
-                "{}: the rollout {} was begun with kubernetes.traffic = {}, and it is {} here: go on with the \
-                 settings that it was begun with",
-                self.name,
-                plan.rollout,
-                json!(then),
-                json!(now)
-            );
-        }
 async fn measure(
     metrics: &dyn Metrics,
     plan: &engine::Plan,
