@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(150);
 /// Between two looks at a condition: most of them start a command, and what is tested needs the cores.
 const PAUSE: Duration = Duration::from_millis(400);
 /// A load ends by itself after this time.
-const LONGEST_LOAD: Duration = Duration::from_secs(240);
+const LONGEST_LOAD: Duration = Duration::from_secs(600);
 
 pub struct Fixture {
     dir: TempDir,

@@ -335,12 +335,6 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
         } else {
             running.kill();
             std::fs::remove_dir_all(namespace.fixture.state()).unwrap();
-            let resumed = namespace.run(&["canary", "resume"]).expect(0, "healthy");
-            assert_eq!(
-                resumed.finished()["failed"]["candidate"],
-                0,
-                "{}",
-                resumed.said
             // Other settings would look for the weights elsewhere, and take away what still serves.
             let (gateway, replicas) = ("traffic = \"gateway\"", "traffic = \"replicas\"");
             namespace.change_settings(gateway, replicas);
@@ -349,6 +343,12 @@ fn a_killed_rollout_is_resumed_from_elsewhere() {
                 "was begun with kubernetes.traffic = \"gateway\", and it is \"replicas\" here";
             assert!(refused.said.contains(why), "{}", refused.said);
             namespace.change_settings(replicas, gateway);
+            let resumed = namespace.run(&["canary", "resume"]).expect(0, "healthy");
+            assert_eq!(
+                resumed.finished()["failed"]["candidate"],
+                0,
+                "{}",
+                resumed.said
             );
         }
         assert_eq!(

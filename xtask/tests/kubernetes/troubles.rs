@@ -256,7 +256,7 @@ fn an_edited_candidate_is_not_the_release() {
     let name = format!("service-{}", short(&next));
     namespace.ask(&[
         "set",
-        "env",
+        "resources",
         &format!("deployment/{name}"),
         "--limits=memory=300Mi",
     ]);
@@ -273,6 +273,42 @@ fn an_edited_candidate_is_not_the_release() {
     let deployment = namespace.ask(&["get", "deployment", &name, "--output", "yaml"]);
     assert!(!deployment.contains("300Mi"), "{deployment}");
     load.stop_without_failures();
+}
+
+/// Somebody takes away what is in service, or what leads to it: that is said, nothing is compared with it, and
+/// one command puts it back.
+#[test]
+fn what_is_in_service_and_gone_is_put_back() {
+    let namespace = Namespace::new("lost");
+    let first = namespace.in_service("1.0.0");
+    let start = ["canary", "start", "--release", &first];
+    let deployment = format!("deployment/service-{}", short(&first));
+    for (lost, why) in [
+        (deployment.as_str(), "but it is gone"),
+        ("httproute/service", "but nothing leads to it"),
+    ] {
+        namespace.ask(&["delete", lost]);
+        let status = namespace.run(&["canary", "status"]).said;
+        says(&status, &[why, "puts it back"]);
+        let next = namespace.release("1.1.0");
+        let compared = ["canary", "start", "--release", &next];
+        let refused = namespace.run(&compared).expect(2, "failed");
+        says(&refused.said, &[why, "nothing to compare 1.1.0"]);
+        namespace.run(&start).expect(0, "healthy");
+        assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
+        let status = namespace.run(&["canary", "status"]).said;
+        assert!(!status.contains("puts it back"), "{status}");
+    }
+    let load = namespace.load();
+    namespace.run(&start).expect(0, "healthy");
+    assert_eq!(load.stop_without_failures().len(), 1);
+
+    // Another namespace is not one in which all is quiet.
+    namespace.change_settings(&namespace.name, "no-such-namespace");
+    for command in ["status", "abort"] {
+        let refused = namespace.run(&["canary", command]).expect(2, "failed");
+        says(&refused.said, &["there is no namespace no-such-namespace"]);
+    }
 }
 
 /// Somebody stops a release, and later changes stable: the canary waits until a person has put it right
@@ -310,6 +346,7 @@ fn what_others_do_to_stable_is_waited_for() {
         &[&paused, "or `canary promote`, which accepts it"],
     );
     assert_eq!(namespace.running(), [(short(&next), 2, 2)]);
+    says(&namespace.ask(&["get", "events"]), &["EditedByOthers"]);
     load.stop_without_failures();
 }
 
@@ -319,7 +356,7 @@ fn what_is_undone_each_time_is_not_fought_over() {
     let namespace = Namespace::with(
         "contested",
         "gateway",
-        &[("rollout.min_stage", "8s".into())],
+        &[("rollout.min_stage", "2m".into())],
     );
     let first = namespace.in_service("1.0.0");
     let load = namespace.load();
@@ -339,14 +376,13 @@ fn what_is_undone_each_time_is_not_fought_over() {
         }
         status().contains("each time that they are right")
     });
-    // Once, and three times again; more where it was too quick to be seen.
-    assert!((4..=8).contains(&undone), "{undone}");
+    // Once, and three times again; more where one was too quick to be seen.
+    assert!(undone >= 4, "{undone}");
     namespace.run(&["canary", "abort"]).expect(0, "aborted");
     let ended = running.wait().expect(1, "aborted");
     says(&ended.said, &["holding: somebody else changes the weights"]);
     assert_eq!(namespace.running(), [(short(&first), 2, 2)]);
     load.stop_without_failures();
-    says(&namespace.ask(&["get", "events"]), &["EditedByOthers"]);
 }
 
 /// Somebody has scaled stable by hand: a rollback takes the number over and says so.
