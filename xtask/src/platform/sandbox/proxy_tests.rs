@@ -421,8 +421,12 @@ async fn requests_that_clients_gave_up_on_count_as_slow() {
     fixture.route(&[(100, &[&upstream])]);
     let mut sender = fixture.http1().await;
     let request = get(fixture.front.address, "/hang");
-    let waited =
-        tokio::time::timeout(Duration::from_millis(50), sender.send_request(request)).await;
+    let mut answer = Box::pin(sender.send_request(request));
+    while upstream.backend.in_flight() == 0 {
+        let waited = tokio::time::timeout(Duration::from_millis(1), &mut answer).await;
+        assert!(waited.is_err());
+    }
+    let waited = tokio::time::timeout(Duration::from_millis(50), answer).await;
     assert!(waited.is_err());
     drop(sender);
     while upstream.backend.in_flight() > 0 {
