@@ -284,12 +284,6 @@ pub fn running(
         })
         .collect();
     output.table(&["RELEASE", "VERSION", "WEIGHT", "READY", ""], &rows);
-    if let (Some(why), Some(stable)) = (status.lost(), &status.stable) {
-        output.warn(format_args!(
-            "{why}; `cargo xtask canary start --release {}` puts it back",
-            stable.short()
-        ));
-    }
 }
 
 pub fn totals(summary: &Summary, output: &Output) {

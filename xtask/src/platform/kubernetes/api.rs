@@ -209,15 +209,12 @@ impl Api {
                 let config = config.map_err(|error| {
                     anyhow!("kubernetes.context = {context:?} asks for your kubeconfig: {error}")
                 })?;
-                let mut known = config.contexts.iter().map(|known| known.name.as_str());
-                if !known.clone().any(|known| known == context) {
-                    let known: Vec<&str> = known.by_ref().collect();
+                let known = config.contexts.iter().map(|known| known.name.as_str());
+                let known: Vec<&str> = known.collect();
+                if !known.contains(&context.as_str()) {
                     bail!(
                         "kubernetes.context = {context:?}: your kubeconfig has no such context; it has {}",
-                        match known.as_slice() {
-                            [] => "none".to_owned(),
-                            known => known.join(", "),
-                        }
+                        known.join(", ")
                     );
                 }
                 (config, Some(context.clone()))

@@ -195,6 +195,10 @@ impl Session<'_> {
                     kept.retain(|(id, _)| *id != journal.plan().candidate);
                 }
                 status::running(now, &kept, address, self.output);
+                if let Some(why) = now.lost() {
+                    self.output
+                        .warn(format_args!("{why}; {}", self.puts_back(now)));
+                }
             }
             None => self
                 .output

@@ -10,7 +10,7 @@ use crate::cli::Cli;
 use crate::config::{Environment, Pipeline};
 use crate::interrupt;
 use crate::output::{Exit, Finished, Output};
-use crate::platform::{self, Platform};
+use crate::platform::{self, Platform, Status};
 use crate::release::{Recorded, ReleaseId, Store};
 use crate::rollout::checks::SmokeChecks;
 use crate::rollout::desk::{Desk, Writer};
@@ -78,9 +78,8 @@ impl<'a> Session<'a> {
                 status.stable = None;
             }
             Some(why) if kind == Kind::Canary => bail!(
-                "{why}, so there is nothing to compare {candidate} with; `cargo xtask canary start --release \
-                 {}` puts it back",
-                status.stable.as_ref().map_or("", ReleaseId::short)
+                "{why}, so there is nothing to compare {candidate} with; {}",
+                self.puts_back(&status)
             ),
             _ => {}
         }
@@ -166,6 +165,15 @@ impl<'a> Session<'a> {
         };
         let mut journal = self.desk.create(writer, started, state).await?;
         self.drive(&*platform, &checks, writer, &mut journal).await
+    }
+
+    /// What helps where the release in service is lost.
+    pub fn puts_back(&self, status: &Status) -> String {
+        format!(
+            "`cargo xtask canary start --environment {} --release {}` puts it back",
+            self.name,
+            status.stable.as_ref().map_or("", ReleaseId::short)
+        )
     }
 
     /// Makes the platform know every release that the rollout names.
