@@ -306,6 +306,17 @@ impl State {
         self.unready_since = None;
     }
 
+    fn turn_back(&mut self, reason: Reason, now: Millis) {
+        self.enter(Phase::Back { reason }, now);
+    }
+
+    /// Whether the candidate has been unready for as long as it may be; it counts from the first time on that
+    /// this is asked.
+    fn is_late(&mut self, plan: &Plan, now: Millis) -> bool {
+        let since = *self.unready_since.get_or_insert(now);
+        now.saturating_sub(since) >= plan.limits.ready_within
+    }
+
     /// Does again what others have undone, but does not fight over it: one who has undone it so often
     /// will do so again, and a person has to say which of the two is right.
     fn do_again(&mut self, plan: &Plan, now: Millis) {
@@ -420,12 +431,7 @@ pub fn decide(
                 && (plan.stable.is_none() || view.stable.desired == 0)
         });
         if !replaced && !matches!(next.phase, Phase::Back { .. } | Phase::Ended { .. }) {
-            next.enter(
-                Phase::Back {
-                    reason: Reason::Aborted,
-                },
-                now,
-            );
+            next.turn_back(Reason::Aborted, now);
         }
     }
     let Some(view) = &seen.platform else {
@@ -466,12 +472,7 @@ fn shift(
 ) -> Option<Action> {
     // What has traffic already is judged, however long the next weight takes.
     if is_regressed(plan, verdict) {
-        next.enter(
-            Phase::Back {
-                reason: Reason::Regressed,
-            },
-            now,
-        );
+        next.turn_back(Reason::Regressed, now);
         return None;
     }
     let weight = plan.stages[next.stage].weight;
@@ -482,12 +483,7 @@ fn shift(
         .clone()
         .filter(|_| view.candidate.ready < needed)
     {
-        next.enter(
-            Phase::Back {
-                reason: Reason::Broken(why),
-            },
-            now,
-        );
+        next.turn_back(Reason::Broken(why), now);
         return None;
     }
     if let Some(stable) = &plan.stable
@@ -510,14 +506,8 @@ fn shift(
     }
     next.reached = needed;
     if view.candidate.ready < needed {
-        let since = *next.unready_since.get_or_insert(now);
-        if now.saturating_sub(since) >= plan.limits.ready_within {
-            next.enter(
-                Phase::Back {
-                    reason: Reason::NotReady,
-                },
-                now,
-            );
+        if next.is_late(plan, now) {
+            next.turn_back(Reason::NotReady, now);
         }
         return None;
     }
@@ -544,21 +534,11 @@ fn watch(
     let stage = &plan.stages[next.stage];
     let needed = plan.capacity(stage.weight, plan.full(view));
     if let Some(why) = view.candidate.broken.clone() {
-        next.enter(
-            Phase::Back {
-                reason: Reason::Broken(why),
-            },
-            now,
-        );
+        next.turn_back(Reason::Broken(why), now);
         return None;
     }
     if is_regressed(plan, verdict) {
-        next.enter(
-            Phase::Back {
-                reason: Reason::Regressed,
-            },
-            now,
-        );
+        next.turn_back(Reason::Regressed, now);
         return None;
     }
     // Stable must be able to take everything back.
@@ -574,16 +554,10 @@ fn watch(
         return None;
     }
     if view.candidate.ready < needed {
-        let since = *next.unready_since.get_or_insert(now);
-        let is_late = now.saturating_sub(since) >= plan.limits.ready_within;
         // What ails both is no fault of the candidate's.
-        if is_late && plan.stable.is_some() && view.stable.ready >= plan.replicas {
-            next.enter(
-                Phase::Back {
-                    reason: Reason::NotReady,
-                },
-                now,
-            );
+        let may_return = plan.stable.is_some() && view.stable.ready >= plan.replicas;
+        if next.is_late(plan, now) && may_return {
+            next.turn_back(Reason::NotReady, now);
             return None;
         }
         next.hold(HoldReason::NoCapacity, plan, now);
@@ -675,12 +649,7 @@ fn finish(plan: &Plan, next: &mut State, view: &View, now: Millis) -> Option<Act
         && view.stable.desired > 0
     {
         if let Some(why) = view.candidate.broken.clone() {
-            next.enter(
-                Phase::Back {
-                    reason: Reason::Broken(why),
-                },
-                now,
-            );
+            next.turn_back(Reason::Broken(why), now);
             return None;
         }
         if !carries_all {
